@@ -1,0 +1,103 @@
+"""What diffusers decides: which modules are attentions, their roles under its own config, its cache contexts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from diffusers import PyramidAttentionBroadcastConfig
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention, MochiAttention
+from diffusers.models.cache_utils import CacheMixin
+
+from .config import ATTENTION_ROLES
+
+current_cache_context: ContextVar[str | None] = ContextVar("pab_fx_cache_context", default=None)
+"""Name of the cache context that the running denoising call belongs to: "cond", "uncond" or none."""
+
+on_reset: list[Callable[[Any], None]] = []
+"""Called with the model when a diffusers pipeline declares a generation to be over."""
+
+
+def is_attention(cls: type | None) -> bool:
+    """Whether diffusers' hooks take a module of this class for an attention (`diffusers/hooks/_common.py`)."""
+    return cls is not None and issubclass(cls, (Attention, MochiAttention, AttentionModuleMixin))
+
+
+def role_of(name: str, is_cross_attention: bool, config: PyramidAttentionBroadcastConfig) -> str | None:
+    """The role that diffusers gives an attention, `None` where it leaves it alone.
+
+    As `_apply_pyramid_attention_broadcast_on_attention_class` in
+    `diffusers/hooks/pyramid_attention_broadcast.py`: the first of spatial, temporal and cross whose range is
+    set, whose identifiers match the qualified name and whose kind agrees with `is_cross_attention`.
+    """
+    for role in ATTENTION_ROLES:
+        identifiers = getattr(config, f"{role}_attention_block_identifiers")
+        if (
+            skip_range(config, role) is not None
+            and (role == "cross") == is_cross_attention
+            and any(re.search(identifier, name) for identifier in identifiers)
+        ):
+            return role
+    return None
+
+
+def skip_range(config: PyramidAttentionBroadcastConfig, role: str) -> int | None:
+    """The range of a role; without any range given, diffusers takes 2 for spatial attention."""
+    ranges = {r: getattr(config, f"{r}_attention_block_skip_range") for r in ATTENTION_ROLES}
+    if all(value is None for value in ranges.values()):
+        ranges["spatial"] = 2
+    return ranges[role]
+
+
+@contextlib.contextmanager
+def cache_context(name: str | None) -> Iterator[None]:
+    """Run the denoising calls inside under a cache context of their own.
+
+    Pipelines of diffusers that call the denoiser once per guidance branch say which with
+    `transformer.cache_context("cond")`; that is heeded by itself. This is for loops of your own.
+
+    Args:
+        name: any name; each has its own counters and caches.
+
+    Example:
+        >>> with cache_context("cond"):
+        ...     current_cache_context.get()
+        'cond'
+    """
+    token = current_cache_context.set(name)
+    try:
+        yield
+    finally:
+        current_cache_context.reset(token)
+
+
+def listen_to_cache_mixin() -> None:
+    """Make diffusers' `CacheMixin` tell cache contexts and ends of generations to `pab_fx` as well.
+
+    diffusers passes both on to its own hooks only, and there are none here. The two methods keep doing what
+    they did; wrapping them twice does nothing.
+    """
+    if hasattr(CacheMixin.cache_context, "_pab_fx"):
+        return
+    enter_context, reset = CacheMixin.cache_context, CacheMixin._reset_stateful_cache
+
+    @functools.wraps(enter_context)
+    @contextlib.contextmanager
+    def cache_context_of_model(self: CacheMixin, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with cache_context(name), enter_context(self, name, *args, **kwargs):
+            yield
+
+    @functools.wraps(reset)
+    def reset_stateful_cache(self: CacheMixin, *args: Any, **kwargs: Any) -> None:
+        for listener in on_reset:
+            listener(self)
+        reset(self, *args, **kwargs)
+
+    cache_context_of_model._pab_fx = True  # type: ignore[attr-defined]
+    CacheMixin.cache_context = cache_context_of_model
+    CacheMixin._reset_stateful_cache = reset_stateful_cache

@@ -1,0 +1,81 @@
+"""Private PyTorch interfaces, all of them, each with what it is for and the versions it was seen in."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+# The conditional as an operator, for use as a node's target: `torch.cond` itself, called without a
+# surrounding torch.compile, would start one. Seen in 2.9 to 2.15; `torch.cond` is the public spelling.
+cond_op = torch.ops.higher_order.cond
+
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """The registered Dynamo backend of that name. Seen in 2.9 to 2.15.
+
+    Raises:
+        ValueError: listing the registered names, if there is none.
+    """
+    from torch._dynamo import list_backends
+    from torch._dynamo.backends.registry import lookup_backend as lookup
+    from torch._dynamo.exc import InvalidBackend
+
+    try:
+        return lookup(name)
+    except InvalidBackend:
+        names = ", ".join(sorted(list_backends(exclude_tags=())))
+        raise ValueError(f"inner={name!r} is not a registered Dynamo backend; registered are: {names}.") from None
+
+
+def frame_locals() -> dict[str, Any]:
+    """The local variables of the Python frame that Dynamo is compiling, inside a backend's call; else empty.
+
+    `InstructionTranslator.current_tx` seen in 2.9 to 2.15.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return dict(InstructionTranslator.current_tx().output.root_tx.f_locals)
+    except (AttributeError, KeyError, IndexError):
+        return {}
+
+
+def calling_modules() -> list[nn.Module]:
+    """The modules whose methods are running on this thread's Python stack, innermost first.
+
+    While Dynamo compiles a frame, the stack below the compiler holds the calls that led to it; a method's
+    module is its `self`. Wrappers that `torch.compile` puts around a module are left out.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule  # seen in 2.9 to 2.15
+
+    modules: list[nn.Module] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and not isinstance(module, (OptimizedModule, fx.GraphModule)):
+            if not any(module is other for other in modules):
+                modules.append(module)
+        frame = frame.f_back  # type: ignore[assignment]
+    return modules
+
+
+@contextlib.contextmanager
+def traced_shapes(gm: fx.GraphModule) -> Iterator[list[Any]]:
+    """Compile `gm` with the symbolic shapes it was traced with: yields fake example inputs.
+
+    A graph that Dynamo captured with dynamic shapes may be compiled later, outside of Dynamo's call. Its
+    symbols live in the fake mode of its placeholders' `example_value`; a fresh `TracingContext` of that
+    mode makes an inner compiler use them. `torch._guards` seen in 2.9 to 2.15.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    with tracing(TracingContext(mode)):
+        yield values

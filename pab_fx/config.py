@@ -1,0 +1,273 @@
+"""What to broadcast and when: `PABConfig`, its presets, and the reading of diffusers' own config.
+
+The fields carry diffusers' names (`diffusers.PyramidAttentionBroadcastConfig`), the presets the numbers of
+VideoSys (github.com/NUS-HPC-AI-Lab/VideoSys, `PABConfig` of each pipeline) and of the paper's section 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ATTENTION_ROLES = ("spatial", "temporal", "cross")
+ROLES = (*ATTENTION_ROLES, "mlp")
+
+DEFAULT_TIMESTEP_SKIP_RANGE = (100, 800)
+
+
+@dataclass(frozen=True)
+class MLPBroadcast:
+    """Broadcast feed-forward outputs after chosen timesteps, as VideoSys does.
+
+    At a timestep in `timesteps` the feed-forward of each chosen block is computed and kept; the next
+    `skip_count` steps reuse it.
+
+    Args:
+        timesteps: scheduler timesteps (scale 0 to 1000) at which to compute and keep. They have to occur
+            in the generation's own timesteps, or nothing is reused.
+        blocks: indices of the blocks, as they stand in the module's name (`transformer_blocks.3.ff` is 3).
+            `None` means every block.
+        skip_count: how many steps reuse a kept output.
+
+    Raises:
+        ValueError: if a timestep is not a number, `skip_count` is not an integer >= 1, or `blocks` holds
+            something other than integers >= 0.
+
+    Example:
+        >>> PABConfig(mlp=MLPBroadcast(timesteps=(720, 640), blocks=range(5), skip_count=2)).mlp[0].blocks
+        (0, 1, 2, 3, 4)
+    """
+
+    timesteps: tuple[float, ...]
+    blocks: tuple[int, ...] | None = None
+    skip_count: int = 1
+
+    def __post_init__(self) -> None:
+        timesteps = tuple(self.timesteps) if _is_iterable(self.timesteps) else (self.timesteps,)
+        for timestep in timesteps:
+            if not _is_number(timestep):
+                raise ValueError(f"mlp: timesteps must be numbers on the scheduler's scale, got {timestep!r}.")
+        if not timesteps:
+            raise ValueError("mlp: timesteps is empty; list the timesteps whose outputs are kept.")
+        _check_integer("mlp: skip_count", self.skip_count)
+        if self.blocks is not None:
+            blocks = tuple(self.blocks) if _is_iterable(self.blocks) else (self.blocks,)
+            for block in blocks:
+                _check_integer("mlp: a block index", block, least=0)
+            object.__setattr__(self, "blocks", blocks)
+        object.__setattr__(self, "timesteps", tuple(float(timestep) for timestep in timesteps))
+
+
+@dataclass(frozen=True)
+class PABConfig:
+    """Which outputs to broadcast, how far, and within which timesteps.
+
+    An attention of a role with skip range `N` and timestep window `(lo, hi)` reuses its kept output in a
+    step `n` with timestep `t` if there is one, `n > 0`, `lo < t < hi` and `n mod N != 0`; otherwise it is
+    computed and kept (paper, section 3.2; `diffusers/hooks/pyramid_attention_broadcast.py`).
+
+    Roles are decided by the dataflow of the traced model: keys and values that come from another sequence
+    than the queries make an attention `cross`, a sequence axis that is the video's frames makes it
+    `temporal`, everything else is `spatial`. Identifiers only override that.
+
+    Args:
+        spatial_attention_block_skip_range: `N` for spatial attention, an integer >= 1. `None` leaves the
+            role alone. If no range and no `mlp` is given, spatial is 2, as in diffusers.
+        temporal_attention_block_skip_range: `N` for temporal attention.
+        cross_attention_block_skip_range: `N` for cross-attention.
+        spatial_attention_timestep_skip_range: open window `(lo, hi)` on the scheduler's scale, 0 to 1000.
+        temporal_attention_timestep_skip_range: the same for temporal attention.
+        cross_attention_timestep_skip_range: the same for cross-attention.
+        spatial_attention_block_identifiers: regular expressions; an attention whose qualified name one of
+            them matches (`re.search`) is spatial, whatever the dataflow says.
+        temporal_attention_block_identifiers: the same for temporal.
+        cross_attention_block_identifiers: the same for cross.
+        mlp: feed-forward outputs to broadcast: an `MLPBroadcast`, several, a mapping of its fields, or
+            VideoSys' form `{720: {"block": [0, 1], "skip_count": 2}, ...}`.
+        current_timestep_callback: returns the current timestep, on the windows' scale. `None` reads the
+            traced model's own `timestep` input.
+
+    Raises:
+        ValueError: naming the field and what it must be.
+
+    Example:
+        >>> PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip_range=6).skip_range("cross")
+        6
+    """
+
+    spatial_attention_block_skip_range: int | None = None
+    temporal_attention_block_skip_range: int | None = None
+    cross_attention_block_skip_range: int | None = None
+    spatial_attention_timestep_skip_range: tuple[float, float] = DEFAULT_TIMESTEP_SKIP_RANGE
+    temporal_attention_timestep_skip_range: tuple[float, float] = DEFAULT_TIMESTEP_SKIP_RANGE
+    cross_attention_timestep_skip_range: tuple[float, float] = DEFAULT_TIMESTEP_SKIP_RANGE
+    spatial_attention_block_identifiers: tuple[str, ...] = ()
+    temporal_attention_block_identifiers: tuple[str, ...] = ()
+    cross_attention_block_identifiers: tuple[str, ...] = ()
+    mlp: Any = None
+    current_timestep_callback: Callable[[], Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mlp", _normalise_mlp(self.mlp))
+        if not self.mlp and all(self.skip_range(role) is None for role in ATTENTION_ROLES):
+            object.__setattr__(self, "spatial_attention_block_skip_range", 2)
+        for role in ATTENTION_ROLES:
+            _check_skip_range(role, self.skip_range(role))
+            window_name = f"{role}_attention_timestep_skip_range"
+            object.__setattr__(self, window_name, _checked_window(window_name, getattr(self, window_name)))
+            identifiers_name = f"{role}_attention_block_identifiers"
+            object.__setattr__(
+                self, identifiers_name, _checked_identifiers(identifiers_name, getattr(self, identifiers_name))
+            )
+        _check_callback(self.current_timestep_callback)
+
+    def skip_range(self, role: str) -> int | None:
+        """The skip range `N` of an attention role, or `None` where the role is left alone."""
+        return getattr(self, f"{_attention_role(role)}_attention_block_skip_range")
+
+    def window(self, role: str) -> tuple[float, float]:
+        """The open timestep window `(lo, hi)` of an attention role."""
+        return getattr(self, f"{_attention_role(role)}_attention_timestep_skip_range")
+
+    def identifiers(self, role: str) -> tuple[str, ...]:
+        """The regular expressions that put an attention into this role."""
+        return getattr(self, f"{_attention_role(role)}_attention_block_identifiers")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> PABConfig:
+        """A published setting: "cogvideox", "latte" or "open-sora".
+
+        Args:
+            name: the preset's name.
+            overrides: fields of `PABConfig` to set on top of it.
+
+        Raises:
+            ValueError: for a name that is none of the presets.
+
+        Example:
+            >>> PABConfig.preset("latte").skip_range("cross")
+            6
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(map(repr, PRESETS))}.")
+        return cls.of({**PRESETS[name], **overrides})
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> PABConfig:
+        """A config from a mapping of field names, refusing names that are none of them."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"unknown option {name!r}; PABConfig has {', '.join(sorted(known))}.")
+        return cls(**fields)
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "cogvideox": {
+        "spatial_attention_block_skip_range": 2,
+        "spatial_attention_timestep_skip_range": (100, 850),
+    },
+    "latte": {
+        "spatial_attention_block_skip_range": 2,
+        "temporal_attention_block_skip_range": 3,
+        "cross_attention_block_skip_range": 6,
+        "mlp": {"timesteps": (720, 640, 560, 480, 400), "blocks": range(5), "skip_count": 2},
+    },
+    "open-sora": {
+        "spatial_attention_block_skip_range": 2,
+        "spatial_attention_timestep_skip_range": (450, 930),
+        "temporal_attention_block_skip_range": 4,
+        "temporal_attention_timestep_skip_range": (450, 930),
+        "cross_attention_block_skip_range": 6,
+        "cross_attention_timestep_skip_range": (450, 930),
+    },
+}
+
+
+def check_diffusers_config(config: Any) -> None:
+    """Raise `ValueError` for values of a diffusers config that its hooks would fail on much later."""
+    for role in ATTENTION_ROLES:
+        _check_skip_range(role, getattr(config, f"{role}_attention_block_skip_range"))
+        window_name = f"{role}_attention_timestep_skip_range"
+        _checked_window(window_name, getattr(config, window_name))
+        identifiers_name = f"{role}_attention_block_identifiers"
+        _checked_identifiers(identifiers_name, getattr(config, identifiers_name))
+    _check_callback(config.current_timestep_callback)
+
+
+def _attention_role(role: str) -> str:
+    if role not in ATTENTION_ROLES:
+        raise ValueError(f"unknown role {role!r}; the attention roles are {', '.join(ATTENTION_ROLES)}.")
+    return role
+
+
+def _normalise_mlp(mlp: Any) -> tuple[MLPBroadcast, ...]:
+    """Every accepted spelling of `mlp` as a tuple of `MLPBroadcast`."""
+    if mlp is None:
+        return ()
+    if isinstance(mlp, MLPBroadcast):
+        return (mlp,)
+    if isinstance(mlp, Mapping):
+        if mlp and all(_is_number(key) for key in mlp):
+            return tuple(_from_videosys(timestep, entry) for timestep, entry in mlp.items())
+        known = {field.name for field in dataclasses.fields(MLPBroadcast)}
+        for name in mlp:
+            if name not in known:
+                raise ValueError(f"unknown option {name!r} in mlp; it has {', '.join(sorted(known))}.")
+        if "timesteps" not in mlp:
+            raise ValueError("mlp: timesteps is missing; list the timesteps whose outputs are kept.")
+        return (MLPBroadcast(**mlp),)
+    if _is_iterable(mlp):
+        return tuple(entry for item in mlp for entry in _normalise_mlp(item))
+    raise ValueError(f"mlp must be an MLPBroadcast or a mapping, got {mlp!r}.")
+
+
+def _from_videosys(timestep: float, entry: Any) -> MLPBroadcast:
+    if not isinstance(entry, Mapping) or not {"block", "skip_count"} >= set(entry) >= {"skip_count"}:
+        raise ValueError(f"mlp: {timestep!r} must map to {{'block': [...], 'skip_count': n}}, got {entry!r}.")
+    blocks = entry.get("block")
+    return MLPBroadcast((timestep,), None if blocks is None else tuple(blocks), entry["skip_count"])
+
+
+def _check_skip_range(role: str, value: Any) -> None:
+    if value is not None:
+        _check_integer(f"{role}_attention_block_skip_range", value)
+
+
+def _check_integer(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+
+
+def _checked_window(name: str, window: Any) -> tuple[float, float]:
+    if not _is_iterable(window) or len(tuple(window)) != 2 or not all(_is_number(edge) for edge in window):
+        raise ValueError(f"{name} must be two numbers (lo, hi), got {window!r}.")
+    low, high = window
+    if low > high:
+        raise ValueError(f"{name} is reversed: {window!r}; write it as ({high!r}, {low!r}).")
+    return low, high
+
+
+def _checked_identifiers(name: str, identifiers: Any) -> tuple[str, ...]:
+    if isinstance(identifiers, str) or not _is_iterable(identifiers):
+        raise ValueError(f"{name} must be a tuple of regular expressions, got {identifiers!r}.")
+    for identifier in identifiers:
+        if not isinstance(identifier, str):
+            raise ValueError(f"{name} must hold strings, got {identifier!r}.")
+    return tuple(identifiers)
+
+
+def _check_callback(callback: Any) -> None:
+    if callback is not None and not callable(callback):
+        raise ValueError(f"current_timestep_callback must be callable, got {callback!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))

@@ -1,0 +1,155 @@
+"""What a node does besides yielding a value: aliasing, updates in place, random numbers, communication.
+
+`torch.fx` counts a torch-level method such as `x.copy_(y)` as pure; everything here that removes or moves
+nodes asks this module instead.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .dataflow import is_tuple, leaf_module, op_name, value
+
+VIEWS = {
+    *("view", "view_as", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint"),
+    *("squeeze", "unsqueeze", "expand", "expand_as", "select", "narrow", "unflatten", "diagonal", "detach", "alias"),
+    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "slice", "unsafe_chunk", "unsafe_split"),
+}
+MAYBE_VIEWS = {"reshape", "flatten", "contiguous", "to", "type", "type_as", "float", "half", "bfloat16", "_unsafe_view"}
+INPLACE_OPERATORS = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem),
+}
+RANDOM = {
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"),
+    *("normal", "poisson", "gumbel_softmax", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"),
+}
+DROPOUTS = {"dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "native_dropout"}
+
+
+def updated(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes whose tensors a node updates in place: `x` of `x.add_(y)`, of `x[i] = y`, of `op(..., out=x)`."""
+    targets: list[Any] = []
+    if node.op == "call_method":
+        if str(node.target).endswith("_") and not str(node.target).endswith("__"):
+            targets.append(node.args[0])
+    elif node.op == "call_module":
+        if getattr(leaf_module(node), "inplace", False):
+            targets.append(node.args[0])
+    elif isinstance(node.target, torch._ops.OpOverload):
+        for i, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                targets.append(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
+    elif node.op == "call_function":
+        name = op_name(node)
+        inplace = node.kwargs.get("inplace", False) or (name in DROPOUTS and node.args[3:4] == (True,))
+        by_name = name.endswith("_") and not name.endswith("__")
+        if inplace or by_name or node.target in INPLACE_OPERATORS:
+            targets.append(node.args[0] if node.args else node.kwargs.get("input"))
+    targets.append(node.kwargs.get("out"))
+    flat: list[fx.Node] = []
+    fx.map_arg(targets, flat.append)
+    return tuple(flat)
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether a node's value differs from call to call for the same operands."""
+    if node.op == "call_module":
+        module = leaf_module(node)
+        return module is not None and any(
+            isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0
+            for part in module.modules()
+        )
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = op_name(node)
+    if name == "scaled_dot_product_attention":
+        return _argument(node, 4, "dropout_p", 0.0) not in (0, 0.0)
+    if name in DROPOUTS:
+        return _argument(node, 1, "p", 0.5) not in (0, 0.0) and bool(
+            _argument(node, 2, "train" if name == "native_dropout" else "training", node.op == "call_function")
+        )
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags and "dropout" not in name
+    return name in RANDOM
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's value shares storage with its first operand.
+
+    Read from the recorded values where there are some, else from the operation: an operation that may
+    copy or not (`reshape`) then counts as a copy.
+    """
+    if node.op not in ("call_function", "call_method") or not node.all_input_nodes or updated(node):
+        return False
+    source = node.all_input_nodes[0]
+    if node.target is operator.getitem:
+        # an item of a tuple (chunk, split), or indexing of a tensor: a view unless a tensor is the index
+        return is_view(source) if is_tuple(source) else len(node.all_input_nodes) == 1
+    mine, base = storages(node), storages(source)
+    if mine is not None and base is not None:
+        return bool(mine) and mine <= base
+    return op_name(node) in VIEWS
+
+
+def storages(node: fx.Node) -> frozenset[StorageWeakRef] | None:
+    """The storages of the tensors in a node's recorded value; `None` where nothing was recorded."""
+    recorded = value(node)
+    if recorded is None:
+        return None
+    tensors = [leaf for leaf in _leaves(recorded) if isinstance(leaf, torch.Tensor)]
+    return frozenset(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+
+
+def _leaves(recorded: Any) -> list[Any]:
+    if isinstance(recorded, (tuple, list)):
+        return [leaf for item in recorded for leaf in _leaves(item)]
+    return [recorded]
+
+
+def may_alias(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes may share storage. Without recorded values, views are followed to their base."""
+    mine, others = storages(node), storages(other)
+    if mine is not None and others is not None:
+        return bool(mine & others)
+    return _base(node) is _base(other)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    while node.all_input_nodes and (is_view(node) or op_name(node) in MAYBE_VIEWS or updated(node)):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def is_removable(node: fx.Node) -> bool:
+    """Whether a node that nobody uses can go: it yields a value and does nothing else."""
+    if node.op in ("placeholder", "output") or updated(node) or draws_random_numbers(node):
+        return False
+    if node.op == "call_module":
+        return isinstance(leaf_module(node), nn.Module) and not node.is_impure()
+    if node.op == "call_method":
+        return True
+    return not node.is_impure()
+
+
+def eliminate_dead_code(graph: fx.Graph) -> int:
+    """Remove what nobody uses and return how many nodes went.
+
+        %y = add(%x, 1)        # unused                              (gone)
+        %z = copy_(%x, %w)     # unused, but updates x      ->       %z = copy_(%x, %w)
+    """
+    removed = 0
+    for node in reversed(list(graph.nodes)):
+        if not node.users and is_removable(node):
+            graph.erase_node(node)
+            removed += 1
+    return removed

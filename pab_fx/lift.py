@@ -1,0 +1,140 @@
+"""Turn the state of a rewritten graph from buffers into inputs and outputs, for a runtime that owns it.
+
+Before:
+
+    %x       : placeholder
+    %compute : ... nodes that count and compare ...
+    %cache   : get_attr[pab_cache_0]
+    %cond    : call_function[cond](%compute, pab_compute_0, pab_read_0, (%cache, %x))
+    %out     : call_function[operator.getitem](%cond, 0)
+    %write   : call_function[aten.copy_](%cache, %out)
+    return (%y,)
+
+After:
+
+    %x             : placeholder
+    %pab_compute_0 : placeholder        # a bool on the CPU
+    %pab_cache_0   : placeholder
+    %cond          : call_function[cond](%pab_compute_0, pab_compute_0, pab_read_0, (%pab_cache_0, %x))
+    %out           : call_function[operator.getitem](%cond, 0)
+    return (%y, %out)
+
+A module that is called several times hands its cache from call to call. Counters go: the runtime counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from . import effects
+from ._torch import cond_op
+from .rewrite import aten, conditionals
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A graph whose state is explicit, and what its further inputs and outputs are.
+
+    Args:
+        gm: takes the original inputs, then `predicates`, then `reads`; returns the original outputs, then
+            `writes`.
+        predicates: for each predicate input, the conditionals (by index) that compute when it is true.
+        reads: names of the caches that are read, each an input.
+        writes: names of the caches that are written, each an output.
+    """
+
+    gm: fx.GraphModule
+    predicates: tuple[tuple[int, ...], ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+def lift(gm: fx.GraphModule) -> Lifted:
+    """Lift the state of `gm`, in place. Its output must be a flat tuple, as Dynamo makes it."""
+    graph = gm.graph
+    predicates = _lift_predicates(graph)
+    reads, written = _lift_caches(graph)
+    output = graph.output_node()
+    output.args = ((*output.args[0], *written.values()),)  # type: ignore[misc]
+    effects.eliminate_dead_code(graph)
+    for name in [name for name, _ in gm.named_buffers() if name.startswith("pab_")]:
+        delattr(gm, name)
+    gm.delete_all_unused_submodules()
+    graph.lint()
+    gm.recompile()
+    return Lifted(gm, predicates, reads, tuple(written))
+
+
+def _lift_predicates(graph: fx.Graph) -> tuple[tuple[int, ...], ...]:
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    indices = {cond: conditional.index for cond, conditional in conditionals(_owner(graph)).items()}
+    for cond in indices:
+        groups.setdefault(cond.args[0], []).append(cond)  # type: ignore[arg-type]
+    for i, conds in enumerate(groups.values()):
+        predicate = _placeholder(graph, f"pab_compute_{i}", torch.tensor(True))
+        for cond in conds:
+            cond.args = (predicate, *cond.args[1:])
+    return tuple(tuple(indices[cond] for cond in conds) for conds in groups.values())
+
+
+def _lift_caches(graph: fx.Graph) -> tuple[tuple[str, ...], dict[str, fx.Node]]:
+    """Replace reads by inputs, or by what the graph wrote before; return the reads and the values written."""
+    reads: dict[str, fx.Node] = {}
+    written: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is aten.copy_.default and _state_name(node.args[0]):
+            name = _state_name(node.args[0])
+            if name.startswith("pab_cache_"):
+                written[name] = node.args[1]
+            graph.erase_node(node)
+        elif node.op == "get_attr" and str(node.target).startswith("pab_cache_"):
+            readers = [user for user in node.users if user.target is not aten.copy_.default and not _is_resize(user)]
+            if not readers:
+                continue
+            name = str(node.target)
+            current = written.get(name) or reads.get(name)
+            if current is None:
+                current = reads[name] = _placeholder(graph, name, _recorded(node))
+            node.replace_all_uses_with(current, delete_user_cb=lambda user: user in readers)  # noqa: B023
+    return tuple(reads), written
+
+
+def _state_name(target: object) -> str:
+    """Name of the buffer that a write goes to, "" if it is none of the rewrite's."""
+    if isinstance(target, fx.Node) and _is_resize(target):
+        target = target.args[0]
+    if isinstance(target, fx.Node) and target.op == "get_attr" and str(target.target).startswith("pab_"):
+        return str(target.target)
+    return ""
+
+
+def _is_resize(node: fx.Node) -> bool:
+    return node.target is aten.resize_as_.default
+
+
+def _recorded(cache: fx.Node) -> object:
+    """The value recorded for what a cache holds: that of the output it is read in place of."""
+    if "example_value" in cache.meta:
+        return cache.meta["example_value"]
+    for user in cache.users:
+        if user.target is cond_op:
+            items = {item.args[1]: item for item in user.users}
+            item = items.get(user.args[3].index(cache))  # type: ignore[union-attr]
+            return item.meta.get("example_value") if item is not None else None
+    return None
+
+
+def _placeholder(graph: fx.Graph, name: str, recorded: object) -> fx.Node:
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_before(last.next):
+        node = graph.placeholder(name)
+    node.meta["example_value"] = recorded
+    return node
+
+
+def _owner(graph: fx.Graph) -> fx.GraphModule:
+    assert graph.owning_module is not None
+    return graph.owning_module

@@ -1,0 +1,114 @@
+"""Which module call emitted a node: one reading of `meta["nn_module_stack"]` for every tracer.
+
+Dynamo keys the stack by `id(module)` and gives source expressions as paths, `torch.export` and
+`symbolic_trace` give qualified names; all of them append `@k` to the key of a repeated call. Here each
+becomes a `ModuleCall` with the qualified name and, where it can be reached, the module itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of one module.
+
+    Args:
+        key: tells this call from every other in the graph.
+        module_id: the same for all calls of one module.
+        name: qualified name in the outermost model; relative where that is not known.
+        cls: the module's class, `None` where it cannot be imported.
+        module: the module itself, `None` where only the graph is known.
+    """
+
+    key: str
+    module_id: str
+    name: str
+    cls: type | None
+    module: nn.Module | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """Qualified names for the modules of a traced frame.
+
+    Args:
+        by_id: `id(module)` to (qualified name, module), for the outermost model.
+        enclosing: the modules around the traced frame, outermost first, the frame's own module last.
+    """
+
+    by_id: Mapping[int, tuple[str, nn.Module]] = field(default_factory=dict)
+    enclosing: tuple[nn.Module, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, enclosing: Iterable[nn.Module] = ()) -> ModuleNames:
+        """The names of `model`'s modules, for a frame that runs inside of `enclosing` (outermost first)."""
+        by_id = {id(module): (name, module) for name, module in model.named_modules()}
+        return cls(by_id, tuple(module for module in enclosing if id(module) in by_id))
+
+    def stack(self, node: fx.Node) -> tuple[ModuleCall, ...]:
+        """The module calls that `node` was emitted in, outermost first."""
+        outer = [
+            ModuleCall(f"frame {id(module)}", str(id(module)), self.by_id[id(module)][0], type(module), module)
+            for module in self.enclosing
+        ]
+        entries = (node.meta.get("nn_module_stack") or {}).items()
+        return (*outer, *(self._call(str(key), path, cls) for key, (path, cls) in entries))
+
+    def _call(self, key: str, path: str, cls: type | str) -> ModuleCall:
+        module_id = key.split("@")[0]
+        name, module = qualified_name(path), None
+        if module_id.isdigit() and int(module_id) in self.by_id:
+            name, module = self.by_id[int(module_id)]
+        elif not module_id.isdigit():
+            module_id = name
+            module = next((m for n, m in self.by_id.values() if n == name), None)
+        if module is not None:
+            cls = type(module)
+        return ModuleCall(f"{key} {path}", module_id, name, imported(cls), module)
+
+
+def qualified_name(path: str) -> str:
+    """A stack path as a qualified name.
+
+    Example:
+        >>> qualified_name("L['self'].__dict__['_modules']['transformer_blocks'].0.attn1")
+        'transformer_blocks.0.attn1'
+        >>> qualified_name("blocks.0.attn")
+        'blocks.0.attn'
+    """
+    path = re.sub(r"^[LG]\['\w+'\]", "", path)
+    path = re.sub(r"\.forward\.__self__|\.__dict__\['_modules'\]|\._modules", "", path)
+    path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
+    return path.strip(".")
+
+
+def imported(cls: type | str) -> type | None:
+    """A class from its dotted path, as `torch.export` writes it; a class is returned as it is."""
+    if not isinstance(cls, str):
+        return cls
+    module, _, name = cls.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):
+        return None
+
+
+def call_sites(graph: fx.Graph, names: ModuleNames) -> dict[ModuleCall, list[fx.Node]]:
+    """Every module call of the graph with the nodes it emitted, in graph order.
+
+    Inputs, parameters (`get_attr`) and the output belong to no call.
+    """
+    sites: dict[ModuleCall, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        for call in names.stack(node):
+            sites.setdefault(call, []).append(node)
+    return sites

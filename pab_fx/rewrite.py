@@ -1,0 +1,404 @@
+"""Make each region conditional: the pass that the package is named after.
+
+Before, for an attention of any number of nodes:
+
+    %x   : placeholder
+    %out : call_function[attention](%x, ...)
+    %y   : call_function[operator.add](%x, %out)
+
+After, with the state in buffers of the module and standard nodes only:
+
+    %x         : placeholder
+    %timestep  : placeholder
+    %compute   : not (0 < calls and calls mod N != 0 and lo < timestep < hi)      # the schedule, from %calls
+    %cache     : get_attr[pab_cache_0]
+    %cond      : call_function[cond](%compute, pab_compute_0, pab_read_0, (%cache, %x))
+    %out       : call_function[operator.getitem](%cond, 0)
+    %write     : call_function[aten.copy_](%cache, %out)
+    %y         : call_function[operator.add](%x, %out)
+    %count     : call_function[aten.copy_](%calls, calls + 1)
+
+`pab_compute_0` holds the attention and everything that only fed it (its norm, modulation and projections);
+`pab_read_0` returns a copy of the cache. A timestep that rises starts a new generation: the count is 0 again.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
+
+from . import effects
+from ._torch import cond_op
+from .config import PABConfig
+from .dataflow import is_tensor, value
+from .modules import ModuleNames
+from .schedule import NEVER, AfterTimesteps, Rule, SkipRange
+from .tag import Region, tag
+
+logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+CONDITIONAL = "pab_conditional"
+"""Key in a `cond` node's meta under which its `Conditional` stands; it survives copies of the graph."""
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """What a rewritten graph's `cond` node broadcasts.
+
+    Args:
+        index: number of the conditional in the graph.
+        name: qualified name of the attention or feed-forward.
+        module_id: the same for all calls of one module; they share counter and caches.
+        role: "spatial", "temporal", "cross" or "mlp".
+        rule: when it reuses.
+        call: which of the module's calls in this graph it is.
+        calls: how often the graph calls the module.
+        caches: names of the buffers that hold its outputs.
+    """
+
+    index: int
+    name: str
+    module_id: str
+    role: str
+    rule: Rule
+    call: int
+    calls: int
+    caches: tuple[str, ...]
+
+
+def rewrite(
+    gm: fx.GraphModule,
+    config: Any = None,
+    *,
+    model: nn.Module | None = None,
+) -> fx.GraphModule:
+    """The graph with conditional cache reads and writes in place of its attentions.
+
+    The result is called like `gm` and broadcasts by itself: counter, last timestep and caches are buffers
+    of it. A graph without attention comes back as an equal copy.
+
+    Args:
+        gm: a graph from Dynamo, `torch.export` (`exported.module()`) or `torch.fx.symbolic_trace`; it is not
+            changed. Its timestep is the input called `timestep`, a number or a tensor of any shape, of
+            which the largest element counts; unless `config` has a `current_timestep_callback`.
+        config: a `PABConfig` (default: spatial attention every 2nd step) or diffusers'
+            `PyramidAttentionBroadcastConfig`.
+        model: the model that `gm` was traced from, for its modules' `is_cross_attention` flags.
+
+    Returns:
+        A new GraphModule that shares its parameters with `gm`. `print(result.graph)` reads as above.
+
+    Raises:
+        ValueError: if the graph has been rewritten before, or has attentions to broadcast but neither a
+            timestep input nor a callback.
+
+    Example:
+        >>> class Attention(torch.nn.Module):
+        ...     def forward(self, x, timestep):
+        ...         return x + torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        >>> gm = rewrite(torch.fx.symbolic_trace(Attention()))
+        >>> [node.meta["pab_conditional"].role for node in gm.graph.nodes if node.target is cond_op]
+        ['spatial']
+    """
+    config = PABConfig() if config is None else config
+    if conditionals(gm):
+        raise ValueError("the graph already broadcasts attention; rewrite the original graph instead.")
+    names = ModuleNames.of(model) if model is not None else ModuleNames()
+    result = copy_of(gm)
+    regions = tag(result, config, names)
+    return insert_conditions(result, regions, config.current_timestep_callback)
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module of its own that shares parameters, buffers and submodules with `gm`."""
+    result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    result.meta.update(gm.meta)
+    return result
+
+
+def conditionals(gm: fx.GraphModule) -> dict[fx.Node, Conditional]:
+    """The conditional nodes of a rewritten graph, in graph order."""
+    return {node: node.meta[CONDITIONAL] for node in gm.graph.nodes if CONDITIONAL in node.meta}
+
+
+def insert_conditions(
+    gm: fx.GraphModule,
+    regions: Sequence[Region],
+    timestep_callback: Callable[[], Any] | None = None,
+    allocate: bool = True,
+) -> fx.GraphModule:
+    """Rewrite `gm`, in place, as the module's docstring shows.
+
+    Args:
+        regions: from `tag(gm, ...)`.
+        timestep_callback: yields the timestep in place of the graph's input.
+        allocate: give the cache buffers their real size. `False` where they are to be lifted anyway.
+    """
+    broadcast = [region for region in regions if region.is_broadcast]
+    if not broadcast:
+        return gm
+    bodies = _bodies(gm.graph, regions)
+    schedule = _InGraphSchedule(gm, timestep_callback)
+    calls = Counter(region.module_id for region in broadcast)
+    seen: Counter[str] = Counter()
+    caches: dict[str, tuple[str, ...]] = {}
+    for index, region in enumerate(broadcast):
+        body = bodies[region]
+        branch, operands, outputs = fuse_as_graphmodule(gm, body, f"pab_compute_{index}", always_return_tuple=True)
+        if region.module_id not in caches:
+            caches[region.module_id] = _add_caches(gm, index, outputs, allocate)
+        conditional = Conditional(
+            index=index,
+            name=region.name,
+            module_id=region.module_id,
+            role=region.role,
+            rule=region.rule,  # type: ignore[arg-type]
+            call=seen[region.module_id],
+            calls=calls[region.module_id],
+            caches=caches[region.module_id],
+        )
+        seen[region.module_id] += 1
+        _replace(gm, body, branch, operands, outputs, conditional, schedule.compute(conditional))
+    schedule.count()
+    gm.graph.lint()
+    gm.recompile()
+    logger.debug("made %d regions conditional", len(broadcast))
+    return gm
+
+
+def _bodies(graph: fx.Graph, regions: Sequence[Region]) -> dict[Region, list[fx.Node]]:
+    """For each broadcast region its nodes and those that only feed it, in graph order.
+
+        %n = norm(%x)           # only %a uses it                       %n = norm(%x)  \
+        %a = attention(%n)      # the region                     ->     %a = attention(%n)  / the body
+
+    A node is left where it is if moving it down to the region could move it past an update in place.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    updates = [order[node] for node in graph.nodes if effects.updated(node)]
+    owned = {node for region in regions for node in region.nodes}
+    bodies: dict[Region, list[fx.Node]] = {}
+    for region in regions:
+        if not region.is_broadcast:
+            continue
+        body = set(region.nodes)
+        end = order[region.nodes[-1]]
+        for node in sorted(order, key=order.__getitem__, reverse=True)[len(order) - end :]:
+            movable = (
+                node.op in ("call_function", "call_method", "call_module")
+                and node not in owned
+                and node.users
+                and all(user in body for user in node.users)
+                and is_tensor(node)
+                and effects.is_removable(node)
+                and not any(order[node] < update < end for update in updates if update not in _own(order, region))
+            )
+            if movable:
+                body.add(node)
+        bodies[region] = sorted(body, key=order.__getitem__)
+    return bodies
+
+
+def _own(order: dict[fx.Node, int], region: Region) -> set[int]:
+    return {order[node] for node in region.nodes}
+
+
+def _add_caches(gm: fx.GraphModule, index: int, outputs: tuple[fx.Node, ...], allocate: bool) -> tuple[str, ...]:
+    """Register a buffer for each output of a region and return their names."""
+    names = []
+    for i, output in enumerate(outputs):
+        name = f"pab_cache_{index}" + (f"_{i}" if len(outputs) > 1 else "")
+        recorded = value(output)
+        if allocate and isinstance(recorded, torch.Tensor) and all(isinstance(s, int) for s in recorded.shape):
+            buffer = torch.zeros(recorded.shape, dtype=recorded.dtype, device=recorded.device)
+        else:  # sized by the first write
+            like = next((p for p in gm.parameters() if p.is_floating_point()), torch.empty(0))
+            buffer = torch.empty(0, dtype=like.dtype, device=like.device)
+        gm.register_buffer(name, buffer, persistent=False)
+        names.append(name)
+    return tuple(names)
+
+
+def _replace(
+    gm: fx.GraphModule,
+    body: list[fx.Node],
+    branch: fx.GraphModule,
+    operands: tuple[fx.Node, ...],
+    outputs: tuple[fx.Node, ...],
+    conditional: Conditional,
+    compute: fx.Node,
+) -> None:
+    """Put a `cond` node, its items and the cache writes in the place of a body."""
+    graph, count = gm.graph, len(conditional.caches)
+    _add_cache_inputs(branch, count)
+    branches = {f"pab_compute_{conditional.index}": branch, f"pab_read_{conditional.index}": _reader(branch, count)}
+    for name, module in branches.items():
+        gm.add_submodule(name, module)
+    with graph.inserting_before(body[-1].next):
+        caches = [graph.get_attr(name) for name in conditional.caches]
+        arguments = (compute, *map(graph.get_attr, branches), (*caches, *operands))
+        cond = graph.call_function(cond_op, arguments)
+        items = [graph.call_function(operator.getitem, (cond, i)) for i in range(len(outputs))]
+    cond.meta[CONDITIONAL] = conditional
+    cond.meta["nn_module_stack"] = outputs[-1].meta.get("nn_module_stack", {})
+    for item, output in zip(items, outputs, strict=True):
+        item.meta = dict(output.meta)
+        output.replace_all_uses_with(item, delete_user_cb=lambda user: user not in body)
+    _sink_users(body[0], items)
+    erase_nodes(gm, body)
+    for cache, item in zip(caches, items, strict=True):
+        _write(graph, cache, item)
+
+
+def _sink_users(first: fx.Node, items: list[fx.Node]) -> None:
+    """Move what reads the items, but stands before them, behind them; the order among it is kept."""
+    late, anchor, node = set(items), items[-1], first
+    while node is not items[0]:
+        following = node.next
+        if not late.isdisjoint(node.all_input_nodes):
+            anchor.append(node)
+            late.add(node)
+            anchor = node
+        node = following
+
+
+def _write(graph: fx.Graph, cache: fx.Node, item: fx.Node) -> None:
+    """Copy an output into its cache, after the last update in place that it undergoes.
+
+    The hooks of diffusers keep the very tensor that the model goes on to update; so does this.
+    """
+    after = item
+    for node in graph.nodes:
+        if any(effects.may_alias(target, item) for target in effects.updated(node)) and node > item:
+            after = node
+    with graph.inserting_before(after.next):
+        target = graph.get_attr(str(cache.target))
+        if graph.owning_module.get_buffer(str(cache.target)).numel() == 0:  # type: ignore[union-attr]
+            target = graph.call_function(aten.resize_as_.default, (target, item))
+        graph.call_function(aten.copy_.default, (target, item))
+
+
+def _add_cache_inputs(branch: fx.GraphModule, count: int) -> None:
+    """Give a branch the caches as its first operands: both branches of a `cond` take the same ones."""
+    first = next(iter(branch.graph.nodes))
+    with branch.graph.inserting_before(first):
+        for i in range(count):
+            branch.graph.placeholder(f"pab_cache_{i}")
+    branch.recompile()
+
+
+def _reader(branch: fx.GraphModule, count: int) -> fx.GraphModule:
+    """The branch that reads: copies of the caches, since a branch may not return its operands."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(node.name) for node in branch.graph.nodes if node.op == "placeholder"]
+    graph.output(tuple(graph.call_function(torch.clone, (cache,)) for cache in inputs[:count]))
+    return fx.GraphModule(nn.Module(), graph, class_name=branch._get_name().replace("compute", "read"))
+
+
+class _InGraphSchedule:
+    """The schedule as nodes of the graph: `schedule.SkipRange` and `AfterTimesteps` over buffers.
+
+    Counters are floating point and live on the CPU, like the predicates made of them: a condition on a
+    device would make the host wait for it.
+    """
+
+    def __init__(self, gm: fx.GraphModule, timestep_callback: Callable[[], Any] | None) -> None:
+        self.graph = gm.graph
+        self.gm = gm
+        self._predicates: dict[tuple[Rule, int, int], fx.Node] = {}
+        self._counts: list[tuple[str, fx.Node]] = []
+        *_, last = self.graph.find_nodes(op="placeholder")
+        with self.graph.inserting_before(last.next):
+            self.end = self.graph.create_node("call_function", torch.full, ((), 0.0), {"dtype": torch.float64})
+        with self._nodes():
+            self.timestep = self._call(torch.amax, self._timestep(timestep_callback))
+            before = self._buffer("pab_timestep", math.inf)
+            rises = self._call(torch.gt, self.timestep, before)
+            self.calls = self._call(torch.where, rises, 0.0, self._buffer("pab_calls", 0.0))
+            self._counts += [
+                ("pab_calls", self._call(torch.add, self.calls, 1.0)),
+                ("pab_timestep", self.timestep),
+            ]
+
+    def compute(self, conditional: Conditional) -> fx.Node:
+        """The predicate of one conditional; conditionals with the same rule and counter share it."""
+        key = (conditional.rule, conditional.call, conditional.calls)
+        if key not in self._predicates:
+            with self._nodes():
+                n = self.calls
+                if conditional.calls > 1:
+                    n = self._call(torch.add, self._call(torch.mul, n, float(conditional.calls)), float(conditional.call))
+                reuse = self._skip_range(conditional.rule, n) if isinstance(conditional.rule, SkipRange) else (
+                    self._after_timesteps(conditional.rule, n)
+                )
+                reuse = self._call(torch.logical_and, self._call(torch.gt, n, 0.0), reuse)
+                self._predicates[key] = self._call(torch.logical_not, reuse)
+        return self._predicates[key]
+
+    def _skip_range(self, rule: SkipRange, n: fx.Node) -> fx.Node:
+        above = self._call(torch.gt, self.timestep, float(rule.low))
+        below = self._call(torch.lt, self.timestep, float(rule.high))
+        between = self._call(torch.ne, self._call(torch.remainder, n, float(rule.skip_range)), 0.0)
+        return self._call(torch.logical_and, self._call(torch.logical_and, above, below), between)
+
+    def _after_timesteps(self, rule: AfterTimesteps, n: fx.Node) -> fx.Node:
+        lifetime = self._call(torch.full_like, self.timestep, 0.0)
+        for listed, count in sorted(rule.skip_counts, key=lambda entry: entry[1]):
+            here = self._call(torch.eq, self.timestep, listed)
+            lifetime = self._call(torch.where, here, float(count), lifetime)
+        name = f"pab_until_{len(self._predicates)}"
+        until = self._buffer(name, NEVER)
+        unlisted = self._call(torch.eq, lifetime, 0.0)
+        reuse = self._call(torch.logical_and, unlisted, self._call(torch.le, n, until))
+        computed = self._call(torch.add, n, lifetime)
+        self._counts.append((name, self._call(torch.where, reuse, until, computed)))
+        return reuse
+
+    def count(self) -> None:
+        """Write counters and timestep back, at the end of the graph; the marker node goes."""
+        self.graph.erase_node(self.end)
+        with self.graph.inserting_before(self.graph.output_node()):
+            for name, counted in self._counts:
+                self.graph.call_function(aten.copy_.default, (self.graph.get_attr(name), counted))
+
+    def _timestep(self, callback: Callable[[], Any] | None) -> fx.Node:
+        if callback is not None:
+            found = self._call(callback)
+        else:
+            inputs = {node: timestep_name(node) for node in self.graph.find_nodes(op="placeholder")}
+            named = [node for name in TIMESTEP_NAMES for node in inputs if inputs[node] == name]
+            if not named:
+                raise ValueError(
+                    f"the graph has no timestep: none of its inputs is called {', '.join(TIMESTEP_NAMES)}. "
+                    "Trace a forward that takes one, or set current_timestep_callback in the config."
+                )
+            found = named[0]
+        return self._call(torch.as_tensor, found, dtype=torch.float64, device="cpu")
+
+    def _buffer(self, name: str, start: float) -> fx.Node:
+        self.gm.register_buffer(name, torch.tensor(start, dtype=torch.float64), persistent=False)
+        return self.graph.get_attr(name)
+
+    def _nodes(self) -> Any:
+        return self.graph.inserting_before(self.end)
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(function, args, kwargs)
+
+
+def timestep_name(node: fx.Node) -> str:
+    """The bare name of a graph input: "timestep" for Dynamo's `l_timestep_`."""
+    name = str(node.target).lower()
+    return name[2:-1] if name.startswith("l_") and name.endswith("_") else name

@@ -1,0 +1,131 @@
+"""Decide the conditions of a rewritten graph: partial evaluation with known predicates.
+
+Before:
+
+    %cond  : call_function[cond](%compute, pab_compute_0, pab_read_0, (%cache, %x))
+    %out   : call_function[operator.getitem](%cond, 0)
+    %write : call_function[aten.copy_](%cache, %out)
+    %y     : call_function[operator.add](%x, %out)
+
+After, where it is known to compute:                    and where it is known to reuse:
+
+    %norm  : call_function[layer_norm](%x)                  %cache : get_attr[pab_cache_0]
+    %out   : call_function[attention](%norm)                %y     : call_function[operator.add](%x, %cache)
+    %write : call_function[aten.copy_](%cache, %out)
+    %y     : call_function[operator.add](%x, %out)
+
+Conditions that are not decided stay (the residual).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+from torch import fx
+
+from . import effects
+from .config import ROLES
+from .rewrite import Conditional, aten, conditionals, copy_of
+
+
+def specialize(
+    gm: fx.GraphModule, reuse: Collection[str] = (), compute: Collection[str] | None = None
+) -> fx.GraphModule:
+    """The rewritten graph with its conditions decided, and without what is dead then.
+
+    Args:
+        gm: from `rewrite`; it is not changed.
+        reuse: what reuses: roles ("spatial") or names of regions ("blocks.0.attn1"); a name stands for all
+            calls of that module, `name#1` for its second.
+        compute: what computes; `None` for everything that is not in `reuse`. What is in neither stays
+            conditional.
+
+    Returns:
+        A new GraphModule with the buffers of `gm`: it goes on counting and writing what it computes.
+
+    Raises:
+        ValueError: for a role or name that is none of the graph's, or that is in both.
+
+    Example:
+        >>> import torch
+        >>> from pab_fx import rewrite
+        >>> class Attention(torch.nn.Module):
+        ...     def forward(self, x, timestep):
+        ...         return x + torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        >>> reusing = specialize(rewrite(torch.fx.symbolic_trace(Attention())), reuse={"spatial"})
+        >>> any("attention" in str(node.target) for node in reusing.graph.nodes)
+        False
+    """
+    result = copy_of(gm)
+    found = conditionals(result)
+    names = {name for conditional in found.values() for name in _names(conditional)}
+    for name in (*reuse, *(compute or ())):
+        if name not in names and name not in ROLES:
+            raise ValueError(f"{name!r} is neither a role nor a region of this graph; it has {sorted(names)}.")
+    decisions: dict[int, bool] = {}
+    for conditional in found.values():
+        reused = any(name in reuse for name in _names(conditional))
+        computed = not reused if compute is None else any(name in compute for name in _names(conditional))
+        if reused and computed:
+            raise ValueError(f"{conditional.name} is in both reuse={reuse!r} and compute={compute!r}.")
+        if reused or computed:
+            decisions[conditional.index] = reused
+    return decide(result, decisions)
+
+
+def _names(conditional: Conditional) -> tuple[str, ...]:
+    return (conditional.role, conditional.name, f"{conditional.name}#{conditional.call}")
+
+
+def decide(gm: fx.GraphModule, reuse: dict[int, bool]) -> fx.GraphModule:
+    """Decide conditionals of `gm`, in place: index of the conditional to whether it reuses."""
+    for cond, conditional in conditionals(gm).items():
+        if conditional.index not in reuse:
+            continue
+        items = _items(cond)
+        if reuse[conditional.index]:
+            results = list(cond.args[3][: len(conditional.caches)])  # type: ignore[index]
+        else:
+            results = _inline(gm, cond)
+        for i, item in items.items():
+            if reuse[conditional.index]:
+                _erase_writes(gm.graph, item)
+            item.replace_all_uses_with(results[i], propagate_meta=False)
+            results[i].meta.update(item.meta)
+            gm.graph.erase_node(item)
+        gm.graph.erase_node(cond)
+    effects.eliminate_dead_code(gm.graph)
+    gm.delete_all_unused_submodules()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _items(cond: fx.Node) -> dict[int, fx.Node]:
+    return {user.args[1]: user for user in cond.users if user.target is operator.getitem}  # type: ignore[misc]
+
+
+def _erase_writes(graph: fx.Graph, item: fx.Node) -> None:
+    """Take out the writes of a reused output: they would copy a cache onto itself."""
+    for write in [user for user in item.users if user.target is aten.copy_.default and user.args[1] is item]:
+        graph.erase_node(write)
+    for resize in [user for user in item.users if user.target is aten.resize_as_.default and not user.users]:
+        graph.erase_node(resize)
+
+
+def _inline(gm: fx.GraphModule, cond: fx.Node) -> list[Any]:
+    """Copy the computing branch before `cond` and return what it yields."""
+    prefix = str(cond.args[1].target)  # type: ignore[union-attr]
+    branch: fx.GraphModule = gm.get_submodule(prefix)  # type: ignore[assignment]
+    inputs = branch.graph.find_nodes(op="placeholder")
+    copies: dict[fx.Node, Any] = dict(zip(inputs, cond.args[3], strict=True))  # type: ignore[arg-type]
+    with gm.graph.inserting_before(cond):
+        for node in branch.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            copies[node] = gm.graph.node_copy(node, copies.__getitem__)
+            if node.op in ("call_module", "get_attr"):
+                copies[node].target = f"{prefix}.{node.target}"
+    return [copies[result] for result in branch.graph.output_node().args[0]]  # type: ignore[union-attr]

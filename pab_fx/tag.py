@@ -1,0 +1,354 @@
+"""Find what can be broadcast in a traced graph and give each its role. No graph is changed here.
+
+A *region* is a set of nodes whose outputs are kept and reused: one call of an attention, or of a
+feed-forward. Given diffusers' config, regions are the modules that its hooks would wrap, with the roles the
+hooks would give. Given a `PABConfig`, they are found in the dataflow (see `dataflow`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from . import _diffusers, effects
+from .config import ATTENTION_ROLES, PABConfig
+from .dataflow import (
+    Core,
+    activations,
+    attends_frames,
+    attention_cores,
+    backward,
+    is_projection,
+    is_tensor,
+    is_tuple,
+    op_name,
+    reads_another_sequence,
+    shape,
+    value,
+    video_axes,
+)
+from .modules import ModuleCall, ModuleNames, call_sites
+from .schedule import AfterTimesteps, Rule, SkipRange
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes whose outputs are broadcast together.
+
+    Args:
+        name: qualified name of the attention or feed-forward; for one that is no module, of its core node.
+        module_id: the same for all calls of one module in this graph.
+        role: "spatial", "temporal", "cross" or "mlp".
+        rule: when it reuses; `None` if the config leaves it alone.
+        why: why it has that role.
+        nodes: the region's nodes in graph order.
+        outputs: those of them whose tensors are kept.
+        unsafe: why it is computed in every step although it has a rule; `None` if it can be broadcast.
+        note: something a user should know of it.
+    """
+
+    name: str
+    module_id: str
+    role: str
+    rule: Rule | None
+    why: str
+    nodes: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...] = ()
+    unsafe: str | None = None
+    note: str | None = None
+
+    @property
+    def is_broadcast(self) -> bool:
+        """Whether the rewrite makes this region conditional."""
+        return self.rule is not None and self.unsafe is None
+
+
+def tag(gm: fx.GraphModule, config: Any, names: ModuleNames | None = None) -> tuple[Region, ...]:
+    """The regions of a graph, in graph order; those that are left alone are listed too, with the reason.
+
+    Args:
+        gm: a graph from Dynamo, `torch.export` or `torch.fx.symbolic_trace`.
+        config: a `PABConfig` or diffusers' `PyramidAttentionBroadcastConfig`.
+        names: qualified names and modules, where the graph itself does not tell.
+    """
+    names = names or ModuleNames()
+    found = _by_dataflow(gm, config, names) if isinstance(config, PABConfig) else _by_module(gm, config, names)
+    taken: set[fx.Node] = set()
+    regions = []
+    for region in found:
+        if taken.isdisjoint(region.nodes):
+            taken.update(region.nodes)
+            regions.append(_bounded(gm.graph, region))
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+    return tuple(sorted(regions, key=lambda region: position[region.nodes[0]]))
+
+
+# ------------------------------------------------------------------------------------ as diffusers' hooks
+
+
+def _by_module(gm: fx.GraphModule, config: Any, names: ModuleNames) -> list[Region]:
+    """The modules that diffusers would hook, the outermost of nested ones first."""
+    acts = activations(gm.graph)
+    cores = {core.node: core for core in attention_cores(gm.graph, acts)}
+    regions = []
+    for call, nodes in call_sites(gm.graph, names).items():
+        if not _diffusers.is_attention(call.cls):
+            continue
+        if call.module is not None:
+            is_cross = bool(getattr(call.module, "is_cross_attention", False))
+            why = f"is_cross_attention is {is_cross}"
+        else:
+            inside = [cores[node] for node in nodes if node in cores]
+            is_cross = bool(inside) and all(reads_another_sequence(core, acts, cores) for core in inside)
+            why = "keys and values come from " + ("another sequence" if is_cross else "the queries' sequence")
+        role = _diffusers.role_of(call.name, is_cross, config)
+        rule = _attention_rule(config, role) if role else None
+        if role is None:
+            role, why = "cross" if is_cross else "spatial", f"{why}; no identifier with a skip range matches"
+        regions.append(Region(call.name, call.module_id, role, rule, why, tuple(nodes)))
+    return sorted(regions, key=lambda region: region.rule is None)
+
+
+def _attention_rule(config: Any, role: str) -> SkipRange | None:
+    if isinstance(config, PABConfig):
+        skip_range = config.skip_range(role)
+    else:
+        skip_range = _diffusers.skip_range(config, role)
+    window = getattr(config, f"{role}_attention_timestep_skip_range")
+    return None if skip_range is None else SkipRange(skip_range, *window)
+
+
+# -------------------------------------------------------------------------------------------- by dataflow
+
+
+def _by_dataflow(gm: fx.GraphModule, config: PABConfig, names: ModuleNames) -> list[Region]:
+    """Attentions around their cores; feed-forwards of the blocks that hold attentions."""
+    graph = gm.graph
+    acts = activations(graph)
+    cores = {core.node: core for core in attention_cores(graph, acts)}
+    sites = call_sites(graph, names)
+    axes = video_axes(graph, acts)
+    grouped: dict[str, tuple[ModuleCall | None, list[fx.Node], list[Core]]] = {}
+    for core in cores.values():
+        call = _attention_module(core, sites, names, acts, cores)
+        key = call.key if call else core.node.name
+        nodes = sites[call] if call else _around(core, acts)
+        grouped.setdefault(key, (call, nodes, []))[2].append(core)
+    regions = []
+    for key, (call, nodes, inside) in grouped.items():
+        name, module_id = (call.name, call.module_id) if call else (_unnamed(key, inside, names), key)
+        role, why = _role_by_dataflow(name, inside, config, acts, cores, axes)
+        regions.append(Region(name, module_id, role, _attention_rule(config, role), why, tuple(nodes)))
+    return regions + _feed_forwards(sites, names, config, acts, set(cores))
+
+
+def _role_by_dataflow(
+    name: str,
+    inside: list[Core],
+    config: PABConfig,
+    acts: set[fx.Node],
+    cores: dict[fx.Node, Core],
+    axes: dict[fx.Node, Any],
+) -> tuple[str, str]:
+    for role in ATTENTION_ROLES:
+        for identifier in config.identifiers(role):
+            if re.search(identifier, name):
+                return role, f"its name matches {identifier!r}"
+    if all(reads_another_sequence(core, acts, cores) for core in inside):
+        return "cross", "keys and values come from another sequence than the queries"
+    if all(attends_frames(core, axes) for core in inside):
+        return "temporal", "the attended axis is the frames of the video"
+    return "spatial", "queries, keys and values come from one sequence"
+
+
+def _unnamed(key: str, inside: list[Core], names: ModuleNames) -> str:
+    """A name for an attention that is no module of its own: the innermost module around it, and the node."""
+    stack = names.stack(inside[0].node)
+    return f"{stack[-1].name}:{key}".lstrip(":") if stack else key
+
+
+def _attention_module(
+    core: Core,
+    sites: dict[ModuleCall, list[fx.Node]],
+    names: ModuleNames,
+    acts: set[fx.Node],
+    cores: dict[fx.Node, Core],
+) -> ModuleCall | None:
+    """The module call that is this attention: the innermost one around its core and a projection of it.
+
+    `None` if that module does more than attend, such as a block with the attention written out in it.
+    """
+    operands = list(backward([core.query, *core.keys], until=lambda n: is_projection(n, acts)))
+    projections = {node for node in operands if is_projection(node, acts)}
+    for call in reversed(names.stack(core.node)):
+        nodes = sites[call]
+        if not projections or not projections.isdisjoint(nodes):
+            return call if _only_attends(core, nodes, acts, cores) else None
+    return None
+
+
+def _only_attends(core: Core, nodes: list[fx.Node], acts: set[fx.Node], cores: dict[fx.Node, Core]) -> bool:
+    """Whether nothing but an output projection comes between an attention's core and the module's end."""
+    inside = set(nodes)
+    downstream: dict[fx.Node, int] = {core.node: 0}  # node -> projections since the core
+    for node in nodes[nodes.index(core.node) + 1 :]:
+        depths = [downstream[source] for source in node.all_input_nodes if source in downstream]
+        if depths:
+            downstream[node] = max(depths) + is_projection(node, acts)
+    others = [other for other in inside if other in cores and other is not core.node]
+    return max(downstream.values()) <= 1 and not any(other in downstream for other in others)
+
+
+def _around(core: Core, acts: set[fx.Node]) -> list[fx.Node]:
+    """The nodes of an attention that is no module: its core and what alone follows it up to the projection.
+
+    Followed are operations with one activation operand; a second projection, a sum with the residual or a
+    gate ends the attention. What leads up to the core needs no listing: nobody uses it once the core is gone.
+    """
+    nodes, last = [core.node], core.node
+    while len(last.users) == 1:
+        (following,) = last.users
+        sources = [source for source in following.all_input_nodes if source in acts]
+        projected = any(is_projection(node, acts) for node in nodes)
+        if following.op == "output" or len(sources) != 1 or (projected and is_projection(following, acts)):
+            break
+        if _is_nonlinear(following) or "norm" in op_name(following) or effects.updated(following):
+            break
+        nodes.append(following)
+        last = following
+    return nodes
+
+
+NONLINEARITIES = {"gelu", "silu", "relu", "sigmoid", "tanh", "mish", "hardswish", "relu6", "leaky_relu", "elu", "softplus"}
+
+
+def _is_nonlinear(node: fx.Node) -> bool:
+    return op_name(node) in NONLINEARITIES
+
+
+def _feed_forwards(
+    sites: dict[ModuleCall, list[fx.Node]],
+    names: ModuleNames,
+    config: PABConfig,
+    acts: set[fx.Node],
+    cores: set[fx.Node],
+) -> list[Region]:
+    """Modules beside an attention in a numbered block that project, bend and project back."""
+    attends = {call for call, nodes in sites.items() if not cores.isdisjoint(nodes)}
+    regions = []
+    for call, nodes in sites.items():
+        stack = names.stack(nodes[0])
+        depth = next(i for i, outer in enumerate(stack) if outer.key == call.key)
+        parent = stack[depth - 1] if depth else None
+        if call in attends or parent is None or parent not in attends:
+            continue
+        index = next((int(part) for part in parent.name.split(".") if part.isdigit()), None)
+        projections = [i for i, node in enumerate(nodes) if is_projection(node, acts)]
+        if index is None or len(projections) < 2:
+            continue
+        if not any(_is_nonlinear(node) for node in nodes[projections[0] : projections[-1]]):
+            continue
+        if shape(nodes[projections[0]].all_input_nodes[0]) != shape(nodes[projections[-1]]):
+            continue
+        why = f"projects, bends and projects back beside the attention of block {index}"
+        regions.append(Region(call.name, call.module_id, "mlp", _mlp_rule(config, index), why, tuple(nodes)))
+    return regions
+
+
+def _mlp_rule(config: PABConfig, block: int) -> AfterTimesteps | None:
+    skip_counts = tuple(
+        (timestep, entry.skip_count)
+        for entry in config.mlp
+        if entry.blocks is None or block in entry.blocks
+        for timestep in entry.timesteps
+    )
+    return AfterTimesteps(skip_counts) if skip_counts else None
+
+
+# ------------------------------------------------------------------------------------ bounds and safety
+
+
+def _bounded(graph: fx.Graph, region: Region) -> Region:
+    """The region with its outputs, or with the reason why it cannot be broadcast."""
+    if region.rule is None:
+        return region
+    unsafe = _unsafe(graph, region.nodes)
+    if unsafe:
+        return replace(region, unsafe=unsafe)
+    nodes, outputs = _outputs(region.nodes)
+    if not outputs:
+        return replace(region, unsafe="none of its tensors is used outside of it")
+    note = None
+    if any(_updated_later(graph, output, nodes) for output in outputs):
+        note = "its output is updated in place afterwards; what is kept is the updated value, as with hooks"
+    return replace(region, nodes=nodes, outputs=outputs, note=note)
+
+
+def _outputs(nodes: Iterable[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    """Shrink a region to where its outputs are tensors that share no storage, and return both.
+
+        %whole = linear(%x)                               %whole = linear(%x)           (output)
+        %text  = getitem(%whole, 0:4)    (output)   ->    ---------------------------------------
+        %image = getitem(%whole, 4:)     (output)         %text, %image as before, outside
+
+    Views, sizes and items of tuples are cheap to take again from what is kept.
+    """
+    inside = dict.fromkeys(nodes)
+    for node in list(inside):
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        if source is not None and source not in inside and isinstance(value(source), (tuple, list)):
+            del inside[node]  # an item of a tuple made outside: operands are tensors
+    while True:
+        outputs = [node for node in inside if any(user not in inside for user in node.users)]
+        outer = next((node for node in outputs if not is_tensor(node) or effects.is_view(node)), None)
+        if outer is None:
+            return tuple(inside), tuple(outputs)
+        items = [user for user in outer.users if user not in inside]
+        if is_tuple(outer) and not effects.is_view(outer) and all(_takes_item(user) for user in items):
+            inside = {n: None for node in inside for n in ((node, *items) if node is outer else (node,))}
+        else:
+            del inside[outer]
+
+
+def _takes_item(node: fx.Node) -> bool:
+    return op_name(node) == "getitem"
+
+
+def _unsafe(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> str | None:
+    """Why these nodes cannot be skipped in a step, or cannot be moved to one place; `None` if they can."""
+    inside = set(nodes)
+    outside = {source for node in nodes for source in node.all_input_nodes if source not in inside}
+    for node in nodes:
+        if effects.draws_random_numbers(node):
+            return f"it draws random numbers ({node.name})"
+        for target in effects.updated(node):
+            if any(effects.may_alias(target, source) for source in outside):
+                return f"it updates a tensor from outside in place ({node.name})"
+    order = list(graph.nodes)
+    first, last = order.index(nodes[0]), order.index(nodes[-1])
+    for node in order[first:last]:
+        if node not in inside and any(
+            effects.may_alias(target, source) for target in effects.updated(node) for source in outside
+        ):
+            return f"a tensor it reads is updated in place while it runs ({node.name})"
+    return None
+
+
+def _updated_later(graph: fx.Graph, output: fx.Node, inside: tuple[fx.Node, ...]) -> bool:
+    """Whether a node outside of the region updates the output in place."""
+    return any(
+        effects.may_alias(target, output)
+        for node in graph.nodes
+        if node not in inside
+        for target in effects.updated(node)
+    )
+
+
+def regions_per_role(regions: Iterable[Region]) -> dict[str, int]:
+    """How many regions of each role are broadcast."""
+    return dict(Counter(region.role for region in regions if region.is_broadcast))
