@@ -1412,7 +1412,7 @@ _WITHOUT_CACHE_MIXIN = (
             axes_dims=[4, 6, 6],
             axes_lens=[128, 16, 16],
         ),
-        lambda draw: {"x": [draw.noise(4, 1, 8, 8)], "cap_feats": [draw.fixed(7, 16)]},
+        lambda draw: {"x": [draw.noise(4, 1, 16, 16)], "cap_feats": [draw.fixed(7, 16)]},
         lambda t: {"t": (1000 - _full(t, 1)) / 1000},
         "ZImagePipeline; it has no current_timestep",
     ),
