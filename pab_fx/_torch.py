@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,13 @@ from torch import fx, nn
 # The conditional as an operator, for use as a node's target: `torch.cond` itself, called without a
 # surrounding torch.compile, would start one. Seen in 2.9 to 2.15; `torch.cond` is the public spelling.
 cond_op = torch.ops.higher_order.cond
+
+
+def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, held to the strides it is traced with. Inductor's `force_stride_order`, seen in 2.9 to 2.15."""
+    from torch._inductor import inductor_prims
+
+    return inductor_prims.force_stride_order(tensor, tensor.stride())
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:
@@ -78,4 +85,15 @@ def traced_shapes(gm: fx.GraphModule) -> Iterator[list[Any]]:
     values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
     mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     with tracing(TracingContext(mode)):
-        yield values
+        yield [
+            mode.from_tensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else value
+            for value in values
+        ]
+
+
+def sizes_at(shape: Sequence[Any], known: Sequence[tuple[torch.SymInt, int]]) -> tuple[int, ...]:
+    """A symbolic shape where the given symbols have the given values. `SymNode.expr` seen in 2.9 to 2.15."""
+    values = {symbol.node.expr: size for symbol, size in known}
+    return tuple(
+        int(extent.node.expr.xreplace(values)) if isinstance(extent, torch.SymInt) else int(extent) for extent in shape
+    )

@@ -30,7 +30,8 @@ import torch
 from torch import fx
 
 from . import effects
-from ._torch import cond_op
+from ._torch import cond_op, hold_strides
+from .dataflow import value
 from .rewrite import aten, conditionals
 
 
@@ -41,13 +42,13 @@ class Lifted:
     Args:
         gm: takes the original inputs, then `predicates`, then `reads`; returns the original outputs, then
             `writes`.
-        predicates: for each predicate input, the conditionals (by index) that compute when it is true.
+        predicates: index of the conditional that each predicate input belongs to; it computes when it is true.
         reads: names of the caches that are read, each an input.
         writes: names of the caches that are written, each an output.
     """
 
     gm: fx.GraphModule
-    predicates: tuple[tuple[int, ...], ...]
+    predicates: tuple[int, ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
 
@@ -68,16 +69,35 @@ def lift(gm: fx.GraphModule) -> Lifted:
     return Lifted(gm, predicates, reads, tuple(written))
 
 
-def _lift_predicates(graph: fx.Graph) -> tuple[tuple[int, ...], ...]:
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    indices = {cond: conditional.index for cond, conditional in conditionals(_owner(graph)).items()}
-    for cond in indices:
-        groups.setdefault(cond.args[0], []).append(cond)  # type: ignore[arg-type]
-    for i, conds in enumerate(groups.values()):
-        predicate = _placeholder(graph, f"pab_compute_{i}", torch.tensor(True))
-        for cond in conds:
-            cond.args = (predicate, *cond.args[1:])
-    return tuple(tuple(indices[cond] for cond in conds) for conds in groups.values())
+def fix_operand_strides(gm: fx.GraphModule) -> fx.GraphModule:
+    """Hold the operands of each `cond` to the strides that they were traced with, in place.
+
+        %cond = cond(%compute, ..., (%cache, %x))    ->    %c    = hold_strides(%x)
+                                                           %cond = cond(%compute, ..., (%cache, %c))
+
+    Inductor compiles a branch for those strides, but is free to choose others for what the surrounding
+    graph computes; the branch then refuses its operand at run time (seen in 2.13).
+    """
+    for cond in conditionals(gm):
+        operands = list(cond.args[3])  # type: ignore[call-overload]
+        for i, operand in enumerate(operands):
+            recorded = value(operand)
+            if operand.op == "placeholder" or not isinstance(recorded, torch.Tensor):
+                continue
+            with gm.graph.inserting_before(cond):
+                operands[i] = gm.graph.call_function(hold_strides, (operand,))
+        cond.args = (*cond.args[:3], tuple(operands))
+    gm.recompile()
+    return gm
+
+
+def _lift_predicates(graph: fx.Graph) -> tuple[int, ...]:
+    """Give each conditional a predicate input of its own; return the conditionals' indices in that order."""
+    found = conditionals(_owner(graph))
+    for cond, conditional in found.items():
+        predicate = _placeholder(graph, f"pab_compute_{conditional.index}", torch.tensor(True))
+        cond.args = (predicate, *cond.args[1:])
+    return tuple(conditional.index for conditional in found.values())
 
 
 def _lift_caches(graph: fx.Graph) -> tuple[tuple[str, ...], dict[str, fx.Node]]:
@@ -89,7 +109,10 @@ def _lift_caches(graph: fx.Graph) -> tuple[tuple[str, ...], dict[str, fx.Node]]:
             name = _state_name(node.args[0])
             if name.startswith("pab_cache_"):
                 written[name] = node.args[1]
+            target = node.args[0]
             graph.erase_node(node)
+            if _is_resize(target):
+                graph.erase_node(target)
         elif node.op == "get_attr" and str(node.target).startswith("pab_cache_"):
             readers = [user for user in node.users if user.target is not aten.copy_.default and not _is_resize(user)]
             if not readers:

@@ -40,7 +40,7 @@ from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 from . import effects
 from ._torch import cond_op
 from .config import PABConfig
-from .dataflow import is_tensor, value
+from .dataflow import is_tensor, is_tuple, value
 from .modules import ModuleNames
 from .schedule import NEVER, AfterTimesteps, Rule, SkipRange
 from .tag import Region, tag
@@ -155,7 +155,7 @@ def insert_conditions(
     seen: Counter[str] = Counter()
     caches: dict[str, tuple[str, ...]] = {}
     for index, region in enumerate(broadcast):
-        body = bodies[region]
+        body = _with_own_views(gm.graph, bodies[region])
         branch, operands, outputs = fuse_as_graphmodule(gm, body, f"pab_compute_{index}", always_return_tuple=True)
         if region.module_id not in caches:
             caches[region.module_id] = _add_caches(gm, index, outputs, allocate)
@@ -202,6 +202,7 @@ def _bodies(graph: fx.Graph, regions: Sequence[Region]) -> dict[Region, list[fx.
                 and node.users
                 and all(user in body for user in node.users)
                 and is_tensor(node)
+                and not any(is_tuple(source) for source in node.all_input_nodes)
                 and effects.is_removable(node)
                 and not any(order[node] < update < end for update in updates if update not in _own(order, region))
             )
@@ -213,6 +214,31 @@ def _bodies(graph: fx.Graph, regions: Sequence[Region]) -> dict[Region, list[fx.
 
 def _own(order: dict[fx.Node, int], region: Region) -> set[int]:
     return {order[node] for node in region.nodes}
+
+
+def _with_own_views(graph: fx.Graph, body: list[fx.Node]) -> list[fx.Node]:
+    """The body with copies of those views it reads that share storage: a `cond` takes no operands that do.
+
+        %a, %b = chunk(%base, 2)                             %a, %b = chunk(%base, 2)   # for others
+        %o     = attention(%x, %a, %b)   # the body    ->    %c, %d = chunk(%base, 2)   \
+                                                             %o     = attention(%x, %c, %d)  / the body
+    """
+    inside = set(body)
+    while True:
+        operands = dict.fromkeys(s for node in inside for s in node.all_input_nodes if s not in inside)
+        shared = [
+            view
+            for view in operands
+            if (effects.is_view(view) or is_tuple(view))
+            and (is_tuple(view) or any(effects.may_alias(view, other) for other in operands if other is not view))
+        ]
+        if not shared:
+            return sorted(inside)
+        for view in shared:
+            with graph.inserting_before(view.next):
+                own = graph.node_copy(view)
+            view.replace_all_uses_with(own, delete_user_cb=lambda user: user in inside)  # noqa: B023
+            inside.add(own)
 
 
 def _add_caches(gm: fx.GraphModule, index: int, outputs: tuple[fx.Node, ...], allocate: bool) -> tuple[str, ...]:

@@ -144,7 +144,7 @@ def _by_dataflow(gm: fx.GraphModule, config: PABConfig, names: ModuleNames) -> l
         name, module_id = (call.name, call.module_id) if call else (_unnamed(key, inside, names), key)
         role, why = _role_by_dataflow(name, inside, config, acts, cores, axes)
         regions.append(Region(name, module_id, role, _attention_rule(config, role), why, tuple(nodes)))
-    return regions + _feed_forwards(sites, names, config, acts, set(cores))
+    return regions + (_feed_forwards(sites, names, config, acts, set(cores)) if config.mlp else [])
 
 
 def _role_by_dataflow(

@@ -32,8 +32,11 @@ DIRECTIONS: dict[str, tuple[int, int]] = {  # unit (x, y); y grows down
 }
 
 BACKGROUND = 0.05  # grey level in [0, 1]
-RADII = (4.5, 6.0)  # pixels; the range a shape's radius is drawn from
-TRAVEL = (13.0, 15.0)  # pixels from first to last frame
+# Ranges that a clip's geometry is drawn from, in pixels.
+RADII = (5.0, 6.0)
+TRAVEL = (13.0, 15.0)  # from first to last frame
+DELAY = (-0.75, 0.75)  # along the direction of motion
+OFFSET = (-5.0, 5.0)  # across it
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,8 @@ def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
     """
     radius = rng.uniform(*RADII)
     unit = np.array(DIRECTIONS[caption.direction], dtype=np.float64)  # [2]
-    across = rng.uniform(-1, 1) * (SIZE / 2 - 1.3 * radius)  # 1.3: only a triangle's corners are ever cut off
-    along = np.linspace(-0.5, 0.5, FRAMES) * rng.uniform(*TRAVEL) + rng.uniform(-0.75, 0.75)  # [F]
-    centres = SIZE / 2 + along[:, None] * unit + across * np.abs(unit[::-1])  # [F, 2]
+    along = np.linspace(-0.5, 0.5, FRAMES) * rng.uniform(*TRAVEL) + rng.uniform(*DELAY)  # [F]
+    centres = SIZE / 2 + along[:, None] * unit + rng.uniform(*OFFSET) * np.abs(unit[::-1])  # [F, 2]
     alpha = coverage(caption.shape, centres, radius)[..., None]  # [F, H, W, 1]
     clip = BACKGROUND + alpha * (np.array(COLOURS[caption.colour]) - BACKGROUND)
     return (2 * clip - 1).astype(np.float32)

@@ -1,0 +1,290 @@
+"""The Dynamo backend: `torch.compile(model, backend=pab_backend)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import PyramidAttentionBroadcastConfig
+from torch import fx, nn
+
+from . import _diffusers
+from ._torch import calling_modules, frame_locals, lookup_backend
+from .config import PABConfig, check_diffusers_config
+from .modules import ModuleNames
+from .report import Report, report_of
+from .rewrite import copy_of, insert_conditions
+from .runtime import BroadcastGraph, anchors, warn
+from .state import StateStore, TensorSpec
+from .tag import Region, tag
+
+logger = logging.getLogger(__name__)
+
+LOWERINGS = ("specialize", "cond")
+Pass = Callable[[fx.GraphModule], fx.GraphModule]
+_live: weakref.WeakSet[PABBackend] = weakref.WeakSet()
+
+
+class PABBackend:
+    """A backend of `torch.compile` that broadcasts attention and hands the rest to an inner compiler.
+
+    Args:
+        config: a `PABConfig` (default: spatial attention every 2nd step in (100, 800)) or diffusers'
+            `PyramidAttentionBroadcastConfig`, with which roles and outputs are those of its hooks.
+        inner: compiles the lowered graphs: the name of a registered Dynamo backend, or a callable
+            `(gm, example_inputs) -> callable`.
+        lowering: "specialize" compiles one graph for each set of reusing regions that occurs, without
+            branches; "cond" one graph that holds every condition.
+        passes: functions `gm -> gm` that run on the captured graph before it is tagged.
+        timesteps: the timesteps of the generation, in order, or a function that returns them
+            (`lambda: scheduler.timesteps`). Where they are known, nothing is kept that no later step
+            reuses, and a step that neither reuses nor keeps runs the original graph.
+        mode: passed to Inductor, as in `torch.compile(mode=...)`.
+        options: passed to Inductor, as in `torch.compile(options=...)`.
+
+    Raises:
+        ValueError: for a bad config, an unknown lowering, or an inner backend that is not registered.
+
+    Example:
+        >>> backend = PABBackend(PABConfig(spatial_attention_block_skip_range=2), inner="eager")
+        >>> model = torch.compile(torch.nn.Linear(2, 2), backend=backend)
+    """
+
+    def __init__(
+        self,
+        config: PABConfig | PyramidAttentionBroadcastConfig | None = None,
+        inner: str | Callable[..., Any] = "inductor",
+        lowering: str = "specialize",
+        passes: Sequence[Pass] = (),
+        timesteps: Iterable[float] | torch.Tensor | Callable[[], Any] | None = None,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = checked_config(config)
+        if lowering not in LOWERINGS:
+            raise ValueError(f"lowering={lowering!r} is unknown; it is one of {', '.join(map(repr, LOWERINGS))}.")
+        for each in passes:
+            if not callable(each):
+                raise ValueError(f"passes must hold functions gm -> gm, got {each!r}.")
+        self.lowering = lowering
+        self.passes = tuple(passes)
+        self.timesteps = timesteps if callable(timesteps) or timesteps is None else _numbers(timesteps)
+        self._inner = _inner_compiler(inner, mode, options)
+        self.runs_eagerly = inner == "eager"
+        self.roots: tuple[nn.Module, ...] = ()
+        self.clear()
+        _diffusers.listen_to_cache_mixin()
+        _live.add(self)
+
+    def clear(self) -> None:
+        """Forget every graph and all state, as for a new backend."""
+        self.state = StateStore()
+        self.graphs: list[BroadcastGraph] = []
+        self.regions: list[Region] = []
+        self._warned: set[str] = set()
+        self._unread: dict[TensorSpec, torch.Tensor] = {}
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one captured graph: tag, rewrite, lower, hand to the inner compiler."""
+        for each in self.passes:
+            gm = each(gm)
+        if torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs):
+            self.warn_once(
+                "grad",
+                "pab_fx: PAB is for inference, and gradients are enabled for parameters that require them: the model "
+                "runs without broadcasting. Call it under torch.no_grad(), or model.requires_grad_(False).",
+            )
+            return self.compile_inner(gm, example_inputs)
+        original = copy_of(gm)
+        rewritten = copy_of(gm)
+        regions = tag(rewritten, self.config, module_names(self.roots))
+        self.regions += regions
+        nodes_of = {region.module_id: region.nodes for region in regions if region.is_broadcast}
+        if not nodes_of:
+            self._warn_of_nothing(regions)
+            return self.compile_inner(gm, example_inputs)
+        inputs = rewritten.graph.find_nodes(op="placeholder")
+        found = anchors(nodes_of, inputs, example_inputs)
+        insert_conditions(rewritten, regions, _no_timestep, allocate=False)
+        graph = BroadcastGraph(self, original, rewritten, found, example_inputs)
+        self.graphs.append(graph)
+        return graph
+
+    def compile_inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a lowered graph with the inner compiler."""
+        return self._inner(gm, list(example_inputs))
+
+    def known_timesteps(self) -> tuple[float, ...] | None:
+        """The timesteps of the running generation, `None` if they were not given."""
+        return _numbers(self.timesteps()) if callable(self.timesteps) else self.timesteps
+
+    def reset(self) -> None:
+        """Start a new generation: all counters are 0 and all caches are given back."""
+        self.state.reset()
+
+    def reset_model(self, model: nn.Module) -> None:
+        """`reset` for the modules of one model."""
+        self.state.reset([*model.parameters(), *model.modules()])
+
+    def report(self) -> Report:
+        """What is broadcast, what is left alone and why, and what was computed and reused so far."""
+        return report_of(self)
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn, the first time this backend has that to say."""
+        if key not in self._warned:
+            self._warned.add(key)
+            warn(message)
+
+    def unread(self, spec: TensorSpec) -> torch.Tensor:
+        """A tensor to pass where a cache is demanded but not read; its values are arbitrary."""
+        if spec not in self._unread:
+            self._unread[spec] = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+        return self._unread[spec]
+
+    def _warn_of_nothing(self, regions: Sequence[Region]) -> None:
+        idle = [region for region in regions if region.rule is None and region.role != "mlp"]
+        if not idle or any(region.is_broadcast for region in self.regions):
+            return
+        found = "\n".join(f"  {region.name} ({region.role}): {region.why}" for region in idle)
+        self.warn_once("nothing", f"pab_fx: the config matches none of the attentions found, so nothing is reused:\n{found}")
+
+
+def pab_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Broadcast attention: `torch.compile(model, backend=pab_backend)`, or `backend="pab"` by name.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        options: arguments of `PABBackend` (`config`, `inner`, `lowering`, `passes`, `timesteps`) and fields
+            of `PABConfig`; `inner_options` are Inductor's. Default: spatial attention every 2nd step.
+        mode: Inductor's mode.
+
+    Raises:
+        ValueError: for an option that is none of these, or a bad value.
+
+    Example:
+        >>> model = torch.compile(torch.nn.Linear(2, 2), backend="pab", options={"inner": "eager"})
+    """
+    return _backend_of(options or {}, mode)(gm, example_inputs)
+
+
+def _reset_backends() -> None:
+    """Called by `torch.compiler.reset()`, which drops the compiled code of every model."""
+    for backend in _backends.values():
+        backend.clear()
+
+
+pab_backend.reset = _reset_backends  # type: ignore[attr-defined]
+_backends: dict[tuple[Any, ...], PABBackend] = {}
+
+
+def _backend_of(options: Mapping[str, Any], mode: str | None) -> PABBackend:
+    """The backend for these options: one for equal ones, since state lives in it."""
+    key = (mode, *sorted((name, _hashable(value)) for name, value in options.items()))
+    if key not in _backends:
+        own = {name: options[name] for name in ("config", "inner", "lowering", "passes", "timesteps") if name in options}
+        fields = {name: value for name, value in options.items() if name not in own and name != "inner_options"}
+        known = {field.name for field in dataclasses.fields(PABConfig)}
+        for name in fields:
+            if name not in known:
+                names = ", ".join(sorted({"config", "inner", "lowering", "passes", "timesteps", "inner_options"} | known))
+                raise ValueError(f"unknown option {name!r} for the backend 'pab'; it takes {names}.")
+        if fields and "config" in own:
+            raise ValueError(f"give either config or its fields as options, not both: {', '.join(fields)}.")
+        if fields:
+            own["config"] = PABConfig(**fields)
+        _backends[key] = PABBackend(**own, mode=mode, options=options.get("inner_options"))
+    return _backends[key]
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value) if isinstance(value, (dict, list, set)) else id(value)
+    return value if isinstance(value, (str, int, float, tuple, type(None))) else id(value)
+
+
+def checked_config(config: Any) -> PABConfig | PyramidAttentionBroadcastConfig:
+    """The config, checked; the default one for `None`."""
+    if config is None:
+        return PABConfig()
+    if isinstance(config, PyramidAttentionBroadcastConfig):
+        check_diffusers_config(config)
+        return config
+    if not isinstance(config, PABConfig):
+        raise ValueError(f"config must be a PABConfig or diffusers' PyramidAttentionBroadcastConfig, got {config!r}.")
+    return config
+
+
+def module_names(roots: Sequence[nn.Module]) -> ModuleNames:
+    """Names for the frame that Dynamo is compiling: in the one of `roots` around it, or in the outermost model."""
+    local = frame_locals()
+    callers = calling_modules()
+    own = [value for value in (local.get("self"), *local.values()) if isinstance(value, nn.Module)]
+    frame = next((value for value in own if value is local.get("self")), None)
+    innermost = frame if frame is not None else (callers[0] if callers else None)
+    if innermost is None:
+        return ModuleNames.of(own[0]) if own else ModuleNames()
+    around = [m for m in callers if any(part is innermost for part in m.modules())]
+    outermost = around[-1] if around else innermost
+    model = next((m for m in [innermost, *around] if any(m is root for root in roots)), outermost)
+    return ModuleNames.of(model, dict.fromkeys([*reversed(around), innermost]))
+
+
+def _inner_compiler(
+    inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any] | None
+) -> Callable[..., Any]:
+    if isinstance(inner, str):
+        compiler = lookup_backend(inner)
+        if inner == "inductor" and (mode or options):
+            return partial(_inductor, compiler, mode, options)
+        return compiler
+    if not callable(inner):
+        raise ValueError(f"inner must be the name of a backend or a callable (gm, example_inputs), got {inner!r}.")
+    return inner
+
+
+def _inductor(
+    compiler: Callable[..., Any],
+    mode: str | None,
+    options: Mapping[str, Any] | None,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+) -> Callable[..., Any]:
+    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+    return compiler(gm, example_inputs, config_patches=patches)
+
+
+def _no_timestep() -> float:
+    """In place of the timestep in a graph that is lifted: its schedule runs on the host."""
+    raise AssertionError("the schedule of a lifted graph runs on the host")
+
+
+def _numbers(timesteps: Any) -> tuple[float, ...]:
+    values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else list(timesteps)
+    return tuple(float(value) for value in values)
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _reset_model(model: nn.Module) -> None:
+    for backend in list(_live):
+        backend.reset_model(model)
+
+
+_diffusers.on_reset.append(_reset_model)

@@ -1,0 +1,179 @@
+"""Turn PAB on for a model or pipeline, in place, and off again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import PyramidAttentionBroadcastConfig
+from torch import nn
+
+from .backend import PABBackend
+from .report import Report
+from .rewrite import TIMESTEP_NAMES
+
+logger = logging.getLogger(__name__)
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+_enabled: weakref.WeakKeyDictionary[nn.Module, PAB] = weakref.WeakKeyDictionary()
+
+
+class PAB:
+    """PAB on one or more models; made by `enable`. Also a context manager that disables at its end.
+
+    Args:
+        backend: the backend that the models are compiled with; it owns graphs and state.
+        models: the models.
+    """
+
+    def __init__(self, backend: PABBackend, models: list[nn.Module]) -> None:
+        self.backend = backend
+        self._models = models
+        self._before: list[tuple[Any, Any]] = []  # per model: its compiled call, its config of diffusers' hooks
+
+    def reset(self) -> None:
+        """Start a new generation: counters are 0 and caches are given back.
+
+        A timestep that rises, tensors of another shape and the end of a pipeline's call do that too.
+        """
+        self.backend.reset()
+
+    def report(self) -> Report:
+        """What is broadcast, what is left alone and why, and what was computed and reused so far."""
+        return self.backend.report()
+
+    def disable(self) -> None:
+        """Restore the models as they were before `enable`; doing so twice does nothing."""
+        while self._models:
+            model, (call, config) = self._models.pop(), self._before.pop()
+            model._compiled_call_impl = call
+            _enabled.pop(model, None)
+            if config is not None:
+                model.enable_cache(config)  # type: ignore[operator]
+        self.backend.clear()
+
+    def __enter__(self) -> PAB:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.disable()
+
+    def _compile(self, model: nn.Module, config: Any, **compile_options: Any) -> None:
+        self._before.append((model._compiled_call_impl, config))
+        compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
+        model._compiled_call_impl = _noting_timestep(model, compiled, self.backend)
+        _enabled[model] = self
+
+
+def enable(
+    model: Any,
+    config: Any = None,
+    *,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    **backend_options: Any,
+) -> PAB:
+    """Compile a model in place so that it broadcasts attention.
+
+    The model keeps its class, parameters, `config` and `save_pretrained`; only its call is compiled. If
+    diffusers' PAB hooks are on, they are taken off and, with `config=None`, their config is used.
+
+    Args:
+        model: a transformer, or a pipeline that holds one as `transformer`, `transformer_2` or `unet`.
+        config: as for `PABBackend`.
+        fullgraph: as for `torch.compile`.
+        dynamic: as for `torch.compile`.
+        backend_options: arguments of `PABBackend`: `inner`, `lowering`, `passes`, `timesteps`, `mode`,
+            `options`.
+
+    Returns:
+        The handle with `reset()`, `report()` and `disable()`; as a context manager it disables at the end.
+
+    Raises:
+        ValueError: for bad options, a model on which PAB is enabled already, or another cache of diffusers.
+        TypeError: for something that is neither a model nor a pipeline with one.
+
+    Example:
+        >>> with enable(torch.nn.Linear(2, 2), inner="eager") as pab:
+        ...     print(pab.report())
+        role       modules  computed  reused       cache
+        0 graphs compiled
+    """
+    models = _denoisers(model)
+    for each in models:
+        if each in _enabled:
+            raise ValueError(f"PAB is enabled on this {type(each).__name__} already: call disable() on it first.")
+    hooked = [_hooks_config(each) for each in models]
+    if config is None:
+        config = next((each for each in hooked if each is not None), None)
+    backend = PABBackend(config, **backend_options)
+    pab = PAB(backend, [])
+    for each, hooks in zip(models, hooked, strict=True):
+        if hooks is not None:
+            each.disable_cache()
+            logger.info("took over from diffusers' PAB hooks on %s", type(each).__name__)
+        pab._compile(each, hooks, fullgraph=fullgraph, dynamic=dynamic)
+        pab._models.append(each)
+    backend.roots = tuple(models)
+    return pab
+
+
+def disable(model: Any) -> None:
+    """Turn PAB off on a model or pipeline; nothing happens where it is not on.
+
+    Args:
+        model: what `enable` was given.
+
+    Raises:
+        TypeError: for something that is neither a model nor a pipeline with one.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> pab = enable(model, inner="eager"); disable(model)
+    """
+    for each in _denoisers(model):
+        if each in _enabled:
+            _enabled[each].disable()
+
+
+def _denoisers(model: Any) -> list[Any]:
+    """The models of a model or pipeline that denoise."""
+    if isinstance(model, nn.Module):
+        return [getattr(model, "_orig_mod", model)]
+    found = [getattr(model, name, None) for name in DENOISERS]
+    models = [getattr(each, "_orig_mod", each) for each in found if isinstance(each, nn.Module)]
+    if not models:
+        names = ", ".join(DENOISERS)
+        raise TypeError(f"expected a model, or a pipeline with one of {names}; got {type(model).__name__}.")
+    return models
+
+
+def _hooks_config(model: Any) -> PyramidAttentionBroadcastConfig | None:
+    """The config of diffusers' PAB hooks on a model, `None` if they are off."""
+    config = getattr(model, "_cache_config", None)
+    if config is not None and not isinstance(config, PyramidAttentionBroadcastConfig):
+        raise ValueError(
+            f"{type(model).__name__} has another cache of diffusers enabled ({type(config).__name__}): "
+            "call its disable_cache() first."
+        )
+    return config
+
+
+def _noting_timestep(model: nn.Module, compiled: Callable[..., Any], backend: PABBackend) -> Callable[..., Any]:
+    """The compiled call, noting the timestep it is given for those of its graphs that do not see it."""
+    parameters = list(inspect.signature(model.forward).parameters)
+    name = next((name for name in TIMESTEP_NAMES if name in parameters), None)
+    position = parameters.index(name) if name is not None else 0
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        timestep = kwargs.get(name) if name in kwargs else args[position] if name and position < len(args) else None
+        backend.state.last_timestep = timestep
+        return compiled(*args, **kwargs)
+
+    return call

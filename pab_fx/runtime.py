@@ -1,0 +1,302 @@
+"""Run a rewritten graph: count, decide from the schedule on the host, hold the caches, pick the graph."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from . import _diffusers
+from ._torch import calling_modules, sizes_at, traced_shapes
+from .dataflow import value
+from .lift import Lifted, lift, fix_operand_strides
+from .rewrite import TIMESTEP_NAMES, Conditional, conditionals, copy_of, timestep_name
+from .schedule import SkipRange
+from .specialize import decide
+from .state import Cell, TensorSpec, next_timestep
+
+if TYPE_CHECKING:
+    from .backend import PABBackend
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """How a call tells which instance of a module it runs: a parameter among the graph's inputs.
+
+    Args:
+        position: the parameter's position among the inputs; `None` if the module's part of the graph has
+            none, and the instance is the innermost module on the Python stack.
+        occurrence: tells modules apart that share this parameter.
+    """
+
+    position: int | None
+    occurrence: int
+
+
+class BroadcastGraph:
+    """A compiled graph that broadcasts; called by Dynamo in place of the graph it was made from.
+
+    Args:
+        backend: owner of the state and of the inner compiler.
+        original: the graph as it was captured.
+        rewritten: the same graph with its conditionals, from `insert_conditions(..., allocate=False)`.
+        anchors: for each `module_id` of the conditionals, how to tell its instances apart.
+        example_inputs: what the graph is first called with.
+    """
+
+    def __init__(
+        self,
+        backend: PABBackend,
+        original: fx.GraphModule,
+        rewritten: fx.GraphModule,
+        anchors: dict[str, Anchor],
+        example_inputs: Sequence[Any],
+    ) -> None:
+        self.backend = backend
+        self.original = original
+        self.rewritten = rewritten
+        found = conditionals(rewritten)
+        self.conditionals = tuple(found.values())
+        self.modules = tuple(dict.fromkeys(conditional.module_id for conditional in self.conditionals))
+        self.anchors = tuple(anchors[module_id] for module_id in self.modules)
+        self._module_of = tuple(self.modules.index(c.module_id) for c in self.conditionals)
+        self._roles = tuple({c.module_id: c.role for c in self.conditionals}.values())
+        self._caches = _caches_of_modules(self.conditionals)
+        self._slot = {name: (m, i) for m, names in enumerate(self._caches) for i, name in enumerate(names)}
+        self._recorded = _recorded_outputs(found)
+        inputs = original.graph.find_nodes(op="placeholder")
+        self._symbols = [(i, value(node)) for i, node in enumerate(inputs) if isinstance(value(node), torch.SymInt)]
+        self._expected: dict[tuple[int, ...], tuple[tuple[TensorSpec, ...], ...]] = {}
+        self._timestep_input = _timestep_input(inputs)
+        self._compute, self._reuse = torch.tensor(True), torch.tensor(False)
+        self._compiled: dict[Any, tuple[Lifted, Compiled]] = {}
+        self._outputs = len(original.graph.output_node().args[0])  # type: ignore[arg-type]
+        self._compile_first(example_inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        t = self._timestep(args)
+        cells = self._cells(args)
+        expected = self._expected_caches(args)
+        for cell, specs in zip(cells, expected, strict=True):
+            cell.begin(t, specs)
+        self._warn_of_scale(cells, t)
+        try:
+            if self.backend.lowering == "cond":
+                return self._run_conditional(args, cells, expected, t)
+            return self._run_specialized(args, cells, t)
+        except BaseException:
+            for cell in cells:
+                cell.reset()
+            raise
+
+    # ------------------------------------------------------------------------------------ one call
+
+    def _decide(self, cells: list[Cell], t: float) -> tuple[tuple[bool, ...], list[bool]]:
+        """For each conditional whether it reuses, for each module whether its caches are kept; counts."""
+        timesteps = self.backend.known_timesteps()
+        has_cache = [cell.caches is not None for cell in cells]
+        keeps = [False] * len(cells)
+        reuses = []
+        for conditional, m in zip(self.conditionals, self._module_of, strict=True):
+            cell = cells[m]
+            last = conditional.call == conditional.calls - 1
+            next_t = next_timestep(timesteps, cell.n // conditional.calls, t) if last else t
+            reuse, keeps[m] = cell.advance(conditional.rule, t, has_cache[m], next_t)
+            has_cache[m] = True
+            reuses.append(reuse)
+        return tuple(reuses), keeps
+
+    def _run_specialized(self, args: Sequence[Any], cells: list[Cell], t: float) -> Any:
+        reuses, keeps = self._decide(cells, t)
+        if self.backend.known_timesteps() and not any(reuses) and not any(keeps):
+            for cell in cells:
+                cell.caches = None
+            return self._graph(None, args)[1](*args)
+        lifted, compiled = self._graph(reuses, args)
+        read = [self._slot[name] for name in lifted.reads]
+        caches = [cells[m].caches[i] for m, i in read]  # type: ignore[index]
+        reading = {m for m, _ in read}
+        for m, cell in enumerate(cells):
+            if m not in reading or not keeps[m]:
+                cell.caches = None  # let go before the step that replaces it runs
+        outputs = compiled(*args, *caches)
+        self._store(lifted, outputs[self._outputs :], cells, keeps)
+        return outputs[: self._outputs]
+
+    def _run_conditional(
+        self, args: Sequence[Any], cells: list[Cell], expected: tuple[tuple[TensorSpec, ...], ...], t: float
+    ) -> Any:
+        reuses, keeps = self._decide(cells, t)
+        lifted, compiled = self._graph("cond", args)
+        predicates = [self._reuse if reuses[i] else self._compute for i in lifted.predicates]
+        caches = []
+        for m, i in (self._slot[name] for name in lifted.reads):
+            held = cells[m].caches
+            caches.append(held[i] if held is not None else self.backend.unread(expected[m][i]))
+        for cell in cells:
+            cell.caches = None
+        outputs = compiled(*args, *predicates, *caches)
+        self._store(lifted, outputs[self._outputs :], cells, keeps)
+        return outputs[: self._outputs]
+
+    def _store(self, lifted: Lifted, written: Sequence[torch.Tensor], cells: list[Cell], keeps: list[bool]) -> None:
+        values = dict(zip(lifted.writes, written, strict=True))
+        for m, names in enumerate(self._caches):
+            if keeps[m] and all(name in values for name in names):
+                cells[m].caches = tuple(values[name] for name in names)
+
+    # ------------------------------------------------------------------------------ what a call is
+
+    def _cells(self, args: Sequence[Any]) -> list[Cell]:
+        store, context = self.backend.state, _diffusers.current_cache_context.get()
+        caller: Any = None
+        cells = []
+        for anchor, role in zip(self.anchors, self._roles, strict=True):
+            if anchor.position is None:
+                caller = caller or next(iter(calling_modules()), self)
+            owner = caller if anchor.position is None else args[anchor.position]
+            cells.append(store.cell(owner, anchor.occurrence, context, role))
+        return cells
+
+    def _timestep(self, args: Sequence[Any]) -> float:
+        """The timestep of this call: from the callback, the graph's input, or the step's earlier graphs."""
+        callback, state = self.backend.config.current_timestep_callback, self.backend.state
+        if callback is not None:
+            current = callback()
+            if current is None:
+                raise RuntimeError(
+                    "current_timestep_callback returned None: it must return the timestep of the running step, "
+                    "a number on the windows' scale."
+                )
+            return as_number(current)
+        if self._timestep_input is not None:
+            state.last_timestep = as_number(args[self._timestep_input])
+        if state.last_timestep is None:
+            self.backend.warn_once(
+                "no timestep",
+                "pab_fx: the graph has no input called timestep, so every step is computed. "
+                "Set current_timestep_callback, for example lambda: pipe.current_timestep.",
+            )
+            return math.inf
+        return as_number(state.last_timestep)
+
+    def _expected_caches(self, args: Sequence[Any]) -> tuple[tuple[TensorSpec, ...], ...]:
+        """What each module's caches look like in a call with these sizes."""
+        sizes = tuple(args[i] for i, _ in self._symbols)
+        if sizes not in self._expected:
+            known = [(symbol, size) for (_, symbol), size in zip(self._symbols, sizes, strict=True)]
+            self._expected[sizes] = tuple(
+                tuple(
+                    TensorSpec(sizes_at(recorded[name].shape, known), recorded[name].dtype, recorded[name].device)
+                    for name in names
+                )
+                for recorded, names in ((self._recorded, names) for names in self._caches)
+            )
+        return self._expected[sizes]
+
+    def _warn_of_scale(self, cells: list[Cell], t: float) -> None:
+        windows = [c.rule.high for c in self.conditionals if isinstance(c.rule, SkipRange)]
+        if t <= 1 and cells[0].n == 0 and windows and max(windows) > 1:
+            self.backend.warn_once(
+                "scale",
+                f"pab_fx: the generation starts at timestep {t:g}, but the windows (up to {max(windows):g}) are on the "
+                "scheduler's scale, 0 to 1000: nothing will be reused. Set current_timestep_callback to a function "
+                "that returns the scheduler's timestep, for example lambda: pipe.current_timestep.",
+            )
+
+    # -------------------------------------------------------------------------------------- graphs
+
+    def _compile_first(self, example_inputs: Sequence[Any]) -> None:
+        """Compile, inside of Dynamo's call, the graph that the first step runs."""
+        if self.backend.lowering == "cond":
+            self._compile("cond", example_inputs)
+        elif self.backend.known_timesteps():
+            self._compile(None, example_inputs)
+        else:
+            self._compile((False,) * len(self.conditionals), example_inputs)
+
+    def _graph(self, key: Any, args: Sequence[Any]) -> tuple[Lifted, Compiled]:
+        """The compiled graph for a tuple of decisions, "cond" for all conditions, `None` for the original."""
+        if key not in self._compiled:
+            if self._symbols:
+                lifted = self.lowered(key)
+                with traced_shapes(lifted.gm) as inputs:
+                    self._compiled[key] = lifted, self.backend.compile_inner(lifted.gm, inputs)
+            else:
+                self._compile(key, args)
+        return self._compiled[key]
+
+    def _compile(self, key: Any, args: Sequence[Any]) -> None:
+        lifted = self.lowered(key)
+        further = [value(node) for node in lifted.gm.graph.find_nodes(op="placeholder")[len(args) :]]
+        self._compiled[key] = lifted, self.backend.compile_inner(lifted.gm, [*args, *further])
+
+    def lowered(self, key: Any) -> Lifted:
+        """The lowered graph for a tuple of decisions, "cond" for all conditions, `None` for the original."""
+        if key is None:
+            return Lifted(copy_of(self.original), (), (), ())
+        gm = copy_of(self.rewritten)
+        if key != "cond":
+            return lift(decide(gm, dict(enumerate(key))))
+        lifted = lift(gm)
+        if not self.backend.runs_eagerly:
+            fix_operand_strides(gm)
+        return lifted
+
+    @property
+    def graphs(self) -> dict[Any, Lifted]:
+        """The graphs compiled so far, by their key."""
+        return {key: lifted for key, (lifted, _) in self._compiled.items()}
+
+
+def as_number(timestep: Any) -> float:
+    """A timestep as a number: of a tensor its largest element (image-conditioned tokens are at 0)."""
+    if isinstance(timestep, torch.Tensor):
+        return float(timestep.detach().amax())
+    return float(timestep)
+
+
+def _caches_of_modules(found: Sequence[Conditional]) -> tuple[tuple[str, ...], ...]:
+    return tuple({conditional.module_id: conditional.caches for conditional in found}.values())
+
+
+def _recorded_outputs(found: dict[fx.Node, Conditional]) -> dict[str, torch.Tensor]:
+    """The fake tensor recorded for what each cache holds."""
+    recorded: dict[str, torch.Tensor] = {}
+    for cond, conditional in found.items():
+        for item in cond.users:
+            recorded[conditional.caches[item.args[1]]] = value(item)  # type: ignore[index]
+    return recorded
+
+
+def _timestep_input(inputs: Sequence[fx.Node]) -> int | None:
+    names = [timestep_name(node) for node in inputs]
+    return next((names.index(name) for name in TIMESTEP_NAMES if name in names), None)
+
+
+def anchors(
+    nodes_of: dict[str, Sequence[fx.Node]], inputs: Sequence[fx.Node], example_inputs: Sequence[Any]
+) -> dict[str, Anchor]:
+    """For each module, the first parameter that its nodes read among the graph's inputs."""
+    position = {node: i for i, node in enumerate(inputs)}
+    taken: dict[int | None, int] = {}
+    found = {}
+    for module_id, nodes in nodes_of.items():
+        sources = [source for node in nodes for source in node.all_input_nodes if source in position]
+        own = [position[s] for s in sources if isinstance(example_inputs[position[s]], nn.Parameter)]
+        first = own[0] if own else None
+        found[module_id] = Anchor(first, taken.get(first, 0))
+        taken[first] = taken.get(first, 0) + 1
+    return found
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` that points at the user's call."""
+    warnings.warn(message, UserWarning, stacklevel=3)

@@ -1,0 +1,139 @@
+"""Counters and caches, each with one owner: a module instance in a cache context.
+
+A compiled graph is code; one graph may serve many blocks, and many graphs (another batch size, another
+resolution) may serve one block. What tells instances apart at a call is a parameter that is passed to the
+graph: its identity names the module it belongs to. State hangs on that parameter and goes with it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .schedule import END, NEVER, Rule
+
+
+@dataclass
+class Cell:
+    """State of one attention or feed-forward in one cache context.
+
+    Args:
+        role: the role it has.
+        n: calls since the last reset.
+        t: timestep of the last call.
+        until: last call that may reuse what is kept.
+        caches: what is kept, one tensor per output; `None` for nothing.
+        computed: calls that computed, over all generations.
+        reused: calls that reused, over all generations.
+    """
+
+    role: str
+    n: int = 0
+    t: float = NEVER
+    until: float = NEVER
+    caches: tuple[torch.Tensor, ...] | None = None
+    computed: int = 0
+    reused: int = 0
+
+    def reset(self) -> None:
+        """Forget the generation: the next call is the first of a new one."""
+        self.n, self.t, self.until, self.caches = 0, NEVER, NEVER, None
+
+    def begin(self, t: float, expected: Sequence[TensorSpec]) -> None:
+        """Reset if a call at timestep `t`, for outputs like `expected`, starts a new generation.
+
+        Timesteps never rise within a generation, and its tensors keep shape, dtype and device.
+        """
+        rises = self.n > 0 and t > self.t
+        changed = self.caches is not None and any(
+            not spec.matches(cache) for spec, cache in zip(expected, self.caches, strict=True)
+        )
+        if rises or changed:
+            self.reset()
+
+    def advance(self, rule: Rule, t: float, has_cache: bool, next_t: float | None) -> tuple[bool, bool]:
+        """Count one call and decide it: (whether it reuses, whether what it leaves may be reused)."""
+        reuse = has_cache and rule.reuses(self.n, t, self.until)
+        if not reuse:
+            self.until = self.n + rule.lifetime(t)
+        keep = rule.keeps(self.n, t, self.until, next_t)
+        self.n, self.t = self.n + 1, t
+        self.reused += reuse
+        self.computed += not reuse
+        return reuse, keep
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, dtype and device of a cache."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def matches(self, tensor: torch.Tensor) -> bool:
+        return tensor.shape == self.shape and tensor.dtype == self.dtype and tensor.device == self.device
+
+    def bytes(self) -> int:
+        """Size of such a tensor in bytes."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count * self.dtype.itemsize
+
+
+@dataclass
+class StateStore:
+    """All cells of a backend, by owner: a parameter or a module, held weakly."""
+
+    _cells: Any = field(default_factory=WeakIdKeyDictionary)
+    _last: threading.local = field(default_factory=threading.local)
+
+    def cell(self, owner: Any, occurrence: Hashable, context: Hashable, role: str) -> Cell:
+        """The cell of an owner's `occurrence`-th module in a cache context; made when first asked for."""
+        cells = self._cells.setdefault(owner, {})
+        return cells.setdefault((occurrence, context), Cell(role))
+
+    def cells(self) -> Iterator[tuple[Hashable, Cell]]:
+        """Every cell with its cache context."""
+        for cells in list(self._cells.values()):
+            for (_, context), cell in list(cells.items()):
+                yield context, cell
+
+    def reset(self, owners: Iterable[Any] | None = None) -> None:
+        """Reset every cell, or those of the given owners."""
+        if owners is None:
+            owners = list(self._cells.keys())
+        for owner in owners:
+            for cell in list(self._cells.get(owner, {}).values()):
+                cell.reset()
+
+    @property
+    def last_timestep(self) -> Any:
+        """The timestep that this thread's model was last called with: for graphs that do not see it."""
+        return getattr(self._last, "timestep", None)
+
+    @last_timestep.setter
+    def last_timestep(self, t: Any) -> None:
+        self._last.timestep = t
+
+
+def next_timestep(timesteps: Sequence[float] | None, n: int, t: float) -> float | None:
+    """The timestep after call `n` at `t`: `END` after the last one, `None` if the timesteps do not tell.
+
+    Example:
+        >>> next_timestep((900.0, 500.0, 100.0), 1, 500.0)
+        100.0
+    """
+    if not timesteps:
+        return None
+    if not (n < len(timesteps) and timesteps[n] == t):
+        if timesteps.count(t) != 1:
+            return None
+        n = timesteps.index(t)
+    return timesteps[n + 1] if n + 1 < len(timesteps) else END
