@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -39,35 +41,60 @@ def lookup_backend(name: str) -> Callable[..., Any]:
         raise ValueError(f"inner={name!r} is not a registered Dynamo backend; registered are: {names}.") from None
 
 
-def frame_locals() -> dict[str, Any]:
-    """The local variables of the Python frame that Dynamo is compiling, inside a backend's call; else empty.
+@dataclass(frozen=True)
+class CompiledFrame:
+    """The Python frame that Dynamo is compiling.
 
-    `InstructionTranslator.current_tx` seen in 2.9 to 2.15.
+    Args:
+        receiver: the frame's `self`: a method's first argument; `None` if it has no argument.
+        modules: all modules among its local variables.
+        ends: whether the frame ends where the graph does, which it does not at a graph break.
+    """
+
+    receiver: Any
+    modules: tuple[nn.Module, ...]
+    ends: bool
+
+
+def compiled_frame() -> CompiledFrame:
+    """The frame that Dynamo is compiling, inside a backend's call; outside of one an empty frame.
+
+    `InstructionTranslator.current_tx` and `compile_subgraph_reason` seen in 2.9 to 2.15.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        return dict(InstructionTranslator.current_tx().output.root_tx.f_locals)
+        output = InstructionTranslator.current_tx().output
     except (AttributeError, KeyError, IndexError):
-        return {}
+        return CompiledFrame(None, (), True)
+    local = dict(output.root_tx.f_locals)
+    modules = tuple(value for value in local.values() if isinstance(value, nn.Module))
+    reason = output.compile_subgraph_reason
+    return CompiledFrame(_receiver(output.root_tx.f_code, local), modules, not (reason and reason.graph_break))
+
+
+def _receiver(code: CodeType, local: Mapping[str, Any]) -> Any:
+    """The first argument; what Dynamo passes to the continuation of a frame on top of it is `__`-prefixed."""
+    names = code.co_varnames[: code.co_argcount]
+    return next((local.get(name) for name in names if not name.startswith("__")), None)
 
 
 def calling_modules() -> list[nn.Module]:
     """The modules whose methods are running on this thread's Python stack, innermost first.
 
     While Dynamo compiles a frame, the stack below the compiler holds the calls that led to it; a method's
-    module is its `self`. Wrappers that `torch.compile` puts around a module are left out.
+    module is its first argument. Wrappers that `torch.compile` puts around a module are left out.
     """
     from torch._dynamo.eval_frame import OptimizedModule  # seen in 2.9 to 2.15
 
     modules: list[nn.Module] = []
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        module = frame.f_locals.get("self")
+        module = _receiver(frame.f_code, frame.f_locals)
         if isinstance(module, nn.Module) and not isinstance(module, (OptimizedModule, fx.GraphModule)):
             if not any(module is other for other in modules):
                 modules.append(module)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return modules
 
 

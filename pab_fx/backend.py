@@ -14,7 +14,7 @@ from diffusers import PyramidAttentionBroadcastConfig
 from torch import fx, nn
 
 from . import _diffusers
-from ._torch import calling_modules, frame_locals, lookup_backend
+from ._torch import calling_modules, compiled_frame, lookup_backend
 from .config import PABConfig, check_diffusers_config
 from .modules import ModuleNames
 from .report import Report, report_of
@@ -231,17 +231,18 @@ def checked_config(config: Any) -> PABConfig | PyramidAttentionBroadcastConfig:
 
 def module_names(roots: Sequence[nn.Module]) -> ModuleNames:
     """Names for the frame that Dynamo is compiling: in the one of `roots` around it, or in the outermost model."""
-    local = frame_locals()
-    callers = calling_modules()
-    own = [value for value in (local.get("self"), *local.values()) if isinstance(value, nn.Module)]
-    frame = next((value for value in own if value is local.get("self")), None)
-    innermost = frame if frame is not None else (callers[0] if callers else None)
-    if innermost is None:
-        return ModuleNames.of(own[0]) if own else ModuleNames()
-    around = [m for m in callers if any(part is innermost for part in m.modules())]
-    outermost = around[-1] if around else innermost
-    model = next((m for m in [innermost, *around] if any(m is root for root in roots)), outermost)
-    return ModuleNames.of(model, dict.fromkeys([*reversed(around), innermost]))
+    frame, callers = compiled_frame(), calling_modules()
+    own, ends = frame.receiver, frame.ends
+    if not isinstance(own, nn.Module):
+        # a function: of a module that is being called (an attention's processor), or around a model
+        if not callers:
+            return ModuleNames.of(frame.modules[0]) if frame.modules else ModuleNames()
+        ends = ends and own is not None and own is getattr(callers[0], "processor", None)
+        own = callers[0]
+    around = [module for module in callers if any(part is own for part in module.modules())]
+    outermost = around[-1] if around else own
+    model = next((m for m in [own, *around] if any(m is root for root in roots)), outermost)
+    return ModuleNames.of(model, dict.fromkeys([*reversed(around), own]), ends)
 
 
 def _inner_compiler(

@@ -41,16 +41,28 @@ class ModuleNames:
     Args:
         by_id: `id(module)` to (qualified name, module), for the outermost model.
         enclosing: the modules around the traced frame, outermost first, the frame's own module last.
+        ends: whether the graph runs to the end of that module's call, not to a graph break.
     """
 
     by_id: Mapping[int, tuple[str, nn.Module]] = field(default_factory=dict)
     enclosing: tuple[nn.Module, ...] = ()
+    ends: bool = True
 
     @classmethod
-    def of(cls, model: nn.Module, enclosing: Iterable[nn.Module] = ()) -> ModuleNames:
+    def of(cls, model: nn.Module, enclosing: Iterable[nn.Module] = (), ends: bool = True) -> ModuleNames:
         """The names of `model`'s modules, for a frame that runs inside of `enclosing` (outermost first)."""
         by_id = {id(module): (name, module) for name, module in model.named_modules()}
-        return cls(by_id, tuple(module for module in enclosing if id(module) in by_id))
+        return cls(by_id, tuple(module for module in enclosing if id(module) in by_id), ends)
+
+    def yields_output_of(self, call: ModuleCall) -> bool:
+        """Whether the graph computes what a call returns.
+
+        It does unless the call began before the traced frame did; then only if the frame is the module's
+        own and the graph runs to its end.
+        """
+        if call.module is None or all(call.module is not module for module in self.enclosing):
+            return True
+        return self.ends and call.module is self.enclosing[-1]
 
     def stack(self, node: fx.Node) -> tuple[ModuleCall, ...]:
         """The module calls that `node` was emitted in, outermost first."""

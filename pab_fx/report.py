@@ -65,6 +65,7 @@ class Report:
 
 def report_of(backend: PABBackend) -> Report:
     """The report of a backend, from its regions and the state it holds."""
+    broadcast = {region.name for region in backend.regions if region.is_broadcast}
     regions = tuple(
         dict.fromkeys(
             RegionReport(
@@ -75,6 +76,7 @@ def report_of(backend: PABBackend) -> Report:
                 region.note,
             )
             for region in backend.regions
+            if region.is_broadcast or region.name not in broadcast
         )
     )
     graphs = sum(len(graph.graphs) for graph in backend.graphs)
@@ -83,8 +85,9 @@ def report_of(backend: PABBackend) -> Report:
         names = {region.name for region in backend.regions if region.is_broadcast and region.role == role}
         if not names:
             continue
-        cells = [cell for _, cell in backend.state.cells() if cell.role == role]
+        owned = [(owner, cell) for owner, cell in backend.state.cells() if cell.role == role]
+        cells = [cell for _, cell in owned]
         held = sum(cache.numel() * cache.element_size() for cell in cells for cache in cell.caches or ())
         computed, reused = sum(cell.computed for cell in cells), sum(cell.reused for cell in cells)
-        roles.append(RoleReport(role, len(names), computed, reused, held))
+        roles.append(RoleReport(role, len({owner for owner, _ in owned}) or len(names), computed, reused, held))
     return Report(tuple(roles), regions, graphs)

@@ -149,6 +149,8 @@ def insert_conditions(
     broadcast = [region for region in regions if region.is_broadcast]
     if not broadcast:
         return gm
+    for region in broadcast:
+        _replay_outside(gm.graph, region)
     bodies = _bodies(gm.graph, regions)
     schedule = _InGraphSchedule(gm, timestep_callback)
     calls = Counter(region.module_id for region in broadcast)
@@ -176,6 +178,22 @@ def insert_conditions(
     gm.recompile()
     logger.debug("made %d regions conditional", len(broadcast))
     return gm
+
+
+def _replay_outside(graph: fx.Graph, region: Region) -> None:
+    """Give the users outside of a region their own copy of a view that is used inside as well.
+
+        %view = view(%out)                      %view = view(%out)
+        %a    = add(%view, 1)    # inside  ->   %a    = add(%view, 1)
+        %b    = add(%view, 2)    # outside      %copy = view(%out)
+                                                %b    = add(%copy, 2)
+    """
+    inside = set(region.nodes)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in sorted(region.replayed):
+        with graph.inserting_before(node.next):
+            copies[node] = graph.node_copy(node, lambda source: copies.get(source, source))  # noqa: B023
+        node.replace_all_uses_with(copies[node], delete_user_cb=lambda user: user not in inside)  # noqa: B023
 
 
 def _bodies(graph: fx.Graph, regions: Sequence[Region]) -> dict[Region, list[fx.Node]]:

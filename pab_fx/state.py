@@ -100,10 +100,10 @@ class StateStore:
         return cells.setdefault((occurrence, context), Cell(role))
 
     def cells(self) -> Iterator[tuple[Hashable, Cell]]:
-        """Every cell with its cache context."""
-        for cells in list(self._cells.values()):
-            for (_, context), cell in list(cells.items()):
-                yield context, cell
+        """Every cell, with a key that tells its module from others."""
+        for owner, cells in list(self._cells.items()):
+            for (occurrence, _), cell in list(cells.items()):
+                yield (id(owner), occurrence), cell
 
     def reset(self, owners: Iterable[Any] | None = None) -> None:
         """Reset every cell, or those of the given owners."""

@@ -36,6 +36,12 @@ from .modules import ModuleCall, ModuleNames, call_sites
 from .schedule import AfterTimesteps, Rule, SkipRange
 
 
+BREAKS_INSIDE = (
+    "the graph breaks inside of it, and this part does not yield its output; "
+    "torch._dynamo.config.capture_dynamic_output_shape_ops or capture_scalar_outputs may avoid the break"
+)
+
+
 @dataclass(frozen=True)
 class Region:
     """Nodes whose outputs are broadcast together.
@@ -48,6 +54,7 @@ class Region:
         why: why it has that role.
         nodes: the region's nodes in graph order.
         outputs: those of them whose tensors are kept.
+        replayed: views of the outputs that are used inside and outside; outside they are to be taken again.
         unsafe: why it is computed in every step although it has a rule; `None` if it can be broadcast.
         note: something a user should know of it.
     """
@@ -59,6 +66,7 @@ class Region:
     why: str
     nodes: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...] = ()
+    replayed: tuple[fx.Node, ...] = ()
     unsafe: str | None = None
     note: str | None = None
 
@@ -110,7 +118,8 @@ def _by_module(gm: fx.GraphModule, config: Any, names: ModuleNames) -> list[Regi
         rule = _attention_rule(config, role) if role else None
         if role is None:
             role, why = "cross" if is_cross else "spatial", f"{why}; no identifier with a skip range matches"
-        regions.append(Region(call.name, call.module_id, role, rule, why, tuple(nodes)))
+        unsafe = None if names.yields_output_of(call) else BREAKS_INSIDE
+        regions.append(Region(call.name, call.module_id, role, rule, why, tuple(nodes), unsafe=unsafe))
     return sorted(regions, key=lambda region: region.rule is None)
 
 
@@ -143,7 +152,9 @@ def _by_dataflow(gm: fx.GraphModule, config: PABConfig, names: ModuleNames) -> l
     for key, (call, nodes, inside) in grouped.items():
         name, module_id = (call.name, call.module_id) if call else (_unnamed(key, inside, names), key)
         role, why = _role_by_dataflow(name, inside, config, acts, cores, axes)
-        regions.append(Region(name, module_id, role, _attention_rule(config, role), why, tuple(nodes)))
+        unsafe = None if call is None or names.yields_output_of(call) else BREAKS_INSIDE
+        rule = _attention_rule(config, role)
+        regions.append(Region(name, module_id, role, rule, why, tuple(nodes), unsafe=unsafe))
     return regions + (_feed_forwards(sites, names, config, acts, set(cores)) if config.mlp else [])
 
 
@@ -275,22 +286,24 @@ def _mlp_rule(config: PABConfig, block: int) -> AfterTimesteps | None:
 
 def _bounded(graph: fx.Graph, region: Region) -> Region:
     """The region with its outputs, or with the reason why it cannot be broadcast."""
-    if region.rule is None:
+    if region.rule is None or region.unsafe:
         return region
     unsafe = _unsafe(graph, region.nodes)
     if unsafe:
         return replace(region, unsafe=unsafe)
-    nodes, outputs = _outputs(region.nodes)
+    nodes, outputs, replayed = _outputs(region.nodes)
     if not outputs:
         return replace(region, unsafe="none of its tensors is used outside of it")
     note = None
     if any(_updated_later(graph, output, nodes) for output in outputs):
         note = "its output is updated in place afterwards; what is kept is the updated value, as with hooks"
-    return replace(region, nodes=nodes, outputs=outputs, note=note)
+    return replace(region, nodes=nodes, outputs=outputs, replayed=replayed, note=note)
 
 
-def _outputs(nodes: Iterable[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
-    """Shrink a region to where its outputs are tensors that share no storage, and return both.
+def _outputs(
+    nodes: Iterable[fx.Node],
+) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    """Shrink a region to where its outputs are tensors that share no storage: its nodes, outputs, replayed nodes.
 
         %whole = linear(%x)                               %whole = linear(%x)           (output)
         %text  = getitem(%whole, 0:4)    (output)   ->    ---------------------------------------
@@ -299,18 +312,25 @@ def _outputs(nodes: Iterable[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.No
     Views, sizes and items of tuples are cheap to take again from what is kept.
     """
     inside = dict.fromkeys(nodes)
+    replayed: dict[fx.Node, None] = {}
     for node in list(inside):
         source = node.all_input_nodes[0] if node.all_input_nodes else None
-        if source is not None and source not in inside and isinstance(value(source), (tuple, list)):
+        if source is not None and source not in inside and is_tuple(source):
             del inside[node]  # an item of a tuple made outside: operands are tensors
+
+    def is_used_outside(node: fx.Node) -> bool:
+        return any(user not in inside or user in replayed for user in node.users)
+
     while True:
-        outputs = [node for node in inside if any(user not in inside for user in node.users)]
+        outputs = [node for node in inside if node not in replayed and is_used_outside(node)]
         outer = next((node for node in outputs if not is_tensor(node) or effects.is_view(node)), None)
         if outer is None:
-            return tuple(inside), tuple(outputs)
+            return tuple(inside), tuple(outputs), tuple(replayed)
         items = [user for user in outer.users if user not in inside]
         if is_tuple(outer) and not effects.is_view(outer) and all(_takes_item(user) for user in items):
             inside = {n: None for node in inside for n in ((node, *items) if node is outer else (node,))}
+        elif any(user in inside for user in outer.users):
+            replayed[outer] = None
         else:
             del inside[outer]
 

@@ -90,6 +90,7 @@ class ClipPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.video_processor = VideoProcessor(vae_scale_factor=1)
         self._guidance_scale = 1.0
+        self._guidance_rescale = 0.0
         self._num_timesteps = 0
         self._current_timestep: torch.Tensor | None = None
         self._interrupt = False
@@ -97,6 +98,10 @@ class ClipPipeline(DiffusionPipeline):
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -146,7 +151,8 @@ class ClipPipeline(DiffusionPipeline):
         prompt: str | list[str],
         negative_prompt: str | list[str] | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 2.0,
+        guidance_scale: float = 1.5,
+        guidance_rescale: float = 1.0,
         num_videos_per_prompt: int = 1,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -164,6 +170,9 @@ class ClipPipeline(DiffusionPipeline):
             num_inference_steps: Denoising steps.
             guidance_scale: Weight of classifier-free guidance; off at 1 and below, and then half as much is
                 computed.
+            guidance_rescale: How far the guided prediction is brought back to the standard deviation of the
+                unguided one, 0 to 1 (arXiv 2305.08891, section 3.4). Sampling starts in pure noise, where
+                guidance without it overshoots until the motion is lost.
             num_videos_per_prompt: Clips for each prompt, next to each other in the output.
             eta: DDIM's eta; 0 is deterministic given the initial noise.
             generator: Source of the initial noise; a list has one for each clip.
@@ -188,6 +197,7 @@ class ClipPipeline(DiffusionPipeline):
         )
         self._check_inputs(prompts, negatives, output_type, callback_on_step_end_tensor_inputs)
         self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
         self._current_timestep = None
         self._interrupt = False
 
@@ -239,7 +249,9 @@ class ClipPipeline(DiffusionPipeline):
         )[0]
         if self.do_classifier_free_guidance:
             uncond, cond = prediction.chunk(2)
-            prediction = uncond + self.guidance_scale * (cond - uncond)
+            guided = uncond + self.guidance_scale * (cond - uncond)
+            ratio = cond.std(dim=(1, 2, 3, 4), keepdim=True) / guided.std(dim=(1, 2, 3, 4), keepdim=True)
+            prediction = guided * torch.lerp(torch.ones_like(ratio), ratio, self.guidance_rescale)
         return prediction
 
     def _check_inputs(
