@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=WEIGHTS, help="folder of a ClipPipeline")
     parser.add_argument("--captions", type=int, default=96, help="96 is each caption once")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--guidance-scale", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sheet", type=Path, help="PNG to write, a row for each clip")
@@ -97,8 +97,8 @@ def main() -> None:
 
     pipe = ClipPipeline.from_pretrained(args.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    order = np.random.default_rng(args.seed).permutation(args.captions) % len(CAPTIONS)
-    captions = [CAPTIONS[i] for i in order]
+    order = np.random.default_rng(args.seed).permutation(len(CAPTIONS))
+    captions = [CAPTIONS[order[i % len(order)]] for i in range(args.captions)]
 
     frames = sample(pipe, captions, args, "sampling")
     report(frames, captions)

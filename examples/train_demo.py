@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, LatteTransformer3DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 
 from pab_fx.demo.clips import CAPTIONS, FRAMES, SIZE, draw
 from pab_fx.demo.pipeline import VOCABULARY, ClipPipeline, encode_caption
@@ -35,7 +36,7 @@ def build_transformer(width: int = 128, heads: int = 4, layers: int = 3) -> Latt
         cross_attention_dim=width,
         attention_bias=True,
         sample_size=SIZE,
-        patch_size=4,
+        patch_size=8,
         activation_fn="gelu-approximate",
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
@@ -74,8 +75,9 @@ def batch(
     kept = rng.random(size) >= dropout
     prompts = [str(c) if keep else "" for c, keep in zip(captions, kept, strict=True)]
     embeds = torch.stack([encode_caption(p) for p in prompts])
-    # Stratified, so that every batch has all noise levels.
-    timesteps = ((np.arange(size) + rng.random(size)) * 1000 / size).astype(np.int64)
+    # Stratified, so that every batch has all noise levels; the power gives more of them to the noisy half,
+    # where place and motion are decided.
+    timesteps = (1000 * ((np.arange(size) + rng.random(size)) / size) ** (2 / 3)).astype(np.int64)
     noise = rng.standard_normal(clips.shape, dtype=np.float32)
     return torch.from_numpy(clips.copy()), embeds, torch.from_numpy(timesteps), torch.from_numpy(noise)
 
@@ -111,52 +113,67 @@ def update_average(
     torch._foreach_lerp_(list(average.parameters()), list(transformer.parameters()), 1 - decay)
 
 
-def resume(
-    folder: Path,
-    transformer: LatteTransformer3DModel,
-    average: LatteTransformer3DModel,
-    optimizer: torch.optim.Optimizer,
-) -> int:
-    """Load the folder's checkpoint, if it has one, and return the number of steps already done."""
-    if not (folder / "checkpoint.pt").exists():
-        return 0
-    state = torch.load(folder / "checkpoint.pt")
-    for name, part in (("transformer", transformer), ("average", average), ("optimizer", optimizer)):
-        part.load_state_dict(state[name])
-    return state["step"]
+def build_optimizers(transformer: LatteTransformer3DModel, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, where it needs half of AdamW's first thousand steps; AdamW for the rest."""
+    matrices = [
+        p for name, p in transformer.named_parameters() if "blocks" in name and name.endswith("weight")
+    ]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in transformer.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01),
+    ]
 
 
-def save(
-    folder: Path,
-    step: int,
-    transformer: LatteTransformer3DModel,
-    average: LatteTransformer3DModel,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    parts = {"transformer": transformer, "average": average, "optimizer": optimizer}
-    state = {"step": step, **{name: part.state_dict() for name, part in parts.items()}}
-    torch.save(state, folder / "checkpoint.tmp")
-    (folder / "checkpoint.tmp").rename(folder / "checkpoint.pt")  # cut off before, the old one is whole
-    ClipPipeline(average, build_scheduler()).save_pretrained(folder / "pipeline")
+@dataclass
+class Run:
+    """All that a run must remember to go on where it stopped."""
+
+    transformer: LatteTransformer3DModel
+    average: LatteTransformer3DModel
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+
+    def save(self, folder: Path) -> None:
+        state = {
+            "step": self.step,
+            "transformer": self.transformer.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        torch.save(state, folder / "checkpoint.tmp")
+        (folder / "checkpoint.tmp").rename(folder / "checkpoint.pt")  # cut off before, the old one is whole
+        ClipPipeline(self.average, build_scheduler()).save_pretrained(folder / "pipeline")
+
+    def resume(self, folder: Path) -> None:
+        state = torch.load(folder / "checkpoint.pt")
+        self.step = state["step"]
+        self.transformer.load_state_dict(state["transformer"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def start(args: argparse.Namespace) -> Run:
+    """A new run, or the one that the folder holds."""
+    torch.manual_seed(args.seed)
+    transformer = build_transformer()
+    average = copy.deepcopy(transformer).requires_grad_(False)
+    set_plain_attention(transformer)
+    run = Run(transformer, average, build_optimizers(transformer, args.lr))
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if (args.folder / "checkpoint.pt").exists():
+        run.resume(args.folder)
+    return run
 
 
 def train(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    transformer, scheduler = build_transformer(), build_scheduler()
-    average = copy.deepcopy(transformer).requires_grad_(False)
-    set_plain_attention(transformer)
-    optimizer = torch.optim.AdamW(transformer.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    first = resume(args.folder, transformer, average, optimizer)
-    predict = torch.compile(transformer) if args.compile else transformer
+    run, scheduler = start(args), build_scheduler()
+    predict = torch.compile(run.transformer) if args.compile else run.transformer
     weights = loss_weights(scheduler)
-
-    columns = (
-        *Progress.get_default_columns()[:-1],
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-    )
-    mean_loss, since = float("nan"), time.monotonic()
+    columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.4f}"))
+    mean_loss, since, first = float("nan"), time.monotonic(), run.step
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=args.steps, completed=first, loss=mean_loss)
         for step in range(first, args.steps):
@@ -167,19 +184,21 @@ def train(args: argparse.Namespace) -> None:
             error = (predicted.float() - clips).square().mean(dim=(1, 2, 3, 4))  # [B]
             loss = (weights[timesteps] * error).mean()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr)
-            optimizer.step()
-            optimizer.zero_grad()
-            update_average(average, transformer, step, args.ema)
+            torch.nn.utils.clip_grad_norm_(run.transformer.parameters(), 1.0)
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, args.steps, args.lr)
+                optimizer.step()
+                optimizer.zero_grad()
+            update_average(run.average, run.transformer, step, args.ema)
 
+            run.step = step + 1
             mean_loss = loss.item() if step == first else 0.98 * mean_loss + 0.02 * loss.item()
             progress.update(task, advance=1, loss=mean_loss)
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                save(args.folder, step + 1, transformer, average, optimizer)
-                pace = (time.monotonic() - since) / (step + 1 - first)
-                progress.console.print(f"step {step + 1}  loss {mean_loss:.5f}  {pace:.3f} s/step")
+            if run.step % args.save_every == 0 or run.step == args.steps:
+                run.save(args.folder)
+                pace = (time.monotonic() - since) / (run.step - first)
+                progress.console.print(f"step {run.step}  loss {mean_loss:.5f}  {pace:.3f} s/step")
 
 
 def main() -> None:
@@ -192,9 +211,9 @@ def main() -> None:
         required=True,
         help="checkpoint and trained pipeline; goes on from a checkpoint there",
     )
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument(
         "--dropout", type=float, default=0.1, help="share of captions that are left out, for guidance"
