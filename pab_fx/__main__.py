@@ -1,0 +1,5 @@
+"""`python -m pab_fx`."""
+
+from .cli import main
+
+main()

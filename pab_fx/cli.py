@@ -1,0 +1,51 @@
+"""The command line: `pab-fx`, or `python -m pab_fx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Pyramid Attention Broadcast as a torch.compile graph transformation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Pyramid Attention Broadcast as a torch.compile graph transformation."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The animation: a .gif or .mp4 file.")] = Path("pab_demo.gif"),
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a generation.")] = 50,
+    clips: Annotated[int, typer.Option(min=1, max=96, help="How many clips, in one batch.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured generations of each kind.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the captions and the noise.")] = 0,
+    inner: Annotated[str, typer.Option(help="Compiler under both: eager, inductor, ...")] = "eager",
+    lowering: Annotated[str, typer.Option(help="specialize or cond.")] = "specialize",
+) -> None:
+    """Generate the same clips without and with PAB with a small trained video model, and compare them."""
+    from .demo.run import check_path, run_demo, save_animation, table_of
+
+    console = Console()
+    try:
+        check_path(output)
+        result = run_demo(steps, clips, rounds, seed, inner, lowering, console)
+        save_animation(result, output)
+    except ValueError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2) from None
+    console.print(table_of(result))
+    console.print(f"The clips, side by side: {output}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,226 @@
+"""The demo: the same clips without and with PAB, side by side, with what it cost and what it changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from ..config import MLPBroadcast, PABConfig
+from ..enable import enable
+from ..report import Report, RoleReport
+from . import CAPTIONS, ClipPipeline, load_pipeline
+
+MLP_TIMESTEPS = (720, 640, 560, 480, 400)
+"""Where VideoSys keeps Latte's feed-forwards; its scheduler has these very timesteps, ours has neighbours."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the demo measured.
+
+    Args:
+        prompts: the captions.
+        frames: clips without and with PAB, each [B, F, H, W, 3] in 0 to 1.
+        steps: denoising steps of a generation.
+        seconds: of a generation, without and with PAB; medians over rounds.
+        speedup: median over rounds of the ratio of the two.
+        psnr: of the clips with PAB against those without, in dB, mean over clips.
+        ssim: the same for SSIM, mean over frames.
+        roles: per role, how often it was computed and reused in one generation.
+    """
+
+    prompts: tuple[str, ...]
+    frames: tuple[np.ndarray, np.ndarray]
+    steps: int
+    seconds: tuple[float, float]
+    speedup: float
+    psnr: float
+    ssim: float
+    roles: tuple[RoleReport, ...]
+
+
+def demo_config(timesteps: Sequence[float]) -> PABConfig:
+    """Latte's preset, its feed-forward timesteps moved to the nearest ones of the generation."""
+    kept = tuple(min(timesteps, key=lambda t: abs(t - listed)) for listed in MLP_TIMESTEPS)
+    return PABConfig.preset("latte", mlp=MLPBroadcast(timesteps=kept, blocks=tuple(range(5)), skip_count=2))
+
+
+def run_demo(
+    steps: int = 50,
+    clips: int = 4,
+    rounds: int = 3,
+    seed: int = 0,
+    inner: str = "eager",
+    lowering: str = "specialize",
+    console: Console | None = None,
+) -> Result:
+    """Generate clips without and with PAB, in turns, and compare them.
+
+    Args:
+        steps: denoising steps.
+        clips: how many clips, generated as one batch.
+        rounds: measured generations of each kind, after one that warms up (and compiles).
+        seed: of the captions and the noise.
+        inner: the compiler under both: "eager" runs the graphs as they are, "inductor" compiles them.
+        lowering: as for `PABBackend`.
+        console: where progress is shown; a new one by default.
+
+    Raises:
+        ValueError: for a number of steps, clips or rounds below 1, or a backend that is not registered.
+    """
+    for name, value in (("steps", steps), ("clips", clips), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    plain, broadcasting = load_pipeline(), load_pipeline()
+    for pipe in (plain, broadcasting):
+        pipe.set_progress_bar_config(disable=True)
+    plain.scheduler.set_timesteps(steps)
+    prompts = tuple(str(caption) for caption in random.Random(seed).sample(CAPTIONS, clips))
+    config = demo_config([float(t) for t in plain.scheduler.timesteps])
+    scheduler = broadcasting.scheduler
+    pab = enable(
+        broadcasting, config, inner=inner, lowering=lowering, timesteps=lambda: scheduler.timesteps
+    )
+    if inner != "eager":
+        plain.transformer.compile(backend=inner)
+    frames, seconds = {}, {plain: [], broadcasting: []}
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console or Console()) as progress:
+        task = progress.add_task("", total=2 * (rounds + 1) * steps)
+        for turn in range(rounds + 1):
+            what = f"round {turn} of {rounds}" if turn else "warming up"
+            before = pab.report()
+            for pipe, kind in ((plain, "without PAB"), (broadcasting, "with PAB")):
+                progress.update(task, description=f"{what}, {kind}")
+                frames[pipe], took = _generate(pipe, prompts, steps, seed, lambda: progress.advance(task))
+                seconds[pipe] += [took] if turn else []
+    ratios = [a / b for a, b in zip(seconds[plain], seconds[broadcasting], strict=True)]
+    psnr, ssim = compare(frames[plain], frames[broadcasting])
+    return Result(
+        prompts=prompts,
+        frames=(frames[plain], frames[broadcasting]),
+        steps=steps,
+        seconds=(statistics.median(seconds[plain]), statistics.median(seconds[broadcasting])),
+        speedup=statistics.median(ratios),
+        psnr=psnr,
+        ssim=ssim,
+        roles=_since(before, pab.report()),
+    )
+
+
+def _generate(
+    pipe: ClipPipeline, prompts: Sequence[str], steps: int, seed: int, advance: Callable[[], None]
+) -> tuple[np.ndarray, float]:
+    """Clips [B, F, H, W, 3] in 0 to 1 and the seconds they took."""
+
+    def on_step_end(pipe: ClipPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        advance()
+        return tensors
+
+    start = time.perf_counter()
+    output = pipe(
+        list(prompts),
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        callback_on_step_end=on_step_end,
+    )
+    return np.clip(output.frames, 0, 1), time.perf_counter() - start
+
+
+def compare(reference: np.ndarray, clips: np.ndarray) -> tuple[float, float]:
+    """PSNR in dB (mean over clips) and SSIM (mean over frames) of `clips` against `reference`, [B, F, H, W, 3]."""
+    psnr = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(reference, clips, strict=True)]
+    ssim = [
+        structural_similarity(a, b, data_range=1.0, channel_axis=-1)
+        for clip, other in zip(reference, clips, strict=True)
+        for a, b in zip(clip, other, strict=True)
+    ]
+    return float(np.mean(psnr)), float(np.mean(ssim))
+
+
+def _since(before: Report, after: Report) -> tuple[RoleReport, ...]:
+    """The counts of `after` less those of `before`: of the generation between them."""
+    counts = {role.role: role for role in before.roles}
+    return tuple(
+        replace(
+            role,
+            computed=role.computed - counts[role.role].computed,
+            reused=role.reused - counts[role.role].reused,
+        )
+        for role in after.roles
+    )
+
+
+def save_animation(result: Result, path: Path, scale: int = 5, fps: int = 6) -> None:
+    """Write the clips side by side, without PAB left and with it right, as GIF or MP4 by the path's suffix.
+
+    Raises:
+        ValueError: as `check_path`.
+    """
+    pictures = [_picture(result, frame, scale) for frame in range(result.frames[0].shape[1])]
+    if path.suffix.lower() == ".gif":
+        imageio.imwrite(path, pictures, duration=1000 / fps, loop=0)
+    else:
+        imageio.imwrite(path, np.stack(pictures * 4), fps=fps, plugin="FFMPEG")
+
+
+def check_path(path: Path) -> None:
+    """Refuse, before anything runs, a file that could not be written in the end.
+
+    Raises:
+        ValueError: for a folder that is not there, a suffix other than .gif and .mp4, or .mp4 without the
+            package imageio-ffmpeg.
+    """
+    if path.suffix.lower() not in (".gif", ".mp4"):
+        raise ValueError(f"cannot write {path}: the animation is a .gif or .mp4 file.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}.")
+    if path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise ValueError(f"cannot write {path}: pip install imageio-ffmpeg, or write a .gif.")
+
+
+def _picture(result: Result, frame: int, scale: int) -> np.ndarray:
+    """One frame of the animation, [H, W, 3] uint8: a row per clip, its caption above it."""
+    size, gap, text = result.frames[0].shape[2] * scale, 8, 18
+    sheet = Image.new("RGB", (2 * size + 3 * gap, text + len(result.prompts) * (size + text + gap)), (24, 24, 28))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    heads = (f"without PAB, {result.seconds[0]:.1f} s", f"with PAB, {result.seconds[1]:.1f} s")
+    for column, (clips, head) in enumerate(zip(result.frames, heads, strict=True)):
+        left = gap + column * (size + gap)
+        pen.text((left, 2), head, fill=(255, 255, 255), font=font)
+        for row, clip in enumerate(clips):
+            top = text + row * (size + text + gap)
+            pen.text((left, top + 1), result.prompts[row], fill=(190, 190, 200), font=font)
+            pixels = Image.fromarray((clip[frame] * 255).round().astype(np.uint8))
+            sheet.paste(pixels.resize((size, size), Image.Resampling.NEAREST), (left, top + text))
+    return np.asarray(sheet)
+
+
+def table_of(result: Result) -> Table:
+    """The result as a table for a terminal."""
+    table = Table(title=f"{len(result.prompts)} clips, {result.steps} steps", title_justify="left")
+    table.add_column("")
+    table.add_column("without PAB", justify="right")
+    table.add_column("with PAB", justify="right")
+    for role in result.roles:
+        calls = role.computed + role.reused
+        table.add_row(f"{role.role}: reused of {calls} calls", "0", f"{role.reused} ({role.reused / calls:.0%})")
+    table.add_row("seconds", f"{result.seconds[0]:.2f}", f"{result.seconds[1]:.2f}")
+    table.add_row("speed-up", "1.00x", f"{result.speedup:.2f}x")
+    table.add_row("PSNR to without", "", f"{result.psnr:.1f} dB")
+    table.add_row("SSIM to without", "", f"{result.ssim:.3f}")
+    return table
