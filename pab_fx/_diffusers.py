@@ -99,5 +99,5 @@ def listen_to_cache_mixin() -> None:
         reset(self, *args, **kwargs)
 
     cache_context_of_model._pab_fx = True  # type: ignore[attr-defined]
-    CacheMixin.cache_context = cache_context_of_model
-    CacheMixin._reset_stateful_cache = reset_stateful_cache
+    CacheMixin.cache_context = cache_context_of_model  # type: ignore[method-assign]
+    CacheMixin._reset_stateful_cache = reset_stateful_cache  # type: ignore[method-assign]

@@ -91,9 +91,9 @@ def calling_modules() -> list[nn.Module]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = _receiver(frame.f_code, frame.f_locals)
-        if isinstance(module, nn.Module) and not isinstance(module, (OptimizedModule, fx.GraphModule)):
-            if not any(module is other for other in modules):
-                modules.append(module)
+        is_wrapper = isinstance(module, (OptimizedModule, fx.GraphModule))
+        if isinstance(module, nn.Module) and not is_wrapper and not any(module is other for other in modules):
+            modules.append(module)
         frame = frame.f_back
     return modules
 

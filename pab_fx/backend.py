@@ -152,7 +152,9 @@ class PABBackend:
         if not idle or any(region.is_broadcast for region in self.regions):
             return
         found = "\n".join(f"  {region.name} ({region.role}): {region.why}" for region in idle)
-        self.warn_once("nothing", f"pab_fx: the config matches none of the attentions found, so nothing is reused:\n{found}")
+        self.warn_once(
+            "nothing", f"pab_fx: the config matches none of the attentions found, so nothing is reused:\n{found}"
+        )
 
 
 def pab_backend(
@@ -194,12 +196,16 @@ def _backend_of(options: Mapping[str, Any], mode: str | None) -> PABBackend:
     """The backend for these options: one for equal ones, since state lives in it."""
     key = (mode, *sorted((name, _hashable(value)) for name, value in options.items()))
     if key not in _backends:
-        own = {name: options[name] for name in ("config", "inner", "lowering", "passes", "timesteps") if name in options}
+        own = {
+            name: options[name] for name in ("config", "inner", "lowering", "passes", "timesteps") if name in options
+        }
         fields = {name: value for name, value in options.items() if name not in own and name != "inner_options"}
         known = {field.name for field in dataclasses.fields(PABConfig)}
         for name in fields:
             if name not in known:
-                names = ", ".join(sorted({"config", "inner", "lowering", "passes", "timesteps", "inner_options"} | known))
+                names = ", ".join(
+                    sorted({"config", "inner", "lowering", "passes", "timesteps", "inner_options"} | known)
+                )
                 raise ValueError(f"unknown option {name!r} for the backend 'pab'; it takes {names}.")
         if fields and "config" in own:
             raise ValueError(f"give either config or its fields as options, not both: {', '.join(fields)}.")
@@ -217,7 +223,7 @@ def _hashable(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, tuple, type(None))) else id(value)
 
 
-def checked_config(config: Any) -> PABConfig | PyramidAttentionBroadcastConfig:
+def checked_config(config: Any) -> Any:
     """The config, checked; the default one for `None`."""
     if config is None:
         return PABConfig()

@@ -23,7 +23,9 @@ def _commands() -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The animation: a .gif or .mp4 file.")] = Path("pab_demo.gif"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The animation: a .gif or .mp4 file.")] = Path(
+        "pab_demo.gif"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a generation.")] = 50,
     clips: Annotated[int, typer.Option(min=1, max=96, help="How many clips, in one batch.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Measured generations of each kind.")] = 3,

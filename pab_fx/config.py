@@ -46,7 +46,7 @@ class MLPBroadcast:
     skip_count: int = 1
 
     def __post_init__(self) -> None:
-        timesteps = tuple(self.timesteps) if _is_iterable(self.timesteps) else (self.timesteps,)
+        timesteps: tuple[Any, ...] = tuple(self.timesteps) if _is_iterable(self.timesteps) else (self.timesteps,)
         for timestep in timesteps:
             if not _is_number(timestep):
                 raise ValueError(f"mlp: timesteps must be numbers on the scheduler's scale, got {timestep!r}.")

@@ -287,9 +287,7 @@ RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "
 PERMUTATIONS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint"}
 
 
-def _axes_after(
-    node: fx.Node, size: tuple[int, ...], axes: dict[fx.Node, tuple[Axis, ...]]
-) -> tuple[Axis, ...] | None:
+def _axes_after(node: fx.Node, size: tuple[int, ...], axes: dict[fx.Node, tuple[Axis, ...]]) -> tuple[Axis, ...] | None:
     labelled = [source for source in node.all_input_nodes if source in axes]
     if not labelled:
         return _axes_of_item(node, axes)

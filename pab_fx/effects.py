@@ -29,7 +29,15 @@ RANDOM = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"),
     *("normal", "poisson", "gumbel_softmax", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"),
 }
-DROPOUTS = {"dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "native_dropout"}
+DROPOUTS = {
+    "dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "native_dropout",
+}
 
 
 def updated(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -144,8 +152,8 @@ def is_removable(node: fx.Node) -> bool:
 def eliminate_dead_code(graph: fx.Graph) -> int:
     """Remove what nobody uses and return how many nodes went.
 
-        %y = add(%x, 1)        # unused                              (gone)
-        %z = copy_(%x, %w)     # unused, but updates x      ->       %z = copy_(%x, %w)
+    %y = add(%x, 1)        # unused                              (gone)
+    %z = copy_(%x, %w)     # unused, but updates x      ->       %z = copy_(%x, %w)
     """
     removed = 0
     for node in reversed(list(graph.nodes)):

@@ -32,7 +32,7 @@ from torch import fx
 from . import effects
 from ._torch import cond_op, hold_strides
 from .dataflow import value
-from .rewrite import aten, conditionals
+from .rewrite import aten, conditionals, operands_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def fix_operand_strides(gm: fx.GraphModule) -> fx.GraphModule:
     graph computes; the branch then refuses its operand at run time (seen in 2.13).
     """
     for cond in conditionals(gm):
-        operands = list(cond.args[3])  # type: ignore[call-overload]
+        operands = list(operands_of(cond))
         for i, operand in enumerate(operands):
             recorded = value(operand)
             if operand.op == "placeholder" or not isinstance(recorded, torch.Tensor):
@@ -145,7 +145,7 @@ def _recorded(cache: fx.Node) -> object:
     for user in cache.users:
         if user.target is cond_op:
             items = {item.args[1]: item for item in user.users}
-            item = items.get(user.args[3].index(cache))  # type: ignore[union-attr]
+            item = items.get(operands_of(user).index(cache))
             return item.meta.get("example_value") if item is not None else None
     return None
 

@@ -55,7 +55,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'role':<10}{'modules':>8}{'computed':>10}{'reused':>8}{'cache':>12}"]
         lines += [
-            f"{r.role:<10}{r.modules:>8}{r.computed:>10}{r.reused:>8}{r.cache_bytes / 2**20:>8.2f} MiB" for r in self.roles
+            f"{r.role:<10}{r.modules:>8}{r.computed:>10}{r.reused:>8}{r.cache_bytes / 2**20:>8.2f} MiB"
+            for r in self.roles
         ]
         lines.append(f"{self.graphs} graphs compiled")
         lines += [f"left alone: {r.name} ({r.role}): {r.left_alone}" for r in self.regions if r.left_alone]

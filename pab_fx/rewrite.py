@@ -133,6 +133,11 @@ def conditionals(gm: fx.GraphModule) -> dict[fx.Node, Conditional]:
     return {node: node.meta[CONDITIONAL] for node in gm.graph.nodes if CONDITIONAL in node.meta}
 
 
+def operands_of(cond: fx.Node) -> tuple[Any, ...]:
+    """What a `cond` node hands to its branches: the caches first, then what the computing one reads."""
+    return cond.args[3]  # type: ignore[return-value]
+
+
 def insert_conditions(
     gm: fx.GraphModule,
     regions: Sequence[Region],
@@ -183,17 +188,17 @@ def insert_conditions(
 def _replay_outside(graph: fx.Graph, region: Region) -> None:
     """Give the users outside of a region their own copy of a view that is used inside as well.
 
-        %view = view(%out)                      %view = view(%out)
-        %a    = add(%view, 1)    # inside  ->   %a    = add(%view, 1)
-        %b    = add(%view, 2)    # outside      %copy = view(%out)
-                                                %b    = add(%copy, 2)
+    %view = view(%out)                      %view = view(%out)
+    %a    = add(%view, 1)    # inside  ->   %a    = add(%view, 1)
+    %b    = add(%view, 2)    # outside      %copy = view(%out)
+                                            %b    = add(%copy, 2)
     """
     inside = set(region.nodes)
     copies: dict[fx.Node, fx.Node] = {}
     for node in sorted(region.replayed):
         with graph.inserting_before(node.next):
-            copies[node] = graph.node_copy(node, lambda source: copies.get(source, source))  # noqa: B023
-        node.replace_all_uses_with(copies[node], delete_user_cb=lambda user: user not in inside)  # noqa: B023
+            copies[node] = graph.node_copy(node, lambda source: copies.get(source, source))
+        node.replace_all_uses_with(copies[node], delete_user_cb=lambda user: user not in inside)
 
 
 def _bodies(graph: fx.Graph, regions: Sequence[Region]) -> dict[Region, list[fx.Node]]:
@@ -255,7 +260,7 @@ def _with_own_views(graph: fx.Graph, body: list[fx.Node]) -> list[fx.Node]:
         for view in shared:
             with graph.inserting_before(view.next):
                 own = graph.node_copy(view)
-            view.replace_all_uses_with(own, delete_user_cb=lambda user: user in inside)  # noqa: B023
+            view.replace_all_uses_with(own, delete_user_cb=lambda user: user in inside)
             inside.add(own)
 
 
@@ -292,7 +297,7 @@ def _replace(
         gm.add_submodule(name, module)
     with graph.inserting_before(body[-1].next):
         caches = [graph.get_attr(name) for name in conditional.caches]
-        arguments = (compute, *map(graph.get_attr, branches), (*caches, *operands))
+        arguments: tuple[Any, ...] = (compute, *map(graph.get_attr, branches), (*caches, *operands))
         cond = graph.call_function(cond_op, arguments)
         items = [graph.call_function(operator.getitem, (cond, i)) for i in range(len(outputs))]
     cond.meta[CONDITIONAL] = conditional
@@ -383,9 +388,13 @@ class _InGraphSchedule:
             with self._nodes():
                 n = self.calls
                 if conditional.calls > 1:
-                    n = self._call(torch.add, self._call(torch.mul, n, float(conditional.calls)), float(conditional.call))
-                reuse = self._skip_range(conditional.rule, n) if isinstance(conditional.rule, SkipRange) else (
-                    self._after_timesteps(conditional.rule, n)
+                    n = self._call(
+                        torch.add, self._call(torch.mul, n, float(conditional.calls)), float(conditional.call)
+                    )
+                reuse = (
+                    self._skip_range(conditional.rule, n)
+                    if isinstance(conditional.rule, SkipRange)
+                    else (self._after_timesteps(conditional.rule, n))
                 )
                 reuse = self._call(torch.logical_and, self._call(torch.gt, n, 0.0), reuse)
                 self._predicates[key] = self._call(torch.logical_not, reuse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import fx, nn
 from . import _diffusers
 from ._torch import calling_modules, sizes_at, traced_shapes
 from .dataflow import value
-from .lift import Lifted, lift, fix_operand_strides
+from .lift import Lifted, fix_operand_strides, lift
 from .rewrite import TIMESTEP_NAMES, Conditional, conditionals, copy_of, timestep_name
 from .schedule import SkipRange
 from .specialize import decide
@@ -282,7 +282,7 @@ def _timestep_input(inputs: Sequence[fx.Node]) -> int | None:
 
 
 def anchors(
-    nodes_of: dict[str, Sequence[fx.Node]], inputs: Sequence[fx.Node], example_inputs: Sequence[Any]
+    nodes_of: Mapping[str, Sequence[fx.Node]], inputs: Sequence[fx.Node], example_inputs: Sequence[Any]
 ) -> dict[str, Anchor]:
     """For each module, the first parameter that its nodes read among the graph's inputs."""
     position = {node: i for i, node in enumerate(inputs)}

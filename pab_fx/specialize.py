@@ -20,14 +20,14 @@ Conditions that are not decided stay (the residual).
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import fx
 
 from . import effects
 from .config import ROLES
-from .rewrite import Conditional, aten, conditionals, copy_of
+from .rewrite import Conditional, aten, conditionals, copy_of, operands_of
 
 
 def specialize(
@@ -85,10 +85,8 @@ def decide(gm: fx.GraphModule, reuse: dict[int, bool]) -> fx.GraphModule:
         if conditional.index not in reuse:
             continue
         items = _items(cond)
-        if reuse[conditional.index]:
-            results = list(cond.args[3][: len(conditional.caches)])  # type: ignore[index]
-        else:
-            results = _inline(gm, cond)
+        caches = operands_of(cond)[: len(conditional.caches)]
+        results = caches if reuse[conditional.index] else _inline(gm, cond)
         for i, item in items.items():
             if reuse[conditional.index]:
                 _erase_writes(gm.graph, item)
@@ -115,12 +113,12 @@ def _erase_writes(graph: fx.Graph, item: fx.Node) -> None:
         graph.erase_node(resize)
 
 
-def _inline(gm: fx.GraphModule, cond: fx.Node) -> list[Any]:
+def _inline(gm: fx.GraphModule, cond: fx.Node) -> Sequence[fx.Node]:
     """Copy the computing branch before `cond` and return what it yields."""
     prefix = str(cond.args[1].target)  # type: ignore[union-attr]
     branch: fx.GraphModule = gm.get_submodule(prefix)  # type: ignore[assignment]
     inputs = branch.graph.find_nodes(op="placeholder")
-    copies: dict[fx.Node, Any] = dict(zip(inputs, cond.args[3], strict=True))  # type: ignore[arg-type]
+    copies: dict[fx.Node, Any] = dict(zip(inputs, operands_of(cond), strict=True))
     with gm.graph.inserting_before(cond):
         for node in branch.graph.nodes:
             if node.op in ("placeholder", "output"):
@@ -128,4 +126,5 @@ def _inline(gm: fx.GraphModule, cond: fx.Node) -> list[Any]:
             copies[node] = gm.graph.node_copy(node, copies.__getitem__)
             if node.op in ("call_module", "get_attr"):
                 copies[node].target = f"{prefix}.{node.target}"
-    return [copies[result] for result in branch.graph.output_node().args[0]]  # type: ignore[union-attr]
+    results: Any = branch.graph.output_node().args[0]
+    return [copies[result] for result in results]

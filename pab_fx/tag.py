@@ -29,12 +29,10 @@ from .dataflow import (
     op_name,
     reads_another_sequence,
     shape,
-    value,
     video_axes,
 )
 from .modules import ModuleCall, ModuleNames, call_sites
 from .schedule import AfterTimesteps, Rule, SkipRange
-
 
 BREAKS_INSIDE = (
     "the graph breaks inside of it, and this part does not yield its output; "
@@ -124,10 +122,8 @@ def _by_module(gm: fx.GraphModule, config: Any, names: ModuleNames) -> list[Regi
 
 
 def _attention_rule(config: Any, role: str) -> SkipRange | None:
-    if isinstance(config, PABConfig):
-        skip_range = config.skip_range(role)
-    else:
-        skip_range = _diffusers.skip_range(config, role)
+    is_own = isinstance(config, PABConfig)
+    skip_range = config.skip_range(role) if is_own else _diffusers.skip_range(config, role)
     window = getattr(config, f"{role}_attention_timestep_skip_range")
     return None if skip_range is None else SkipRange(skip_range, *window)
 
@@ -235,7 +231,19 @@ def _around(core: Core, acts: set[fx.Node]) -> list[fx.Node]:
     return nodes
 
 
-NONLINEARITIES = {"gelu", "silu", "relu", "sigmoid", "tanh", "mish", "hardswish", "relu6", "leaky_relu", "elu", "softplus"}
+NONLINEARITIES = {
+    "gelu",
+    "silu",
+    "relu",
+    "sigmoid",
+    "tanh",
+    "mish",
+    "hardswish",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "softplus",
+}
 
 
 def _is_nonlinear(node: fx.Node) -> bool:

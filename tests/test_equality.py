@@ -51,7 +51,9 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _is_equal(outputs: list[tuple[torch.Tensor, ...]], others: list[tuple[torch.Tensor, ...]]) -> bool:
-    return all(_same(a, b) for step, other in zip(outputs, others, strict=True) for a, b in zip(step, other, strict=True))
+    return all(
+        _same(a, b) for step, other in zip(outputs, others, strict=True) for a, b in zip(step, other, strict=True)
+    )
 
 
 def _distance(outputs: list[tuple[torch.Tensor, ...]], others: list[tuple[torch.Tensor, ...]]) -> float:
@@ -94,9 +96,7 @@ def test_an_attention_that_breaks_is_computed_not_guessed() -> None:
 
 
 @pytest.mark.parametrize("lowering", ["specialize", "cond"])
-@pytest.mark.parametrize(
-    "name", [INDUCTOR[0], *(pytest.param(name, marks=pytest.mark.slow) for name in INDUCTOR[1:])]
-)
+@pytest.mark.parametrize("name", [INDUCTOR[0], *(pytest.param(name, marks=pytest.mark.slow) for name in INDUCTOR[1:])])
 def test_inductor_equals_the_hooks_to_rounding(name: str, lowering: str) -> None:
     """1e-4 relative: Inductor fuses and reorders float32 sums, which costs a few units in the last place a layer."""
     entry: Entry = BY_NAME[name]

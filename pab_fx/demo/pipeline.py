@@ -192,9 +192,7 @@ class ClipPipeline(DiffusionPipeline):
                 agree.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = (
-            negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompts)
-        )
+        negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompts)
         self._check_inputs(prompts, negatives, output_type, callback_on_step_end_tensor_inputs)
         self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
@@ -217,9 +215,7 @@ class ClipPipeline(DiffusionPipeline):
                     continue
                 self._current_timestep = t
                 prediction = self._predict(latents, t, prompt_embeds)
-                latents = self.scheduler.step(prediction, t, latents, **extra_step_kwargs, return_dict=False)[
-                    0
-                ]
+                latents = self.scheduler.step(prediction, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
@@ -92,12 +93,11 @@ def run_demo(
     prompts = tuple(str(caption) for caption in random.Random(seed).sample(CAPTIONS, clips))
     config = demo_config([float(t) for t in plain.scheduler.timesteps])
     scheduler = broadcasting.scheduler
-    pab = enable(
-        broadcasting, config, inner=inner, lowering=lowering, timesteps=lambda: scheduler.timesteps
-    )
+    pab = enable(broadcasting, config, inner=inner, lowering=lowering, timesteps=lambda: scheduler.timesteps)
     if inner != "eager":
         plain.transformer.compile(backend=inner)
-    frames, seconds = {}, {plain: [], broadcasting: []}
+    frames: dict[ClipPipeline, np.ndarray] = {}
+    seconds: dict[ClipPipeline, list[float]] = {plain: [], broadcasting: []}
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console or Console()) as progress:
         task = progress.add_task("", total=2 * (rounds + 1) * steps)
@@ -132,7 +132,7 @@ def _generate(
         return tensors
 
     start = time.perf_counter()
-    output = pipe(
+    output: Any = pipe(
         list(prompts),
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed),

@@ -8,9 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
-def contact_sheet(
-    frames: np.ndarray, labels: Sequence[str], scale: int = 3, label_width: int = 230
-) -> np.ndarray:
+def contact_sheet(frames: np.ndarray, labels: Sequence[str], scale: int = 3, label_width: int = 230) -> np.ndarray:
     """Lay clips out on one picture.
 
     Args:
@@ -24,9 +22,7 @@ def contact_sheet(
     """
     pixels = (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
     pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
-    pixels = np.pad(
-        pixels, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=64
-    )  # a line between frames
+    pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=64)  # a line between frames
     n, f, h, w, _ = pixels.shape
     sheet = Image.new("RGB", (label_width + f * w, n * h), (32, 32, 32))
     sheet.paste(Image.fromarray(pixels.transpose(0, 2, 1, 3, 4).reshape(n * h, f * w, 3)), (label_width, 0))
