@@ -240,7 +240,7 @@ def _own(order: dict[fx.Node, int], region: Region) -> set[int]:
 
 
 def _with_own_views(graph: fx.Graph, body: list[fx.Node]) -> list[fx.Node]:
-    """The body with copies of those views it reads that share storage: a `cond` takes no operands that do.
+    """The body with copies of what it reads but a `cond` does not take: modules, tuples, views that share storage.
 
         %a, %b = chunk(%base, 2)                             %a, %b = chunk(%base, 2)   # for others
         %o     = attention(%x, %a, %b)   # the body    ->    %c, %d = chunk(%base, 2)   \
@@ -252,8 +252,9 @@ def _with_own_views(graph: fx.Graph, body: list[fx.Node]) -> list[fx.Node]:
         shared = [
             view
             for view in operands
-            if (effects.is_view(view) or is_tuple(view))
-            and (is_tuple(view) or any(effects.may_alias(view, other) for other in operands if other is not view))
+            if is_tuple(view)
+            or _is_module(view)
+            or (effects.is_view(view) and any(view is not o and effects.may_alias(view, o) for o in operands))
         ]
         if not shared:
             return sorted(inside)
@@ -262,6 +263,19 @@ def _with_own_views(graph: fx.Graph, body: list[fx.Node]) -> list[fx.Node]:
                 own = graph.node_copy(view)
             view.replace_all_uses_with(own, delete_user_cb=lambda user: user in inside)
             inside.add(own)
+
+
+def _is_module(node: fx.Node) -> bool:
+    """Whether a node is a module handed to a higher-order operator, such as flex_attention's `score_mod`."""
+    owner = node.graph.owning_module
+    return node.op == "get_attr" and owner is not None and isinstance(_attribute(owner, str(node.target)), nn.Module)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def _add_caches(gm: fx.GraphModule, index: int, outputs: tuple[fx.Node, ...], allocate: bool) -> tuple[str, ...]:
@@ -372,51 +386,50 @@ class _InGraphSchedule:
         with self.graph.inserting_before(last.next):
             self.end = self.graph.create_node("call_function", torch.full, ((), 0.0), {"dtype": torch.float64})
         with self._nodes():
-            self.timestep = self._call(torch.amax, self._timestep(timestep_callback))
-            before = self._buffer("pab_timestep", math.inf)
-            rises = self._call(torch.gt, self.timestep, before)
-            self.calls = self._call(torch.where, rises, 0.0, self._buffer("pab_calls", 0.0))
+            self.timestep = self._timestep(timestep_callback)
+            rises = self._call("rises", torch.gt, self.timestep, self._buffer("pab_timestep", math.inf))
+            self.calls = self._call("n", torch.where, rises, 0.0, self._buffer("pab_calls", 0.0))
             self._counts += [
-                ("pab_calls", self._call(torch.add, self.calls, 1.0)),
+                ("pab_calls", self._call("n_next", torch.add, self.calls, 1.0)),
                 ("pab_timestep", self.timestep),
             ]
 
     def compute(self, conditional: Conditional) -> fx.Node:
         """The predicate of one conditional; conditionals with the same rule and counter share it."""
-        key = (conditional.rule, conditional.call, conditional.calls)
+        rule, role = conditional.rule, conditional.role
+        key = (rule, conditional.call, conditional.calls)
         if key not in self._predicates:
             with self._nodes():
                 n = self.calls
                 if conditional.calls > 1:
-                    n = self._call(
-                        torch.add, self._call(torch.mul, n, float(conditional.calls)), float(conditional.call)
-                    )
-                reuse = (
-                    self._skip_range(conditional.rule, n)
-                    if isinstance(conditional.rule, SkipRange)
-                    else (self._after_timesteps(conditional.rule, n))
-                )
-                reuse = self._call(torch.logical_and, self._call(torch.gt, n, 0.0), reuse)
-                self._predicates[key] = self._call(torch.logical_not, reuse)
+                    n = self._call("n", torch.mul, n, float(conditional.calls))
+                    n = self._call("n", torch.add, n, float(conditional.call))
+                started = self._call("started", torch.gt, n, 0.0)
+                reuse = self._skip_range(rule, n) if isinstance(rule, SkipRange) else self._after_timesteps(rule, n)
+                reuse = self._call(f"reuse_{role}", torch.logical_and, started, reuse)
+                self._predicates[key] = self._call(f"compute_{role}", torch.logical_not, reuse)
         return self._predicates[key]
 
     def _skip_range(self, rule: SkipRange, n: fx.Node) -> fx.Node:
-        above = self._call(torch.gt, self.timestep, float(rule.low))
-        below = self._call(torch.lt, self.timestep, float(rule.high))
-        between = self._call(torch.ne, self._call(torch.remainder, n, float(rule.skip_range)), 0.0)
-        return self._call(torch.logical_and, self._call(torch.logical_and, above, below), between)
+        above = self._call("above", torch.gt, self.timestep, float(rule.low))
+        below = self._call("below", torch.lt, self.timestep, float(rule.high))
+        inside = self._call("inside", torch.logical_and, above, below)
+        remainder = self._call("remainder", torch.remainder, n, float(rule.skip_range))
+        between = self._call("between", torch.ne, remainder, 0.0)
+        return self._call("due", torch.logical_and, inside, between)
 
     def _after_timesteps(self, rule: AfterTimesteps, n: fx.Node) -> fx.Node:
-        lifetime = self._call(torch.full_like, self.timestep, 0.0)
+        lifetime = self._call("lifetime", torch.full_like, self.timestep, 0.0)
         for listed, count in sorted(rule.skip_counts, key=lambda entry: entry[1]):
-            here = self._call(torch.eq, self.timestep, listed)
-            lifetime = self._call(torch.where, here, float(count), lifetime)
+            here = self._call("here", torch.eq, self.timestep, listed)
+            lifetime = self._call("lifetime", torch.where, here, float(count), lifetime)
         name = f"pab_until_{len(self._predicates)}"
         until = self._buffer(name, NEVER)
-        unlisted = self._call(torch.eq, lifetime, 0.0)
-        reuse = self._call(torch.logical_and, unlisted, self._call(torch.le, n, until))
-        computed = self._call(torch.add, n, lifetime)
-        self._counts.append((name, self._call(torch.where, reuse, until, computed)))
+        unlisted = self._call("unlisted", torch.eq, lifetime, 0.0)
+        fresh = self._call("fresh", torch.le, n, until)
+        reuse = self._call("due", torch.logical_and, unlisted, fresh)
+        extended = self._call("extended", torch.add, n, lifetime)
+        self._counts.append((name, self._call("until", torch.where, reuse, until, extended)))
         return reuse
 
     def count(self) -> None:
@@ -428,7 +441,7 @@ class _InGraphSchedule:
 
     def _timestep(self, callback: Callable[[], Any] | None) -> fx.Node:
         if callback is not None:
-            found = self._call(callback)
+            found = self._call("callback", callback)
         else:
             inputs = {node: timestep_name(node) for node in self.graph.find_nodes(op="placeholder")}
             named = [node for name in TIMESTEP_NAMES for node in inputs if inputs[node] == name]
@@ -438,7 +451,8 @@ class _InGraphSchedule:
                     "Trace a forward that takes one, or set current_timestep_callback in the config."
                 )
             found = named[0]
-        return self._call(torch.as_tensor, found, dtype=torch.float64, device="cpu")
+        found = self._call("timestep", torch.as_tensor, found, dtype=torch.float64, device="cpu")
+        return self._call("timestep", torch.amax, found)
 
     def _buffer(self, name: str, start: float) -> fx.Node:
         self.gm.register_buffer(name, torch.tensor(start, dtype=torch.float64), persistent=False)
@@ -447,8 +461,8 @@ class _InGraphSchedule:
     def _nodes(self) -> Any:
         return self.graph.inserting_before(self.end)
 
-    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        return self.graph.call_function(function, args, kwargs)
+    def _call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.create_node("call_function", function, args, kwargs, name=f"pab_{name}")
 
 
 def timestep_name(node: fx.Node) -> str:

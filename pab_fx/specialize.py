@@ -113,6 +113,14 @@ def _erase_writes(graph: fx.Graph, item: fx.Node) -> None:
         graph.erase_node(resize)
 
 
+def _adopt(gm: fx.GraphModule, branch: fx.GraphModule, path: str) -> None:
+    """Give `gm` the module that its branch calls, at the same path, unless it still has it."""
+    try:
+        gm.get_submodule(path)
+    except AttributeError:
+        gm.add_submodule(path, branch.get_submodule(path))
+
+
 def _inline(gm: fx.GraphModule, cond: fx.Node) -> Sequence[fx.Node]:
     """Copy the computing branch before `cond` and return what it yields."""
     prefix = str(cond.args[1].target)  # type: ignore[union-attr]
@@ -125,6 +133,6 @@ def _inline(gm: fx.GraphModule, cond: fx.Node) -> Sequence[fx.Node]:
                 continue
             copies[node] = gm.graph.node_copy(node, copies.__getitem__)
             if node.op in ("call_module", "get_attr"):
-                copies[node].target = f"{prefix}.{node.target}"
+                _adopt(gm, branch, str(node.target))
     results: Any = branch.graph.output_node().args[0]
     return [copies[result] for result in results]
