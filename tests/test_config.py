@@ -1,0 +1,420 @@
+"""A config says what it means or is refused, with the name of the field and what to write there instead."""
+
+import importlib.metadata
+import math
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PyramidAttentionBroadcastConfig
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import pab_fx
+from pab_fx import MLPBroadcast, PABBackend, PABConfig, pab_backend
+
+ROLES = ("spatial", "temporal", "cross")
+EVERY_2ND = [False, True, False, True]
+roles = pytest.mark.parametrize("role", ROLES)
+configs = pytest.mark.parametrize("config", [PABConfig, PyramidAttentionBroadcastConfig])
+
+not_a_range = pytest.mark.parametrize(
+    "value", [0, -1, True, False, 2.0, 2.5, math.nan, math.inf, "2", (2,)], ids=repr
+)
+not_a_window = pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        800,
+        "100, 800",
+        (),
+        (100,),
+        (100, 400, 800),
+        (100, "800"),
+        (None, 800),
+        (True, 800),
+        (math.nan, 800),
+    ],
+    ids=repr,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code, and no recompile budget spent, by the test before; one thread for tiny tensors."""
+    torch.compiler.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
+
+
+class Attending(nn.Module):
+    """An attention that depends on the timestep in name only."""
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        attended = nn.functional.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states)
+        return hidden_states + attended + 0 * timestep
+
+
+def reuses(
+    model: Callable[..., torch.Tensor], timesteps: tuple[float, ...] = (900, 700, 600, 500)
+) -> list[bool]:
+    """For each step, whether `model`, an `Attending`, gives another output than without broadcast."""
+    plain, found = Attending(), []
+    for step, t in enumerate(timesteps):
+        x = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(step))
+        timestep = torch.tensor(float(t))
+        found.append(not torch.equal(model(x, timestep), plain(x, timestep)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------- ranges, windows
+
+
+@configs
+@roles
+@not_a_range
+def test_a_range_that_is_no_integer_of_at_least_1_is_refused(config: Any, role: str, value: Any) -> None:
+    name = f"{role}_attention_block_skip_range"
+    with pytest.raises(ValueError, match=rf"{name} must be an integer >= 1, got "):
+        PABBackend(config(**{name: value}), inner="eager")
+
+
+@configs
+@roles
+@not_a_window
+def test_a_window_that_is_no_pair_of_numbers_is_refused(config: Any, role: str, value: Any) -> None:
+    name = f"{role}_attention_timestep_skip_range"
+    with pytest.raises(ValueError, match=rf"{name} must be two numbers \(lo, hi\), got "):
+        PABBackend(config(**{name: value}), inner="eager")
+
+
+@configs
+@roles
+def test_a_reversed_window_is_refused_and_shown_the_right_way_round(config: Any, role: str) -> None:
+    name = f"{role}_attention_timestep_skip_range"
+    with pytest.raises(ValueError, match=rf"{name} is reversed: \(800, 100\); write it as \(100, 800\)"):
+        PABBackend(config(**{name: (800, 100)}), inner="eager")
+
+
+@given(st.integers(1, 50), st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)))
+def test_every_integer_of_at_least_1_and_every_ordered_window_is_taken(
+    skip_range: int, window: tuple[float, float]
+) -> None:
+    config = PABConfig(
+        temporal_attention_block_skip_range=skip_range,
+        temporal_attention_timestep_skip_range=sorted(window),  # type: ignore[arg-type]
+    )
+    assert config.skip_range("temporal") == skip_range
+    assert config.window("temporal") == tuple(sorted(window))
+    assert config.skip_range("spatial") is None
+
+
+def test_a_window_may_be_any_iterable_of_two_numbers() -> None:
+    for window in ([100, 800], iter((100, 800)), range(100, 801, 700)):
+        assert PABConfig(spatial_attention_timestep_skip_range=window).window("spatial") == (100, 800)  # type: ignore[arg-type]
+
+
+def test_without_any_range_spatial_attention_is_broadcast_every_2nd_step() -> None:
+    config = PABConfig()
+    assert [config.skip_range(role) for role in ROLES] == [2, None, None]
+    assert {config.window(role) for role in ROLES} == {(100, 800)}
+    assert PABConfig(cross_attention_block_skip_range=6).skip_range("spatial") is None
+    assert PABConfig(mlp=MLPBroadcast((700,))).skip_range("spatial") is None
+
+
+# ------------------------------------------------------------------------------------------------------ names
+
+
+@configs
+@roles
+def test_identifiers_must_be_a_tuple_of_strings(config: Any, role: str) -> None:
+    name = f"{role}_attention_block_identifiers"
+    with pytest.raises(ValueError, match=rf"{name} must be a tuple of regular expressions, got 'blocks'"):
+        PABBackend(config(**{name: "blocks"}), inner="eager")
+    with pytest.raises(ValueError, match=rf"{name} must hold strings, got 1"):
+        PABBackend(config(**{name: (1,)}), inner="eager")
+
+
+@configs
+@roles
+def test_an_identifier_that_is_no_regular_expression_is_refused(config: Any, role: str) -> None:
+    name = f"{role}_attention_block_identifiers"
+    with pytest.raises(ValueError, match=rf"{name}.*'blocks\['"):
+        PABBackend(config(**{name: ("blocks[",)}), inner="eager")
+
+
+@configs
+def test_a_timestep_callback_must_be_callable(config: Any) -> None:
+    with pytest.raises(ValueError, match="current_timestep_callback must be callable, got 500"):
+        PABBackend(config(current_timestep_callback=500), inner="eager")
+
+
+def test_an_unknown_option_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown option 'spatial_range'.*spatial_attention_block_skip_range"
+    ):
+        PABConfig.of({"spatial_range": 2})
+    with pytest.raises(
+        ValueError, match=r"unknown option 'spatial_range'.*spatial_attention_block_skip_range"
+    ):
+        PABConfig.preset("latte", spatial_range=2)
+    with pytest.raises(TypeError, match="spatial_range"):
+        PABConfig(spatial_range=2)  # type: ignore[call-arg]
+
+
+def test_an_unknown_role_is_refused_with_the_names_there_are() -> None:
+    for look_up in (PABConfig().skip_range, PABConfig().window, PABConfig().identifiers):
+        with pytest.raises(ValueError, match=r"unknown role 'spacial'.*spatial, temporal, cross"):
+            look_up("spacial")
+
+
+def test_a_config_of_another_kind_is_refused() -> None:
+    for config in ({"spatial_attention_block_skip_range": 2}, "latte", PABConfig):
+        with pytest.raises(
+            ValueError, match="config must be a PABConfig or diffusers' PyramidAttentionBroadcastConfig"
+        ):
+            PABBackend(config)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------- presets
+
+
+def test_the_presets_are_the_published_ones() -> None:
+    cogvideox, latte, open_sora = (PABConfig.preset(name) for name in ("cogvideox", "latte", "open-sora"))
+
+    assert [cogvideox.skip_range(role) for role in ROLES] == [2, None, None]
+    assert cogvideox.window("spatial") == (100, 850)
+    assert cogvideox.mlp == ()
+
+    assert [latte.skip_range(role) for role in ROLES] == [2, 3, 6]
+    assert {latte.window(role) for role in ROLES} == {(100, 800)}
+    assert latte.mlp == (MLPBroadcast((720, 640, 560, 480, 400), (0, 1, 2, 3, 4), 2),)
+
+    assert [open_sora.skip_range(role) for role in ROLES] == [2, 4, 6]
+    assert {open_sora.window(role) for role in ROLES} == {(450, 930)}
+    assert open_sora.mlp == ()
+
+
+def test_a_preset_takes_overrides() -> None:
+    config = PABConfig.preset("latte", cross_attention_block_skip_range=4, mlp=None)
+    assert [config.skip_range(role) for role in ROLES] == [2, 3, 4]
+    assert config.mlp == ()
+
+
+@pytest.mark.parametrize("name", ["sora", "", None, ["latte"]], ids=repr)
+def test_an_unknown_preset_is_refused_with_the_names_there_are(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"unknown preset .*'cogvideox', 'latte', 'open-sora'"):
+        PABConfig.preset(name)
+
+
+# -------------------------------------------------------------------------------------------------------- mlp
+
+
+def test_every_form_of_mlp_means_the_same() -> None:
+    broadcast = MLPBroadcast(timesteps=(720, 640), blocks=(0, 1), skip_count=2)
+    apart = (MLPBroadcast((720,), (0, 1), 2), MLPBroadcast((640,), (0, 1), 2))
+    videosys = {720: {"block": [0, 1], "skip_count": 2}, 640: {"block": [0, 1], "skip_count": 2}}
+
+    assert PABConfig(mlp=broadcast).mlp == (broadcast,)
+    assert PABConfig(mlp=[broadcast]).mlp == (broadcast,)
+    assert PABConfig(mlp={"timesteps": [720, 640], "blocks": range(2), "skip_count": 2}).mlp == (broadcast,)
+    assert PABConfig(mlp=videosys).mlp == apart
+    assert PABConfig(mlp=[apart[0], {"timesteps": 640, "blocks": (0, 1), "skip_count": 2}]).mlp == apart
+    assert PABConfig(mlp=None).mlp == ()
+
+
+def test_mlp_without_blocks_means_every_block() -> None:
+    assert PABConfig(mlp={"timesteps": (720,)}).mlp[0].blocks is None
+    assert PABConfig(mlp={720: {"skip_count": 2}}).mlp[0].blocks is None
+
+
+@pytest.mark.parametrize(
+    ("mlp", "message"),
+    [
+        ("latte", "mlp must be an MLPBroadcast or a mapping, got 'latte'"),
+        (720, "mlp must be an MLPBroadcast or a mapping, got 720"),
+        ((720, 640), "mlp must be an MLPBroadcast or a mapping, got 720"),
+        ({}, "mlp: timesteps is missing"),
+        ({"blocks": (0,)}, "mlp: timesteps is missing"),
+        ({"timestep": 720}, "unknown option 'timestep' in mlp; it has blocks, skip_count, timesteps"),
+        ({"timesteps": ()}, "mlp: timesteps is empty"),
+        ({"timesteps": None}, "mlp: timesteps must be numbers on the scheduler's scale, got None"),
+        ({"timesteps": "720"}, "mlp: timesteps must be numbers on the scheduler's scale, got '720'"),
+        ({"timesteps": (720, True)}, "mlp: timesteps must be numbers on the scheduler's scale, got True"),
+        ({"timesteps": (math.nan,)}, "mlp: timesteps must be numbers on the scheduler's scale, got nan"),
+        ({"timesteps": 720, "skip_count": 0}, "mlp: skip_count must be an integer >= 1, got 0"),
+        ({"timesteps": 720, "skip_count": True}, "mlp: skip_count must be an integer >= 1, got True"),
+        ({"timesteps": 720, "skip_count": 2.0}, r"mlp: skip_count must be an integer >= 1, got 2\.0"),
+        ({"timesteps": 720, "blocks": (-1,)}, "mlp: a block index must be an integer >= 0, got -1"),
+        ({"timesteps": 720, "blocks": "01"}, "mlp: a block index must be an integer >= 0, got '01'"),
+        ({"timesteps": 720, "blocks": (True,)}, "mlp: a block index must be an integer >= 0, got True"),
+        ({720: 2}, r"mlp: 720 must map to \{'block': \[...\], 'skip_count': n\}, got 2"),
+        ({720: {"block": [0]}}, "mlp: 720 must map to .*, got {'block': "),
+        ({720: {"blocks": [0], "skip_count": 2}}, "mlp: 720 must map to .*, got {'blocks': "),
+        ({720: {"block": [0], "skip_count": 0}}, "mlp: skip_count must be an integer >= 1, got 0"),
+    ],
+    ids=repr,
+)
+def test_a_bad_mlp_is_refused(mlp: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PABConfig(mlp=mlp)
+
+
+def test_one_block_needs_no_list() -> None:
+    assert MLPBroadcast(720, blocks=3).blocks == (3,)  # type: ignore[arg-type]
+    assert PABConfig(mlp={720: {"block": 3, "skip_count": 2}}).mlp[0].blocks == (3,)
+
+
+# ---------------------------------------------------------------------------------------------------- backend
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lowering": "branch"}, "lowering='branch' is unknown; it is one of 'specialize', 'cond'"),
+        ({"lowering": None}, "lowering=None is unknown; it is one of 'specialize', 'cond'"),
+        (
+            {"inner": "inductr"},
+            "inner='inductr' is not a registered Dynamo backend; registered are: .*inductor",
+        ),
+        ({"inner": 3}, "inner must be the name of a backend or a callable"),
+        ({"inner": None}, "inner must be the name of a backend or a callable"),
+        ({"passes": (len, 3)}, "passes must hold functions gm -> gm, got 3"),
+        ({"passes": len}, "passes must "),
+        ({"timesteps": ("soon",)}, "timesteps must .*'soon'"),
+        ({"timesteps": 500}, "timesteps must .*500"),
+    ],
+    ids=repr,
+)
+def test_a_bad_option_of_the_backend_is_refused_before_anything_runs(
+    options: Mapping[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        PABBackend(**options)
+    with pytest.raises(ValueError, match=message):
+        pab_fx.enable(nn.Linear(2, 2), **options)
+
+
+def test_an_option_that_the_inner_backend_would_ignore_is_refused() -> None:
+    for options in ({"mode": "max-autotune"}, {"options": {"max_autotune": True}}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}.*inductor"):
+            PABBackend(inner="eager", **options)  # type: ignore[arg-type]
+
+
+def test_an_unknown_mode_or_option_of_inductor_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ValueError, match="mode='fastest'"):
+        PABBackend(mode="fastest")
+    with pytest.raises(ValueError, match="max_autotone"):
+        PABBackend(options={"max_autotone": True})
+
+
+def test_any_registered_backend_and_any_compiler_may_be_the_inner_one() -> None:
+    seen: list[Any] = []
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        seen.append(gm)
+        return gm.forward
+
+    for inner in ("eager", "aot_eager", compiler):
+        torch.compiler.reset()
+        assert reuses(torch.compile(Attending(), backend=PABBackend(inner=inner))) == EVERY_2ND
+    assert len(seen) == 2
+
+
+# ------------------------------------------------------------------------------------ torch.compile(options)
+
+
+def test_options_of_torch_compile_are_the_backends_and_the_configs() -> None:
+    for options, expected in (
+        ({"inner": "eager"}, EVERY_2ND),
+        ({"inner": "eager", "lowering": "cond"}, EVERY_2ND),
+        ({"inner": "eager", "spatial_attention_block_skip_range": 3}, [False, True, True, False]),
+        (
+            {"inner": "eager", "spatial_attention_timestep_skip_range": (550, 650)},
+            [False, False, False, False],
+        ),
+        (
+            {"inner": "eager", "config": PABConfig(spatial_attention_block_skip_range=3)},
+            [False, True, True, False],
+        ),
+        ({"inner": "eager", "config": PABConfig(cross_attention_block_skip_range=3)}, [False] * 4),
+        ({"inner": "eager", "timesteps": (900, 700, 600, 500)}, EVERY_2ND),
+    ):
+        torch.compiler.reset()
+        assert reuses(torch.compile(Attending(), backend=pab_backend, options=options)) == expected, options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lowring": "cond"}, "unknown option 'lowring' for the backend 'pab'; it takes .*lowering"),
+        ({"spatial_range": 2}, "unknown option 'spatial_range'.*spatial_attention_block_skip_range"),
+        (
+            {"spatial_attention_block_skip_range": 0},
+            "spatial_attention_block_skip_range must be an integer >= 1",
+        ),
+        ({"config": PABConfig(), "mlp": None}, "give either config or its fields as options, not both: mlp"),
+        ({"inner": "inductr"}, "inner='inductr' is not a registered Dynamo backend"),
+        ({"lowering": "branch"}, "lowering='branch' is unknown"),
+    ],
+    ids=repr,
+)
+def test_a_bad_option_of_torch_compile_is_refused_before_anything_runs(
+    options: Mapping[str, Any], message: str
+) -> None:
+    model = torch.compile(Attending(), backend=pab_backend, options=options)  # type: ignore[call-overload]
+    with pytest.raises(Exception, match=f"ValueError: {message}"):
+        model(torch.ones(1, 1, 3, 4), torch.tensor(500.0))
+
+
+@pytest.mark.parametrize("value", [2.0, True], ids=repr)
+def test_a_bad_option_is_refused_also_where_an_equal_good_one_was_seen(value: Any) -> None:
+    good = {"inner": "eager", "spatial_attention_block_skip_range": int(value)}
+    reuses(torch.compile(Attending(), backend=pab_backend, options=good))
+    bad = torch.compile(
+        Attending(), backend=pab_backend, options={**good, "spatial_attention_block_skip_range": value}
+    )
+    with pytest.raises(Exception, match="spatial_attention_block_skip_range must be an integer >= 1"):
+        reuses(bad)
+
+
+def test_timesteps_given_as_tensors_are_told_apart_by_their_values() -> None:
+    captured: list[Any] = []
+
+    def capture(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        captured[:] = gm, example_inputs
+        return gm.forward
+
+    reuses(torch.compile(Attending(), backend=capture, dynamic=False))
+    timesteps = torch.tensor([700.0, 600.0])
+    for last in (600.0, 50.0):
+        timesteps[1] = last  # the same object, as a tensor at a freed one's address would be
+        graph: Any = pab_backend(*captured, options={"inner": "eager", "timesteps": timesteps})
+        assert graph.backend.known_timesteps() == (700.0, last)
+
+
+def test_models_compiled_with_the_same_options_share_nothing_but_code() -> None:
+    options = {"inner": "eager"}
+    first, second = (torch.compile(Attending(), backend=pab_backend, options=options) for _ in range(2))
+    assert reuses(first) == reuses(second) == reuses(first) == EVERY_2ND
+
+
+def test_the_entry_point_names_the_backend() -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    group = pyproject.split('[project.entry-points."torch_dynamo_backends"]')[1].split("[")[0]
+    name, target = (part.strip().strip('"') for part in group.strip().split("="))
+    assert name == "pab"
+    assert pkgutil.resolve_name(target) is pab_backend
+
+
+def test_the_backend_is_found_by_name_where_the_package_is_installed() -> None:
+    if not importlib.metadata.entry_points(group="torch_dynamo_backends", name="pab"):
+        pytest.skip("pab_fx runs from its source tree: pip install it to have its entry point")
+    assert reuses(torch.compile(Attending(), backend="pab", options={"inner": "eager"})) == EVERY_2ND
