@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=WEIGHTS, help="folder of a ClipPipeline")
     parser.add_argument("--captions", type=int, default=96, help="96 is each caption once")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument("--guidance-scale", type=float, default=1.25)
     parser.add_argument("--seed", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sheet", type=Path, help="PNG to write, a row for each clip")

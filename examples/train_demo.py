@@ -114,7 +114,7 @@ def update_average(
 
 
 def build_optimizers(transformer: LatteTransformer3DModel, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, where it needs half of AdamW's first thousand steps; AdamW for the rest."""
+    """Muon for the blocks' matrices, which spares half of the first thousand steps; AdamW for the rest."""
     matrices = [
         p for name, p in transformer.named_parameters() if "blocks" in name and name.endswith("weight")
     ]

@@ -151,7 +151,7 @@ class ClipPipeline(DiffusionPipeline):
         prompt: str | list[str],
         negative_prompt: str | list[str] | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 1.25,
         guidance_rescale: float = 1.0,
         num_videos_per_prompt: int = 1,
         eta: float = 0.0,
