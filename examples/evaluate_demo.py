@@ -49,17 +49,12 @@ def report(frames: np.ndarray, captions: list[Caption]) -> None:
     clips = 2 * frames - 1
     seen = [recognise(clip) for clip in clips]
     for part in ("colour", "direction", "shape"):
-        right = sum(
-            s is not None and getattr(s, part) == getattr(c, part)
-            for s, c in zip(seen, captions, strict=True)
-        )
+        right = sum(s is not None and getattr(s, part) == getattr(c, part) for s, c in zip(seen, captions, strict=True))
         console.print(f"{part:>10} {right:4d} of {len(captions)} = {right / len(captions):.1%}")
     right = sum(s == c for s, c in zip(seen, captions, strict=True))
     console.print(f"{'all three':>10} {right:4d} of {len(captions)} = {right / len(captions):.1%}")
     overlaps = [fit(clip).get(c.shape, 0.0) for clip, c in zip(clips, captions, strict=True)]
-    console.print(
-        f"overlap with the captioned shape: mean {np.mean(overlaps):.3f}, worst {min(overlaps):.3f}"
-    )
+    console.print(f"overlap with the captioned shape: mean {np.mean(overlaps):.3f}, worst {min(overlaps):.3f}")
     for s, c in zip(seen, captions, strict=True):
         if s != c:
             console.print(f"  {c}: seen as {s}")
@@ -79,9 +74,7 @@ def hooks_config(pipe: ClipPipeline) -> PyramidAttentionBroadcastConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=WEIGHTS, help="folder of a ClipPipeline")
     parser.add_argument("--captions", type=int, default=96, help="96 is each caption once")
     parser.add_argument("--steps", type=int, default=50)
@@ -90,9 +83,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sheet", type=Path, help="PNG to write, a row for each clip")
     parser.add_argument("--sheet-rows", type=int, default=16)
-    parser.add_argument(
-        "--hooks", action="store_true", help="also sample with diffusers' PAB hooks and compare"
-    )
+    parser.add_argument("--hooks", action="store_true", help="also sample with diffusers' PAB hooks and compare")
     args = parser.parse_args()
 
     pipe = ClipPipeline.from_pretrained(args.pipeline)
@@ -108,9 +99,7 @@ def main() -> None:
         hooked = sample(pipe, captions, args, "sampling with hooks")
         report(hooked, captions)
         psnr = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(frames, hooked, strict=True)]
-        console.print(
-            f"PSNR between the two: mean {np.mean(psnr):.1f}, worst {min(psnr):.1f}, best {max(psnr):.1f} dB"
-        )
+        console.print(f"PSNR between the two: mean {np.mean(psnr):.1f}, worst {min(psnr):.1f}, best {max(psnr):.1f} dB")
         rows.append(hooked)
         labels.append([f"same, PAB: {value:.1f} dB" for value in psnr])
     if args.sheet:

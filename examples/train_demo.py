@@ -115,9 +115,7 @@ def update_average(
 
 def build_optimizers(transformer: LatteTransformer3DModel, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, which spares half of the first thousand steps; AdamW for the rest."""
-    matrices = [
-        p for name, p in transformer.named_parameters() if "blocks" in name and name.endswith("weight")
-    ]
+    matrices = [p for name, p in transformer.named_parameters() if "blocks" in name and name.endswith("weight")]
     chosen = {id(p) for p in matrices}
     rest = [p for p in transformer.parameters() if id(p) not in chosen]
     return [
@@ -202,9 +200,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--folder",
         type=Path,
@@ -215,9 +211,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument(
-        "--dropout", type=float, default=0.1, help="share of captions that are left out, for guidance"
-    )
+    parser.add_argument("--dropout", type=float, default=0.1, help="share of captions that are left out, for guidance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

@@ -101,9 +101,7 @@ def test_pipeline_output_types(pipe: ClipPipeline) -> None:
     assert frames.max() <= 1
     latent = pipe(**common, generator=seeded(), output_type="latent", return_dict=False)[0]
     assert latent.shape == (2, 3, 4, 16, 16)
-    np.testing.assert_allclose(
-        frames, (latent / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy(), atol=1e-6
-    )
+    np.testing.assert_allclose(frames, (latent / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy(), atol=1e-6)
     assert pipe(**common, generator=seeded(), output_type="pt").frames.shape == (2, 4, 3, 16, 16)
     assert pipe(**common, generator=seeded(), output_type="pil").frames[1][3].size == (16, 16)
     assert pipe(**common, num_videos_per_prompt=2).frames.shape[0] == 4
@@ -123,15 +121,9 @@ def test_guidance_doubles_the_batch_and_null_is_the_empty_prompt(pipe: ClipPipel
     pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: batches.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    guided = pipe(
-        "a red circle moving left", num_inference_steps=2, guidance_scale=3.0, generator=seeded()
-    ).frames
-    empty = pipe(
-        "a red circle moving left", "", num_inference_steps=2, guidance_scale=3.0, generator=seeded()
-    ).frames
-    plain = pipe(
-        "a red circle moving left", num_inference_steps=2, guidance_scale=1.0, generator=seeded()
-    ).frames
+    guided = pipe("a red circle moving left", num_inference_steps=2, guidance_scale=3.0, generator=seeded()).frames
+    empty = pipe("a red circle moving left", "", num_inference_steps=2, guidance_scale=3.0, generator=seeded()).frames
+    plain = pipe("a red circle moving left", num_inference_steps=2, guidance_scale=1.0, generator=seeded()).frames
     assert batches == [2, 2, 2, 2, 1, 1]
     np.testing.assert_array_equal(guided, empty)
     assert np.abs(guided - plain).max() > 0
@@ -171,8 +163,7 @@ def test_pipeline_survives_saving_and_loading(pipe: ClipPipeline, tmp_path: Path
     loaded = ClipPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     first, second = (
-        p("a red circle moving left", num_inference_steps=2, generator=seeded()).frames
-        for p in (pipe, loaded)
+        p("a red circle moving left", num_inference_steps=2, generator=seeded()).frames for p in (pipe, loaded)
     )
     np.testing.assert_array_equal(first, second)
 
@@ -181,15 +172,9 @@ def test_trained_model_shows_what_the_caption_says(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    captions = [
-        CAPTIONS[i] for i in range(2, 96, 13)
-    ]  # 8 captions, each colour, shape and direction among them
-    frames = pipe(
-        [str(c) for c in captions], generator=[seeded(10_000 + i) for i in range(len(captions))]
-    ).frames
-    assert (
-        sum(recognise(2 * clip - 1) == caption for clip, caption in zip(frames, captions, strict=True)) >= 7
-    )
+    captions = [CAPTIONS[i] for i in range(2, 96, 13)]  # 8 captions, each colour, shape and direction among them
+    frames = pipe([str(c) for c in captions], generator=[seeded(10_000 + i) for i in range(len(captions))]).frames
+    assert sum(recognise(2 * clip - 1) == caption for clip, caption in zip(frames, captions, strict=True)) >= 7
     assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) < 8e6
 
 
