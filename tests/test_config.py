@@ -22,9 +22,7 @@ EVERY_2ND = [False, True, False, True]
 roles = pytest.mark.parametrize("role", ROLES)
 configs = pytest.mark.parametrize("config", [PABConfig, PyramidAttentionBroadcastConfig])
 
-not_a_range = pytest.mark.parametrize(
-    "value", [0, -1, True, False, 2.0, 2.5, math.nan, math.inf, "2", (2,)], ids=repr
-)
+not_a_range = pytest.mark.parametrize("value", [0, -1, True, False, 2.0, 2.5, math.nan, math.inf, "2", (2,)], ids=repr)
 not_a_window = pytest.mark.parametrize(
     "value",
     [
@@ -62,9 +60,7 @@ class Attending(nn.Module):
         return hidden_states + attended + 0 * timestep
 
 
-def reuses(
-    model: Callable[..., torch.Tensor], timesteps: tuple[float, ...] = (900, 700, 600, 500)
-) -> list[bool]:
+def reuses(model: Callable[..., torch.Tensor], timesteps: tuple[float, ...] = (900, 700, 600, 500)) -> list[bool]:
     """For each step, whether `model`, an `Attending`, gives another output than without broadcast."""
     plain, found = Attending(), []
     for step, t in enumerate(timesteps):
@@ -157,13 +153,9 @@ def test_a_timestep_callback_must_be_callable(config: Any) -> None:
 
 
 def test_an_unknown_option_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown option 'spatial_range'.*spatial_attention_block_skip_range"
-    ):
+    with pytest.raises(ValueError, match=r"unknown option 'spatial_range'.*spatial_attention_block_skip_range"):
         PABConfig.of({"spatial_range": 2})
-    with pytest.raises(
-        ValueError, match=r"unknown option 'spatial_range'.*spatial_attention_block_skip_range"
-    ):
+    with pytest.raises(ValueError, match=r"unknown option 'spatial_range'.*spatial_attention_block_skip_range"):
         PABConfig.preset("latte", spatial_range=2)
     with pytest.raises(TypeError, match="spatial_range"):
         PABConfig(spatial_range=2)  # type: ignore[call-arg]
@@ -293,9 +285,7 @@ def test_one_block_needs_no_list() -> None:
     ],
     ids=repr,
 )
-def test_a_bad_option_of_the_backend_is_refused_before_anything_runs(
-    options: Mapping[str, Any], message: str
-) -> None:
+def test_a_bad_option_of_the_backend_is_refused_before_anything_runs(options: Mapping[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PABBackend(**options)
     with pytest.raises(ValueError, match=message):
@@ -378,9 +368,7 @@ def test_a_bad_option_of_torch_compile_is_refused_before_anything_runs(
 def test_a_bad_option_is_refused_also_where_an_equal_good_one_was_seen(value: Any) -> None:
     good = {"inner": "eager", "spatial_attention_block_skip_range": int(value)}
     reuses(torch.compile(Attending(), backend=pab_backend, options=good))
-    bad = torch.compile(
-        Attending(), backend=pab_backend, options={**good, "spatial_attention_block_skip_range": value}
-    )
+    bad = torch.compile(Attending(), backend=pab_backend, options={**good, "spatial_attention_block_skip_range": value})
     with pytest.raises(Exception, match="spatial_attention_block_skip_range must be an integer >= 1"):
         reuses(bad)
 

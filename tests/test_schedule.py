@@ -24,13 +24,9 @@ timestep = st.sampled_from(TIMESTEPS)
 generation = st.lists(timestep, min_size=1, max_size=9).map(lambda ts: tuple(sorted(ts, reverse=True)))
 window = st.tuples(timestep, timestep).map(lambda edges: tuple(sorted(edges)))
 skip_range = st.builds(lambda n, edges: SkipRange(n, *edges), st.integers(1, 5), window)
-listed = st.lists(
-    st.tuples(timestep, st.integers(1, 4)), min_size=1, max_size=4, unique_by=lambda pair: pair[0]
-)
+listed = st.lists(st.tuples(timestep, st.integers(1, 4)), min_size=1, max_size=4, unique_by=lambda pair: pair[0])
 after_timesteps = listed.map(lambda pairs: AfterTimesteps(tuple((float(t), n) for t, n in pairs)))
-history = st.lists(
-    st.tuples(st.booleans(), generation), min_size=1, max_size=4
-)  # (reset before it, timesteps)
+history = st.lists(st.tuples(st.booleans(), generation), min_size=1, max_size=4)  # (reset before it, timesteps)
 few_examples = settings(max_examples=30, deadline=None)
 
 
@@ -75,9 +71,7 @@ def reuses(rule: Rule, timesteps: Sequence[float]) -> list[bool]:
     return reuses_after_timesteps(dict(rule.skip_counts), timesteps)
 
 
-def generations(
-    calls: Sequence[tuple[bool, Sequence[float]]], resets: bool = True
-) -> list[tuple[float, ...]]:
+def generations(calls: Sequence[tuple[bool, Sequence[float]]], resets: bool = True) -> list[tuple[float, ...]]:
     """The generations that a history of timesteps is: one begins at each reset and where a timestep rises."""
     found: list[tuple[float, ...]] = []
     for reset, timesteps in calls:
@@ -193,9 +187,7 @@ def captured() -> tuple[fx.GraphModule, tuple[str, ...], list[Any]]:
     torch.compile(Probe(), backend=backend, fullgraph=True)(**probe_inputs(0, 0))
     gm, example_inputs = found
     inputs = gm.graph.find_nodes(op="placeholder")
-    names = tuple(
-        next(name for name in probe_inputs(0, 0) if f"l_{name}_" == node.target.lower()) for node in inputs
-    )
+    names = tuple(next(name for name in probe_inputs(0, 0) if f"l_{name}_" == node.target.lower()) for node in inputs)
     return gm, names, example_inputs
 
 
@@ -265,9 +257,7 @@ def test_knowing_the_timesteps_changes_no_decision_and_keeps_nothing_in_vain(
         for step, t in enumerate(timesteps):
             inputs = probe_inputs(step, t)
             outputs = compiled(*(inputs[name] for name in names))
-            for rule, output, role, plan in zip(
-                (spatial, cross), outputs, ("spatial", "cross"), plans, strict=True
-            ):
+            for rule, output, role, plan in zip((spatial, cross), outputs, ("spatial", "cross"), plans, strict=True):
                 assert round(output.mean().item()) == sources(rule, [timesteps])[step]
                 held = next(r.cache_bytes for r in backend.report().roles if r.role == role)
                 is_reused_next = step + 1 < len(timesteps) and plan[step + 1]
@@ -275,12 +265,8 @@ def test_knowing_the_timesteps_changes_no_decision_and_keeps_nothing_in_vain(
 
 
 @lowerings
-@pytest.mark.parametrize(
-    "rule", [SkipRange(2, 100, 800), SkipRange(3, 100, 800), SkipRange(5, 0, 1001)], ids=repr
-)
-def test_a_model_compiled_by_torch_compile_follows_the_rule_without_a_recompile(
-    lowering: str, rule: SkipRange
-) -> None:
+@pytest.mark.parametrize("rule", [SkipRange(2, 100, 800), SkipRange(3, 100, 800), SkipRange(5, 0, 1001)], ids=repr)
+def test_a_model_compiled_by_torch_compile_follows_the_rule_without_a_recompile(lowering: str, rule: SkipRange) -> None:
     backend = PABBackend(probe_config(rule, SkipRange(4, 100, 800)), inner="eager", lowering=lowering)
     model = torch.compile(Probe(), backend=backend)
     parts = [(900, 700, 600, 500, 400, 300, 200, 50), (1000, 600, 500, 400), (700, 300)]
@@ -363,9 +349,7 @@ def test_a_rewritten_graph_decides_as_the_host_does(
 ) -> None:
     model = pab_fx.rewrite(fx.symbolic_trace(BlockProbe()), block_config(spatial, mlp))
 
-    parts = generations(
-        calls, resets=False
-    )  # such a graph is its own master: only a rising timestep resets it
+    parts = generations(calls, resets=False)  # such a graph is its own master: only a rising timestep resets it
     assert observed(model, calls, reset=lambda: None) == (sources(spatial, parts), sources(mlp, parts))
 
 
