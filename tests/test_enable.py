@@ -229,10 +229,9 @@ def test_hooks_that_are_put_on_top_of_it_are_refused_or_broadcast_nothing_twice(
     model, clock = CACHING.build(), zoo.Clock()
     config = zoo.diffusers_config(clock)
     expected = generation(zoo.hooked(model, config), CACHING, clock)
-    with pab_fx.enable(model, config, inner="eager"):
-        with contextlib.suppress(ValueError):  # at either of the two
-            model.enable_cache(config)  # type: ignore[operator]
-            assert unequal(generation(model, CACHING, clock), expected) == 0
+    with pab_fx.enable(model, config, inner="eager"), contextlib.suppress(ValueError):  # at either of the two
+        model.enable_cache(config)  # type: ignore[operator]
+        assert unequal(generation(model, CACHING, clock), expected) == 0
 
 
 # ------------------------------------------------------------------------------------------ copies and compiling
