@@ -28,6 +28,11 @@ def is_attention(cls: type | None) -> bool:
     return cls is not None and issubclass(cls, (Attention, MochiAttention, AttentionModuleMixin))
 
 
+def has_hooks(module: Any) -> bool:
+    """Whether diffusers' own PAB hooks sit on a module."""
+    return "pyramid_attention_broadcast" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
 def role_of(name: str, is_cross_attention: bool, config: PyramidAttentionBroadcastConfig) -> str | None:
     """The role that diffusers gives an attention, `None` where it leaves it alone.
 

@@ -73,10 +73,15 @@ def compiled_frame() -> CompiledFrame:
     return CompiledFrame(_receiver(output.root_tx.f_code, local), modules, not (reason and reason.graph_break))
 
 
-def _receiver(code: CodeType, local: Mapping[str, Any]) -> Any:
-    """The first argument; what Dynamo passes to the continuation of a frame on top of it is `__`-prefixed."""
-    names = code.co_varnames[: code.co_argcount]
-    return next((local.get(name) for name in names if not name.startswith("__")), None)
+def _receiver(code: CodeType, local: Mapping[str, Any] | FrameType) -> Any:
+    """The first argument; what Dynamo passes to the continuation of a frame on top of it is `__`-prefixed.
+
+    A frame's `f_locals` are asked for only if there is one: up to Python 3.12 they keep what they held alive.
+    """
+    name = next((name for name in code.co_varnames[: code.co_argcount] if not name.startswith("__")), None)
+    if name is None:
+        return None
+    return (local.f_locals if isinstance(local, FrameType) else local).get(name)
 
 
 def calling_modules() -> list[nn.Module]:
@@ -90,12 +95,26 @@ def calling_modules() -> list[nn.Module]:
     modules: list[nn.Module] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        module = _receiver(frame.f_code, frame.f_locals)
+        module = _receiver(frame.f_code, frame)
         is_wrapper = isinstance(module, (OptimizedModule, fx.GraphModule))
         if isinstance(module, nn.Module) and not is_wrapper and not any(module is other for other in modules):
             modules.append(module)
         frame = frame.f_back
     return modules
+
+
+def calling_timestep(names: Sequence[str]) -> Any:
+    """The argument called one of `names` that the outermost running module was called with, `None` if none was."""
+    found = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        name = next((name for name in names if name in arguments), None)
+        if name is not None and isinstance(_receiver(code, frame), nn.Module):
+            found = frame.f_locals.get(name, found)
+        frame = frame.f_back
+    return found
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from torch import fx, nn
 from . import _diffusers
 from ._torch import calling_modules, compiled_frame, lookup_backend
 from .config import PABConfig, check_diffusers_config
+from .dataflow import is_number
 from .modules import ModuleNames
 from .report import Report, report_of
 from .rewrite import copy_of, insert_conditions
@@ -68,6 +69,8 @@ class PABBackend:
         self.config = checked_config(config)
         if lowering not in LOWERINGS:
             raise ValueError(f"lowering={lowering!r} is unknown; it is one of {', '.join(map(repr, LOWERINGS))}.")
+        if callable(passes) or not isinstance(passes, Iterable):
+            raise ValueError(f"passes must be a list of functions gm -> gm, got {passes!r}.")
         for each in passes:
             if not callable(each):
                 raise ValueError(f"passes must hold functions gm -> gm, got {each!r}.")
@@ -76,7 +79,7 @@ class PABBackend:
         self.timesteps = timesteps if callable(timesteps) or timesteps is None else _numbers(timesteps)
         self._inner = _inner_compiler(inner, mode, options)
         self.runs_eagerly = inner == "eager"
-        self.roots: tuple[nn.Module, ...] = ()
+        self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.clear()
         _diffusers.listen_to_cache_mixin()
         _live.add(self)
@@ -92,7 +95,7 @@ class PABBackend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph: tag, rewrite, lower, hand to the inner compiler."""
         for each in self.passes:
-            gm = each(gm)
+            gm = _applied(each, gm)
         if torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs):
             self.warn_once(
                 "grad",
@@ -102,7 +105,10 @@ class PABBackend:
             return self.compile_inner(gm, example_inputs)
         original = copy_of(gm)
         rewritten = copy_of(gm)
-        regions = tag(rewritten, self.config, module_names(self.roots))
+        names = module_names(tuple(self.roots))
+        regions = tag(rewritten, self.config, names)
+        if self.lowering == "cond":
+            regions = tuple(_without_numbers(region) for region in regions)
         self.regions += regions
         nodes_of = {region.module_id: region.nodes for region in regions if region.is_broadcast}
         if not nodes_of:
@@ -111,7 +117,7 @@ class PABBackend:
         inputs = rewritten.graph.find_nodes(op="placeholder")
         found = anchors(nodes_of, inputs, example_inputs)
         insert_conditions(rewritten, regions, _no_timestep, allocate=False)
-        graph = BroadcastGraph(self, original, rewritten, found, example_inputs)
+        graph = BroadcastGraph(self, original, rewritten, found, example_inputs, len(names.enclosing) <= 1)
         self.graphs.append(graph)
         return graph
 
@@ -148,12 +154,13 @@ class PABBackend:
         return self._unread[spec]
 
     def _warn_of_nothing(self, regions: Sequence[Region]) -> None:
-        idle = [region for region in regions if region.rule is None and region.role != "mlp"]
+        idle = [region for region in regions if region.rule is None]
         if not idle or any(region.is_broadcast for region in self.regions):
             return
         found = "\n".join(f"  {region.name} ({region.role}): {region.why}" for region in idle)
+        kinds = "attentions and feed-forwards" if any(region.role == "mlp" for region in idle) else "attentions"
         self.warn_once(
-            "nothing", f"pab_fx: the config matches none of the attentions found, so nothing is reused:\n{found}"
+            "nothing", f"pab_fx: the config matches none of the {kinds} found, so nothing is reused:\n{found}"
         )
 
 
@@ -216,11 +223,12 @@ def _backend_of(options: Mapping[str, Any], mode: str | None) -> PABBackend:
 
 
 def _hashable(value: Any) -> Any:
-    try:
-        hash(value)
-    except TypeError:
-        return repr(value) if isinstance(value, (dict, list, set)) else id(value)
-    return value if isinstance(value, (str, int, float, tuple, type(None))) else id(value)
+    """A key for an option's value: by type and value for plain data, by identity for other objects."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, (str, int, float, tuple, list, dict, set, range, type(None))):
+        return f"{type(value).__name__} {value!r}"
+    return id(value)
 
 
 def checked_config(config: Any) -> Any:
@@ -254,6 +262,15 @@ def module_names(roots: Sequence[nn.Module]) -> ModuleNames:
 def _inner_compiler(
     inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any] | None
 ) -> Callable[..., Any]:
+    for name, given in (("mode", mode), ("options", options)):
+        if given and inner != "inductor":
+            raise ValueError(f"{name}={given!r} is for inner='inductor' only, and inner is {inner!r}.")
+    if mode and mode not in torch._inductor.list_mode_options():
+        known = ", ".join(map(repr, torch._inductor.list_mode_options()))
+        raise ValueError(f"mode={mode!r} is unknown; Inductor has {known}.")
+    for name in options or {}:
+        if name.replace("-", "_") not in torch._inductor.list_options():
+            raise ValueError(f"options has {name!r}, which is no option of Inductor (torch._inductor.list_options()).")
     if isinstance(inner, str):
         compiler = lookup_backend(inner)
         if inner == "inductor" and (mode or options):
@@ -281,8 +298,28 @@ def _no_timestep() -> float:
 
 
 def _numbers(timesteps: Any) -> tuple[float, ...]:
-    values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else list(timesteps)
-    return tuple(float(value) for value in values)
+    try:
+        values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else list(timesteps)
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"timesteps must be numbers, or a function that returns them, got {timesteps!r}.") from None
+
+
+def _applied(each: Pass, gm: fx.GraphModule) -> fx.GraphModule:
+    result = each(gm)
+    if not isinstance(result, fx.GraphModule):
+        raise TypeError(f"the pass {getattr(each, '__name__', each)} must return a GraphModule, got {result!r}.")
+    return result
+
+
+def _without_numbers(region: Region) -> Region:
+    """The region, unsafe if it reads a number that is no constant: a `cond` takes tensors and integers."""
+    inside = set(region.nodes)
+    outside = {source for node in region.nodes for source in node.all_input_nodes if source not in inside}
+    numbers = [source.name for source in outside if is_number(source)]
+    if region.is_broadcast and numbers:
+        return dataclasses.replace(region, unsafe=f"lowering='cond' cannot hand it the number {numbers[0]}")
+    return region
 
 
 def _requires_grad(value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,7 @@ class PABConfig:
             >>> PABConfig.preset("latte").skip_range("cross")
             6
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(map(repr, PRESETS))}.")
         return cls.of({**PRESETS[name], **overrides})
 
@@ -229,7 +230,7 @@ def _from_videosys(timestep: float, entry: Any) -> MLPBroadcast:
     if not isinstance(entry, Mapping) or not {"block", "skip_count"} >= set(entry) >= {"skip_count"}:
         raise ValueError(f"mlp: {timestep!r} must map to {{'block': [...], 'skip_count': n}}, got {entry!r}.")
     blocks = entry.get("block")
-    return MLPBroadcast((timestep,), None if blocks is None else tuple(blocks), entry["skip_count"])
+    return MLPBroadcast((timestep,), blocks, entry["skip_count"])
 
 
 def _check_skip_range(role: str, value: Any) -> None:
@@ -243,9 +244,10 @@ def _check_integer(name: str, value: Any, least: int = 1) -> None:
 
 
 def _checked_window(name: str, window: Any) -> tuple[float, float]:
-    if not _is_iterable(window) or len(tuple(window)) != 2 or not all(_is_number(edge) for edge in window):
+    edges = tuple(window) if _is_iterable(window) else ()
+    if len(edges) != 2 or not all(_is_number(edge) for edge in edges):
         raise ValueError(f"{name} must be two numbers (lo, hi), got {window!r}.")
-    low, high = window
+    low, high = edges
     if low > high:
         raise ValueError(f"{name} is reversed: {window!r}; write it as ({high!r}, {low!r}).")
     return low, high
@@ -254,9 +256,14 @@ def _checked_window(name: str, window: Any) -> tuple[float, float]:
 def _checked_identifiers(name: str, identifiers: Any) -> tuple[str, ...]:
     if isinstance(identifiers, str) or not _is_iterable(identifiers):
         raise ValueError(f"{name} must be a tuple of regular expressions, got {identifiers!r}.")
+    identifiers = tuple(identifiers)
     for identifier in identifiers:
         if not isinstance(identifier, str):
             raise ValueError(f"{name} must hold strings, got {identifier!r}.")
+        try:
+            re.compile(identifier)
+        except re.error as error:
+            raise ValueError(f"{name} holds {identifier!r}, which is no regular expression: {error}.") from None
     return tuple(identifiers)
 
 

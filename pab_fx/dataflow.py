@@ -76,6 +76,11 @@ def is_tensor(node: fx.Node) -> bool:
     return op_name(node) not in ("size", "dim", "numel", "getattr", "ndim") and not is_tuple(node)
 
 
+def is_number(node: fx.Node) -> bool:
+    """Whether a node's value is a number other than an integer, which a `cond` does not take as an operand."""
+    return isinstance(value(node), (float, torch.SymFloat, torch.SymBool))
+
+
 TUPLES = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "multiheadattention"}
 
 

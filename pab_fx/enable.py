@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import nn
 
 from .backend import PABBackend
 from .report import Report
-from .rewrite import TIMESTEP_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +22,25 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 _enabled: weakref.WeakKeyDictionary[nn.Module, PAB] = weakref.WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
+class _Enabled:
+    """A model that PAB is on, held weakly, and what to restore."""
+
+    model: weakref.ref[nn.Module]
+    compiled_call: Any
+    hooks: PyramidAttentionBroadcastConfig | None
+
+
 class PAB:
     """PAB on one or more models; made by `enable`. Also a context manager that disables at its end.
 
     Args:
         backend: the backend that the models are compiled with; it owns graphs and state.
-        models: the models.
     """
 
-    def __init__(self, backend: PABBackend, models: list[nn.Module]) -> None:
+    def __init__(self, backend: PABBackend) -> None:
         self.backend = backend
-        self._models = models
-        self._before: list[tuple[Any, Any]] = []  # per model: its compiled call, its config of diffusers' hooks
+        self._models: list[_Enabled] = []
 
     def reset(self) -> None:
         """Start a new generation: counters are 0 and caches are given back.
@@ -50,11 +56,16 @@ class PAB:
     def disable(self) -> None:
         """Restore the models as they were before `enable`; doing so twice does nothing."""
         while self._models:
-            model, (call, config) = self._models.pop(), self._before.pop()
-            model._compiled_call_impl = call
+            enabled = self._models.pop()
+            model: Any = enabled.model()
+            if model is None:
+                continue
+            vars(model).pop("_compiled_call_impl", None)
+            if enabled.compiled_call is not None:
+                model._compiled_call_impl = enabled.compiled_call
             _enabled.pop(model, None)
-            if config is not None:
-                model.enable_cache(config)  # type: ignore[operator]
+            if enabled.hooks is not None:
+                model.enable_cache(enabled.hooks)
         self.backend.clear()
 
     def __enter__(self) -> PAB:
@@ -63,10 +74,11 @@ class PAB:
     def __exit__(self, *exception: object) -> None:
         self.disable()
 
-    def _compile(self, model: nn.Module, config: Any, **compile_options: Any) -> None:
-        self._before.append((model._compiled_call_impl, config))
+    def _enable(self, model: Any, hooks: PyramidAttentionBroadcastConfig | None, **compile_options: Any) -> None:
+        self._models.append(_Enabled(weakref.ref(model), model._compiled_call_impl, hooks))
         compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
-        model._compiled_call_impl = _noting_timestep(model, compiled, self.backend)
+        model._compiled_call_impl = _resetting_on_errors(model, compiled, self.backend)
+        self.backend.roots.add(model)
         _enabled[model] = self
 
 
@@ -112,14 +124,12 @@ def enable(
     if config is None:
         config = next((each for each in hooked if each is not None), None)
     backend = PABBackend(config, **backend_options)
-    pab = PAB(backend, [])
+    pab = PAB(backend)
     for each, hooks in zip(models, hooked, strict=True):
         if hooks is not None:
             each.disable_cache()
             logger.info("took over from diffusers' PAB hooks on %s", type(each).__name__)
-        pab._compile(each, hooks, fullgraph=fullgraph, dynamic=dynamic)
-        pab._models.append(each)
-    backend.roots = tuple(models)
+        pab._enable(each, hooks, fullgraph=fullgraph, dynamic=dynamic)
     return pab
 
 
@@ -164,16 +174,21 @@ def _hooks_config(model: Any) -> PyramidAttentionBroadcastConfig | None:
     return config
 
 
-def _noting_timestep(model: nn.Module, compiled: Callable[..., Any], backend: PABBackend) -> Callable[..., Any]:
-    """The compiled call, noting the timestep it is given for those of its graphs that do not see it."""
-    parameters = list(inspect.signature(model.forward).parameters)
-    name = next((name for name in TIMESTEP_NAMES if name in parameters), None)
-    position = parameters.index(name) if name is not None else 0
+def _resetting_on_errors(model: nn.Module, compiled: Callable[..., Any], backend: PABBackend) -> Callable[..., Any]:
+    """The compiled call; one that ends in an exception leaves no half-counted step behind.
+
+    It is hidden from Dynamo, so that a `torch.compile` around the model runs it instead of tracing into it.
+    """
+    reference = weakref.ref(model)
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
-        timestep = kwargs.get(name) if name in kwargs else args[position] if name and position < len(args) else None
-        backend.state.last_timestep = timestep
-        return compiled(*args, **kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        except BaseException:
+            model = reference()
+            if model is not None:
+                backend.reset_model(model)
+            raise
 
-    return call
+    return torch.compiler.disable(call)

@@ -40,7 +40,7 @@ from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 from . import effects
 from ._torch import cond_op
 from .config import PABConfig
-from .dataflow import is_tensor, is_tuple, value
+from .dataflow import is_number, is_tensor, is_tuple, value
 from .modules import ModuleNames
 from .schedule import NEVER, AfterTimesteps, Rule, SkipRange
 from .tag import Region, tag
@@ -225,7 +225,7 @@ def _bodies(graph: fx.Graph, regions: Sequence[Region]) -> dict[Region, list[fx.
                 and node.users
                 and all(user in body for user in node.users)
                 and is_tensor(node)
-                and not any(is_tuple(source) for source in node.all_input_nodes)
+                and not any(is_tuple(source) or is_number(source) for source in node.all_input_nodes)
                 and effects.is_removable(node)
                 and not any(order[node] < update < end for update in updates if update not in _own(order, region))
             )
@@ -405,8 +405,10 @@ class _InGraphSchedule:
                     n = self._call("n", torch.mul, n, float(conditional.calls))
                     n = self._call("n", torch.add, n, float(conditional.call))
                 started = self._call("started", torch.gt, n, 0.0)
-                reuse = self._skip_range(rule, n) if isinstance(rule, SkipRange) else self._after_timesteps(rule, n)
-                reuse = self._call(f"reuse_{role}", torch.logical_and, started, reuse)
+                due = self._skip_range(rule, n) if isinstance(rule, SkipRange) else self._after_timesteps(rule, n)
+                reuse = self._call(f"reuse_{role}", torch.logical_and, started, due)
+                if isinstance(rule, AfterTimesteps):
+                    self._extend(rule, n, reuse)
                 self._predicates[key] = self._call(f"compute_{role}", torch.logical_not, reuse)
         return self._predicates[key]
 
@@ -419,18 +421,22 @@ class _InGraphSchedule:
         return self._call("due", torch.logical_and, inside, between)
 
     def _after_timesteps(self, rule: AfterTimesteps, n: fx.Node) -> fx.Node:
+        unlisted = self._call("unlisted", torch.eq, self._lifetime(rule), 0.0)
+        fresh = self._call("fresh", torch.le, n, self._buffer(f"pab_until_{len(self._predicates)}", NEVER))
+        return self._call("due", torch.logical_and, unlisted, fresh)
+
+    def _extend(self, rule: AfterTimesteps, n: fx.Node, reuse: fx.Node) -> None:
+        """Note until when a computed output may be reused."""
+        name = f"pab_until_{len(self._predicates)}"
+        extended = self._call("extended", torch.add, n, self._lifetime(rule))
+        self._counts.append((name, self._call("until", torch.where, reuse, self.graph.get_attr(name), extended)))
+
+    def _lifetime(self, rule: AfterTimesteps) -> fx.Node:
         lifetime = self._call("lifetime", torch.full_like, self.timestep, 0.0)
         for listed, count in sorted(rule.skip_counts, key=lambda entry: entry[1]):
             here = self._call("here", torch.eq, self.timestep, listed)
             lifetime = self._call("lifetime", torch.where, here, float(count), lifetime)
-        name = f"pab_until_{len(self._predicates)}"
-        until = self._buffer(name, NEVER)
-        unlisted = self._call("unlisted", torch.eq, lifetime, 0.0)
-        fresh = self._call("fresh", torch.le, n, until)
-        reuse = self._call("due", torch.logical_and, unlisted, fresh)
-        extended = self._call("extended", torch.add, n, lifetime)
-        self._counts.append((name, self._call("until", torch.where, reuse, until, extended)))
-        return reuse
+        return lifetime
 
     def count(self) -> None:
         """Write counters and timestep back, at the end of the graph; the marker node goes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from . import _diffusers
-from ._torch import calling_modules, sizes_at, traced_shapes
+from ._torch import calling_modules, calling_timestep, sizes_at, traced_shapes
 from .dataflow import value
 from .lift import Lifted, fix_operand_strides, lift
 from .rewrite import TIMESTEP_NAMES, Conditional, conditionals, copy_of, timestep_name
@@ -31,12 +32,12 @@ class Anchor:
     """How a call tells which instance of a module it runs: a parameter among the graph's inputs.
 
     Args:
-        position: the parameter's position among the inputs; `None` if the module's part of the graph has
+        positions: positions of the module's parameters among the inputs; none if its part of the graph reads
             none, and the instance is the innermost module on the Python stack.
-        occurrence: tells modules apart that share this parameter.
+        occurrence: tells modules of one graph apart that share all their parameters.
     """
 
-    position: int | None
+    positions: tuple[int, ...]
     occurrence: int
 
 
@@ -49,6 +50,8 @@ class BroadcastGraph:
         rewritten: the same graph with its conditionals, from `insert_conditions(..., allocate=False)`.
         anchors: for each `module_id` of the conditionals, how to tell its instances apart.
         example_inputs: what the graph is first called with.
+        is_model: whether the graph is of the outermost model's own frame. In a block's, an input called
+            timestep may be an embedding of it.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class BroadcastGraph:
         rewritten: fx.GraphModule,
         anchors: dict[str, Anchor],
         example_inputs: Sequence[Any],
+        is_model: bool,
     ) -> None:
         self.backend = backend
         self.original = original
@@ -68,13 +72,14 @@ class BroadcastGraph:
         self.anchors = tuple(anchors[module_id] for module_id in self.modules)
         self._module_of = tuple(self.modules.index(c.module_id) for c in self.conditionals)
         self._roles = tuple({c.module_id: c.role for c in self.conditionals}.values())
+        self._calls = tuple({c.module_id: c.calls for c in self.conditionals}.values())
         self._caches = _caches_of_modules(self.conditionals)
         self._slot = {name: (m, i) for m, names in enumerate(self._caches) for i, name in enumerate(names)}
         self._recorded = _recorded_outputs(found)
         inputs = original.graph.find_nodes(op="placeholder")
         self._symbols = [(i, value(node)) for i, node in enumerate(inputs) if isinstance(value(node), torch.SymInt)]
         self._expected: dict[tuple[int, ...], tuple[tuple[TensorSpec, ...], ...]] = {}
-        self._timestep_input = _timestep_input(inputs)
+        self._timestep_input = _timestep_input(inputs) if is_model else None
         self._compute, self._reuse = torch.tensor(True), torch.tensor(False)
         self._compiled: dict[Any, tuple[Lifted, Compiled]] = {}
         self._outputs = len(original.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -84,8 +89,9 @@ class BroadcastGraph:
         t = self._timestep(args)
         cells = self._cells(args)
         expected = self._expected_caches(args)
-        for cell, specs in zip(cells, expected, strict=True):
-            cell.begin(t, specs)
+        timesteps = self.backend.known_timesteps()
+        for cell, calls, specs in zip(cells, self._calls, expected, strict=True):
+            cell.begin(t, cell.n // calls, timesteps, specs)
         self._warn_of_scale(cells, t)
         try:
             if self.backend.lowering == "cond":
@@ -159,33 +165,36 @@ class BroadcastGraph:
         caller: Any = None
         cells = []
         for anchor, role in zip(self.anchors, self._roles, strict=True):
-            if anchor.position is None:
-                caller = caller or next(iter(calling_modules()), self)
-            owner = caller if anchor.position is None else args[anchor.position]
-            cells.append(store.cell(owner, anchor.occurrence, context, role))
+            if not anchor.positions and caller is None:
+                caller = next(iter(calling_modules()), self)
+            owner, *others = [args[i] for i in anchor.positions] or [caller]
+            key = (anchor.occurrence, *map(id, others))
+            cells.append(store.cell(owner, key, context, role))
         return cells
 
     def _timestep(self, args: Sequence[Any]) -> float:
-        """The timestep of this call: from the callback, the graph's input, or the step's earlier graphs."""
-        callback, state = self.backend.config.current_timestep_callback, self.backend.state
+        """The timestep of this call: from the callback, the graph's input, or the argument of the model around it."""
+        callback = self.backend.config.current_timestep_callback
         if callback is not None:
             current = callback()
-            if current is None:
+            try:
+                return as_number(current)
+            except (TypeError, ValueError, RuntimeError):
                 raise RuntimeError(
-                    "current_timestep_callback returned None: it must return the timestep of the running step, "
-                    "a number on the windows' scale."
-                )
-            return as_number(current)
+                    f"current_timestep_callback returned {current!r}: it must return the timestep of the running "
+                    "step, a number on the windows' scale."
+                ) from None
         if self._timestep_input is not None:
-            state.last_timestep = as_number(args[self._timestep_input])
-        if state.last_timestep is None:
+            return as_number(args[self._timestep_input])
+        given = calling_timestep(TIMESTEP_NAMES)
+        if given is None:
             self.backend.warn_once(
                 "no timestep",
-                "pab_fx: the graph has no input called timestep, so every step is computed. "
+                "pab_fx: no model around the attention takes an argument called timestep, so every step is computed. "
                 "Set current_timestep_callback, for example lambda: pipe.current_timestep.",
             )
             return math.inf
-        return as_number(state.last_timestep)
+        return as_number(given)
 
     def _expected_caches(self, args: Sequence[Any]) -> tuple[tuple[TensorSpec, ...], ...]:
         """What each module's caches look like in a call with these sizes."""
@@ -284,16 +293,15 @@ def _timestep_input(inputs: Sequence[fx.Node]) -> int | None:
 def anchors(
     nodes_of: Mapping[str, Sequence[fx.Node]], inputs: Sequence[fx.Node], example_inputs: Sequence[Any]
 ) -> dict[str, Anchor]:
-    """For each module, the first parameter that its nodes read among the graph's inputs."""
+    """For each module, the parameters that its nodes read among the graph's inputs."""
     position = {node: i for i, node in enumerate(inputs)}
-    taken: dict[int | None, int] = {}
+    taken: Counter[tuple[int, ...]] = Counter()
     found = {}
     for module_id, nodes in nodes_of.items():
-        sources = [source for node in nodes for source in node.all_input_nodes if source in position]
-        own = [position[s] for s in sources if isinstance(example_inputs[position[s]], nn.Parameter)]
-        first = own[0] if own else None
-        found[module_id] = Anchor(first, taken.get(first, 0))
-        taken[first] = taken.get(first, 0) + 1
+        read = {position[source] for node in nodes for source in node.all_input_nodes if source in position}
+        own = tuple(sorted(i for i in read if isinstance(example_inputs[i], nn.Parameter)))
+        found[module_id] = Anchor(own, taken[own])
+        taken[own] += 1
     return found
 
 

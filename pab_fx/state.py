@@ -7,7 +7,6 @@ graph: its identity names the module it belongs to. State hangs on that paramete
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,12 +43,15 @@ class Cell:
         """Forget the generation: the next call is the first of a new one."""
         self.n, self.t, self.until, self.caches = 0, NEVER, NEVER, None
 
-    def begin(self, t: float, expected: Sequence[TensorSpec]) -> None:
+    def begin(self, t: float, step: int, timesteps: Sequence[float] | None, expected: Sequence[TensorSpec]) -> None:
         """Reset if a call at timestep `t`, for outputs like `expected`, starts a new generation.
 
-        Timesteps never rise within a generation, and its tensors keep shape, dtype and device.
+        Timesteps never rise within a generation, and its tensors keep shape, dtype and device. Where all
+        timesteps are known, one that is not due at this `step`, but is the first, starts over too.
         """
         rises = self.n > 0 and t > self.t
+        if timesteps and step > 0 and t == timesteps[0]:
+            rises |= not (step < len(timesteps) and timesteps[step] == t)
         changed = self.caches is not None and any(
             not spec.matches(cache) for spec, cache in zip(expected, self.caches, strict=True)
         )
@@ -92,7 +94,6 @@ class StateStore:
     """All cells of a backend, by owner: a parameter or a module, held weakly."""
 
     _cells: Any = field(default_factory=WeakIdKeyDictionary)
-    _last: threading.local = field(default_factory=threading.local)
 
     def cell(self, owner: Any, occurrence: Hashable, context: Hashable, role: str) -> Cell:
         """The cell of an owner's `occurrence`-th module in a cache context; made when first asked for."""
@@ -112,15 +113,6 @@ class StateStore:
         for owner in owners:
             for cell in list(self._cells.get(owner, {}).values()):
                 cell.reset()
-
-    @property
-    def last_timestep(self) -> Any:
-        """The timestep that this thread's model was last called with: for graphs that do not see it."""
-        return getattr(self._last, "timestep", None)
-
-    @last_timestep.setter
-    def last_timestep(self, t: Any) -> None:
-        self._last.timestep = t
 
 
 def next_timestep(timesteps: Sequence[float] | None, n: int, t: float) -> float | None:

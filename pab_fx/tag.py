@@ -116,9 +116,17 @@ def _by_module(gm: fx.GraphModule, config: Any, names: ModuleNames) -> list[Regi
         rule = _attention_rule(config, role) if role else None
         if role is None:
             role, why = "cross" if is_cross else "spatial", f"{why}; no identifier with a skip range matches"
-        unsafe = None if names.yields_output_of(call) else BREAKS_INSIDE
-        regions.append(Region(call.name, call.module_id, role, rule, why, tuple(nodes), unsafe=unsafe))
+        regions.append(
+            Region(call.name, call.module_id, role, rule, why, tuple(nodes), unsafe=_uncallable(call, names))
+        )
     return sorted(regions, key=lambda region: region.rule is None)
+
+
+def _uncallable(call: ModuleCall, names: ModuleNames) -> str | None:
+    """Why a module's call in this graph is not to be broadcast, `None` if it is."""
+    if _diffusers.has_hooks(call.module):
+        return "diffusers' hooks broadcast it: disable_cache() takes them off"
+    return None if names.yields_output_of(call) else BREAKS_INSIDE
 
 
 def _attention_rule(config: Any, role: str) -> SkipRange | None:
@@ -148,7 +156,7 @@ def _by_dataflow(gm: fx.GraphModule, config: PABConfig, names: ModuleNames) -> l
     for key, (call, nodes, inside) in grouped.items():
         name, module_id = (call.name, call.module_id) if call else (_unnamed(key, inside, names), key)
         role, why = _role_by_dataflow(name, inside, config, acts, cores, axes)
-        unsafe = None if call is None or names.yields_output_of(call) else BREAKS_INSIDE
+        unsafe = None if call is None else _uncallable(call, names)
         rule = _attention_rule(config, role)
         regions.append(Region(name, module_id, role, rule, why, tuple(nodes), unsafe=unsafe))
     return regions + (_feed_forwards(sites, names, config, acts, set(cores)) if config.mlp else [])
