@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,18 +104,31 @@ def calling_modules() -> list[nn.Module]:
     return modules
 
 
-def calling_timestep(names: Sequence[str]) -> Any:
+def calling_argument(names: Sequence[str]) -> Any:
     """The argument called one of `names` that the outermost running module was called with, `None` if none was."""
     found = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        name = next((name for name in names if name in arguments), None)
-        if name is not None and isinstance(_receiver(code, frame), nn.Module):
-            found = frame.f_locals.get(name, found)
+        module = _receiver(frame.f_code, frame)
+        if isinstance(module, nn.Module):
+            given = _arguments(frame, module)
+            found = next((given[name] for name in names if given.get(name) is not None), found)
         frame = frame.f_back
     return found
+
+
+def _arguments(frame: FrameType, module: nn.Module) -> dict[str, Any]:
+    """The arguments of a method's call by name; those in its `*args` by the names that `module.forward` has."""
+    code, local = frame.f_code, frame.f_locals
+    count = code.co_argcount + code.co_kwonlyargcount
+    given = {name: local.get(name) for name in code.co_varnames[:count]}
+    if code.co_flags & inspect.CO_VARARGS:
+        positional = list(inspect.signature(module.forward).parameters)[code.co_argcount - 1 :]
+        given.update(zip(positional, local.get(code.co_varnames[count], ()), strict=False))
+        count += 1
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        given.update(local.get(code.co_varnames[count], {}))
+    return given
 
 
 @contextlib.contextmanager

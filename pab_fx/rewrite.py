@@ -472,6 +472,6 @@ class _InGraphSchedule:
 
 
 def timestep_name(node: fx.Node) -> str:
-    """The bare name of a graph input: "timestep" for Dynamo's `l_timestep_`."""
+    """The bare name of a graph input: "timestep" for Dynamo's `l_timestep_` and `l_kwargs_timestep_`."""
     name = str(node.target).lower()
-    return name[2:-1] if name.startswith("l_") and name.endswith("_") else name
+    return name[2:-1].removeprefix("kwargs_") if name.startswith("l_") and name.endswith("_") else name

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from . import _diffusers
-from ._torch import calling_modules, calling_timestep, sizes_at, traced_shapes
+from ._torch import calling_argument, calling_modules, sizes_at, traced_shapes
 from .dataflow import value
 from .lift import Lifted, fix_operand_strides, lift
 from .rewrite import TIMESTEP_NAMES, Conditional, conditionals, copy_of, timestep_name
@@ -186,7 +186,7 @@ class BroadcastGraph:
                 ) from None
         if self._timestep_input is not None:
             return as_number(args[self._timestep_input])
-        given = calling_timestep(TIMESTEP_NAMES)
+        given = calling_argument(TIMESTEP_NAMES)
         if given is None:
             self.backend.warn_once(
                 "no timestep",
