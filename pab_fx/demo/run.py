@@ -194,19 +194,22 @@ def check_path(path: Path) -> None:
 
 
 def _picture(result: Result, frame: int, scale: int) -> np.ndarray:
-    """One frame of the animation, [H, W, 3] uint8: a row per clip, its caption above it."""
+    """One frame of the animation, [H, W, 3] uint8: pairs of clips, two pairs a row, the caption above each."""
     size, gap, text = result.frames[0].shape[2] * scale, 8, 18
-    sheet = Image.new("RGB", (2 * size + 3 * gap, text + len(result.prompts) * (size + text + gap)), (24, 24, 28))
+    pair, per_row = 2 * size + 3 * gap, min(2, len(result.prompts))
+    rows = -(-len(result.prompts) // per_row)
+    sheet = Image.new("RGB", (per_row * pair, text + rows * (size + text + gap)), (24, 24, 28))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     heads = (f"without PAB, {result.seconds[0]:.1f} s", f"with PAB, {result.seconds[1]:.1f} s")
-    for column, (clips, head) in enumerate(zip(result.frames, heads, strict=True)):
-        left = gap + column * (size + gap)
-        pen.text((left, 2), head, fill=(255, 255, 255), font=font)
-        for row, clip in enumerate(clips):
-            top = text + row * (size + text + gap)
-            pen.text((left, top + 1), result.prompts[row], fill=(190, 190, 200), font=font)
-            pixels = Image.fromarray((clip[frame] * 255).round().astype(np.uint8))
+    for i, prompt in enumerate(result.prompts):
+        left, top = gap + i % per_row * pair, text + i // per_row * (size + text + gap)
+        pen.text((left, top + 1), prompt, fill=(190, 190, 200), font=font)
+        for clips, head in zip(result.frames, heads, strict=True):
+            if i < per_row:
+                pen.text((left, 2), head, fill=(255, 255, 255), font=font)
+            pixels = Image.fromarray((clips[i][frame] * 255).round().astype(np.uint8))
             sheet.paste(pixels.resize((size, size), Image.Resampling.NEAREST), (left, top + text))
+            left += size + gap
     return np.asarray(sheet)
 
 
