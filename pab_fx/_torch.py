@@ -49,7 +49,8 @@ class CompiledFrame:
     Args:
         receiver: the frame's `self`: a method's first argument; `None` if it has no argument.
         modules: all modules among its local variables.
-        ends: whether the frame ends where the graph does, which it does not at a graph break.
+        ends: whether the frame is a module's `forward` (or `__call__`), to whose end the graph runs; it does not
+            at a graph break.
     """
 
     receiver: Any
@@ -71,7 +72,9 @@ def compiled_frame() -> CompiledFrame:
     local = dict(output.root_tx.f_locals)
     modules = tuple(value for value in local.values() if isinstance(value, nn.Module))
     reason = output.compile_subgraph_reason
-    return CompiledFrame(_receiver(output.root_tx.f_code, local), modules, not (reason and reason.graph_break))
+    code = output.root_tx.f_code
+    is_call = code.co_name.removeprefix("torch_dynamo_resume_in_").split("_at_")[0] in ("forward", "__call__")
+    return CompiledFrame(_receiver(code, local), modules, is_call and not (reason and reason.graph_break))
 
 
 def _receiver(code: CodeType, local: Mapping[str, Any] | FrameType) -> Any:
@@ -79,10 +82,12 @@ def _receiver(code: CodeType, local: Mapping[str, Any] | FrameType) -> Any:
 
     A frame's `f_locals` are asked for only if there is one: up to Python 3.12 they keep what they held alive.
     """
-    name = next((name for name in code.co_varnames[: code.co_argcount] if not name.startswith("__")), None)
-    if name is None:
+    names = [name for name in code.co_varnames[: code.co_argcount] if not name.startswith("__")]
+    if not names and "self" not in code.co_freevars:
         return None
-    return (local.f_locals if isinstance(local, FrameType) else local).get(name)
+    found = local.f_locals if isinstance(local, FrameType) else local
+    # a method with a closure over its `self` holds it in a cell, not among the arguments of its continuation
+    return found["self"] if isinstance(found.get("self"), nn.Module) else found.get(names[0]) if names else None
 
 
 def calling_modules() -> list[nn.Module]:

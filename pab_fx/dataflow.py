@@ -133,12 +133,14 @@ def _operands(node: fx.Node, acts: set[fx.Node]) -> list[fx.Node]:
     return operands[-2:] if op_name(node) == "baddbmm" else operands
 
 
+FUSED_NAMES = ("scaled_dot_product", "attention", "attn", "sdpa", "flash")
+
+
 def _is_fused_attention(node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(leaf_module(node), nn.MultiheadAttention)
-    name = op_name(node).lower()
     is_call = node.op == "call_function" and node.target is not operator.getitem
-    return is_call and any(word in name for word in ("scaled_dot_product", "attention", "attn", "sdpa"))
+    return is_call and any(name in op_name(node).lower() for name in FUSED_NAMES)
 
 
 def attention_cores(graph: fx.Graph, acts: set[fx.Node]) -> list[Core]:
@@ -154,8 +156,10 @@ def attention_cores(graph: fx.Graph, acts: set[fx.Node]) -> list[Core]:
         if node not in acts:
             continue
         operands = _operands(node, acts)
-        if _is_fused_attention(node) and operands:
-            query, *keys = operands[:3]
+        if _is_fused_attention(node):
+            given: list[fx.Node] = []  # learned queries are no activation, but queries all the same
+            fx.map_arg((node.args, node.kwargs), given.append)
+            query, *keys = [source for source in given if is_tensor(source)][:3]
             cores.append(Core(node, query, tuple(keys) or (query,)))
         elif op_name(node) in PRODUCTS and len(operands) == 2:
             chained = next((operand for operand in operands if operand in first_products), None)
@@ -175,9 +179,20 @@ def attention_cores(graph: fx.Graph, acts: set[fx.Node]) -> list[Core]:
     return cores
 
 
+NONLINEARITIES = {
+    *("gelu", "silu", "relu", "sigmoid", "tanh", "mish", "hardswish", "relu6", "leaky_relu", "elu", "softplus"),
+}
+
+
+def is_nonlinear(node: fx.Node) -> bool:
+    """Whether a node is an activation function of a feed-forward."""
+    return op_name(node) in NONLINEARITIES
+
+
 def _through_softmax(node: fx.Node, start: fx.Node) -> bool:
-    """Whether a softmax lies on the way from `start` to `node`."""
-    return any("softmax" in op_name(step) for step in backward([node], until=lambda n: n is start))
+    """Whether scores become weights, by a softmax or another function, on the way from `start` to `node`."""
+    way = backward([node], until=lambda n: n is start)
+    return any("softmax" in op_name(step) or op_name(step) == "exp" or is_nonlinear(step) for step in way)
 
 
 def backward(
@@ -227,21 +242,125 @@ def _projected(node: fx.Node, acts: set[fx.Node]) -> set[fx.Node]:
     return {follow(step)[0] for step in found} or {node}
 
 
+Span = tuple[int, int, int]  # a dimension and the half-open range of positions in it
+
+
 def _origins(nodes: set[fx.Node], acts: set[fx.Node], cores: dict[fx.Node, Core]) -> set[fx.Node]:
     """The graph inputs whose tokens the tokens of `nodes` are.
 
-    An attention's output has its queries' tokens. What is broadcast over the tokens (modulation by a
-    timestep, a pooled embedding) says nothing of them.
+    An attention's output has its queries' tokens, a part of a concatenation those of the operands it lies
+    in. What is broadcast over the tokens (modulation by a timestep, a pooled embedding) says nothing of them,
+    nor does what only lends its dtype or shape.
     """
-
-    def follow(node: fx.Node) -> list[fx.Node]:
-        if node in cores:
-            return [cores[node].query]
-        sources = [source for source in node.all_input_nodes if source in acts]
-        return [source for source in sources if not _is_broadcast(source, node)]
-
-    inputs = {node for node in backward(nodes, follow=follow) if node.op == "placeholder"}
+    pending: list[tuple[fx.Node, Span | None]] = [(node, None) for node in nodes]
+    seen: set[tuple[fx.Node, Span | None]] = set()
+    while pending:
+        step = pending.pop()
+        if step not in seen:
+            seen.add(step)
+            pending.extend(_token_sources(*step, acts, cores))
+    inputs = {node for node, _ in seen if node.op == "placeholder" and node in acts}
     return {node for node in inputs if len(shape(node) or (0, 0)) > 1 and "timestep" not in node.name}
+
+
+LENDS_DTYPE_OR_SHAPE = {"type_as", "view_as", "expand_as", "reshape_as", "to"}
+
+
+def _token_sources(
+    node: fx.Node, span: Span | None, acts: set[fx.Node], cores: dict[fx.Node, Core]
+) -> list[tuple[fx.Node, Span | None]]:
+    """What holds the tokens in `span` of a node (all of them for `None`), and where in it."""
+    name = op_name(node) if node.op.startswith("call") else node.op
+    if node in cores:
+        return [(cores[node].query, span)]
+    if name in ("cat", "concat", "concatenate") and span is not None:
+        return _concatenated(node, span)
+    sources = [source for source in node.all_input_nodes if source in acts and not _is_broadcast(source, node)]
+    if name.startswith("new_") or name.endswith("_like"):
+        return []
+    if name in LENDS_DTYPE_OR_SHAPE:
+        sources = sources[:1]
+    taken = _taken(node, span)
+    if taken is not None:
+        return [(sources[0], taken)] if sources else []
+    return [(source, _span_before(node, source, span)) for source in sources]
+
+
+def _concatenated(node: fx.Node, span: Span) -> list[tuple[fx.Node, Span | None]]:
+    """The operands of a concatenation that the span lies in."""
+    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    rank = len(shape(node) or ())
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    along = int(given) % rank if rank else 0  # type: ignore[arg-type]
+    if span[0] != along or any(shape(part) is None for part in parts):
+        return [(part, span if span[0] != along else None) for part in parts]
+    found: list[tuple[fx.Node, Span | None]] = []
+    start = 0
+    for part in parts:
+        extent = shape(part)[along]  # type: ignore[index]
+        low, high = max(span[1] - start, 0), min(span[2] - start, extent)
+        if low < high:
+            found.append((part, (along, low, high)))
+        start += extent
+    return found
+
+
+def _taken(node: fx.Node, span: Span | None) -> Span | None:
+    """The span of its source that a node takes out of it: a slice, or one part of a split; else `None`."""
+    if node.target is not operator.getitem:
+        return None
+    source = node.all_input_nodes[0]
+    if is_tuple(source):
+        whole = source.all_input_nodes[0] if source.all_input_nodes else source
+        parts, index = value(source), node.args[1]
+        if not parts or not isinstance(index, int) or shape(whole) is None or shape(node) is None:
+            return None
+        before, after = shape(whole) or (), shape(node) or ()
+        changed = [d for d, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
+        if len(before) != len(after) or len(changed) != 1:
+            return None
+        start = sum(int(part.shape[changed[0]]) for part in parts[:index])
+        return _within(span, changed[0], start, start + int(after[changed[0]]))
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    size = shape(source)
+    if size is None or not all(isinstance(item, slice) for item in index):
+        return None
+    cut = [(d, item.indices(int(size[d]))) for d, item in enumerate(index) if item != slice(None)]
+    if len(cut) != 1 or cut[0][1][2] != 1:
+        return None
+    dim, (start, stop, _) = cut[0]
+    return _within(span, dim, start, stop)
+
+
+def _within(span: Span | None, dim: int, start: int, stop: int) -> Span:
+    """The span, of a part that starts at `start`, in the whole."""
+    return (dim, start + span[1], start + span[2]) if span is not None and span[0] == dim else (dim, start, stop)
+
+
+def _span_before(node: fx.Node, source: fx.Node, span: Span | None) -> Span | None:
+    """Where a span of a node lies in its source, `None` (everywhere) if that cannot be told."""
+    before, after = shape(source), shape(node)
+    if span is None or not before or not after:
+        return None
+    dim, start, stop = span
+    if op_name(node) in PERMUTATIONS:
+        dim = _permutation(node, source)[dim]
+        return (dim, start, stop)
+    if len(before) == len(after) and before[dim] == after[dim]:
+        return span
+    ahead = math.prod(after[:dim])
+    for other in range(len(before)):
+        if math.prod(before[:other]) == ahead and before[other] == after[dim]:
+            return (other, start, stop)
+    return None
+
+
+def _permutation(node: fx.Node, source: fx.Node) -> list[int]:
+    """For each dimension of a permuted tensor, the dimension of its source that it is."""
+    probe = torch.empty(tuple(range(2, 2 + len(shape(source) or ()))), device="meta")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: probe if n is source else n)
+    call: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+    return [extent - 2 for extent in call(*args, **kwargs).shape]
 
 
 def _is_broadcast(source: fx.Node, result: fx.Node) -> bool:
@@ -300,11 +419,7 @@ def _axes_after(node: fx.Node, size: tuple[int, ...], axes: dict[fx.Node, tuple[
     before, extents = axes[source], shape(source) or ()
     name = op_name(node)
     if name in PERMUTATIONS:
-        probe = torch.empty(tuple(range(2, 2 + len(before))), device="meta")
-        order = fx.node.map_arg((node.args, node.kwargs), lambda n: probe if n is source else n)
-        call = getattr(probe, name) if node.op == "call_method" else node.target
-        args = order[0][1:] if node.op == "call_method" else order[0]
-        return tuple(before[extent - 2] for extent in call(*args, **order[1]).shape)  # type: ignore[operator]
+        return tuple(before[dim] for dim in _permutation(node, source))
     if name in RESHAPES and math.prod(size) == math.prod(extents):
         return _reshaped(before, size)
     if len(size) != len(before):

@@ -42,17 +42,24 @@ class ModuleNames:
         by_id: `id(module)` to (qualified name, module), for the outermost model.
         enclosing: the modules around the traced frame, outermost first, the frame's own module last.
         ends: whether the graph runs to the end of that module's call, not to a graph break.
+        aliases: for a module that has several names, each further one to the first.
     """
 
     by_id: Mapping[int, tuple[str, nn.Module]] = field(default_factory=dict)
     enclosing: tuple[nn.Module, ...] = ()
     ends: bool = True
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, enclosing: Iterable[nn.Module] = (), ends: bool = True) -> ModuleNames:
         """The names of `model`'s modules, for a frame that runs inside of `enclosing` (outermost first)."""
         by_id = {id(module): (name, module) for name, module in model.named_modules()}
-        return cls(by_id, tuple(module for module in enclosing if id(module) in by_id), ends)
+        return cls(by_id, tuple(module for module in enclosing if id(module) in by_id), ends, _aliases(model))
+
+    @classmethod
+    def of_graph(cls, gm: fx.GraphModule) -> ModuleNames:
+        """The names that a graph tells by itself: modules with the same parameters are one module."""
+        return cls(aliases=_aliases(gm))
 
     def yields_output_of(self, call: ModuleCall) -> bool:
         """Whether the graph computes what a call returns.
@@ -79,11 +86,23 @@ class ModuleNames:
         if module_id.isdigit() and int(module_id) in self.by_id:
             name, module = self.by_id[int(module_id)]
         elif not module_id.isdigit():
-            module_id = name
-            module = next((m for n, m in self.by_id.values() if n == name), None)
+            module_id = self.aliases.get(name, name)
+            module = next((m for n, m in self.by_id.values() if n == module_id), None)
         if module is not None:
             cls = type(module)
         return ModuleCall(f"{key} {path}", module_id, name, imported(cls), module)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Further names of the modules to their first: `torch.export` copies a module that has two names."""
+    first: dict[tuple[int, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        parameters = tuple(id(parameter) for parameter in module.parameters(recurse=True))
+        key = (len(list(module.children())), *parameters)
+        if parameters:
+            aliases[name] = first.setdefault(key, name)
+    return aliases
 
 
 def qualified_name(path: str) -> str:

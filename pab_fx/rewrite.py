@@ -115,7 +115,7 @@ def rewrite(
     config = PABConfig() if config is None else config
     if conditionals(gm):
         raise ValueError("the graph already broadcasts attention; rewrite the original graph instead.")
-    names = ModuleNames.of(model) if model is not None else ModuleNames()
+    names = ModuleNames.of(model) if model is not None else ModuleNames.of_graph(gm)
     result = copy_of(gm)
     regions = tag(result, config, names)
     return insert_conditions(result, regions, config.current_timestep_callback)

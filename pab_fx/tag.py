@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from . import _diffusers, effects
@@ -23,12 +24,15 @@ from .dataflow import (
     attends_frames,
     attention_cores,
     backward,
+    is_nonlinear,
     is_projection,
+    is_state,
     is_tensor,
     is_tuple,
     op_name,
     reads_another_sequence,
     shape,
+    value,
     video_axes,
 )
 from .modules import ModuleCall, ModuleNames, call_sites
@@ -91,7 +95,37 @@ def tag(gm: fx.GraphModule, config: Any, names: ModuleNames | None = None) -> tu
             taken.update(region.nodes)
             regions.append(_bounded(gm.graph, region))
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    return tuple(sorted(regions, key=lambda region: position[region.nodes[0]]))
+    return _agreeing(sorted(regions, key=lambda region: position[region.nodes[0]]))
+
+
+def _agreeing(regions: Sequence[Region]) -> tuple[Region, ...]:
+    """The regions, those of a module that is called several times only broadcast if its calls are alike.
+
+    They share counter and caches: one that cannot be broadcast, or that yields other tensors, spoils them all.
+    """
+
+    def kind(region: Region) -> object:
+        return region.is_broadcast, [_spec(output) for output in region.outputs]
+
+    calls: dict[str, list[Region]] = {}
+    for region in regions:
+        calls.setdefault(region.module_id, []).append(region)
+    spoilt = {
+        module_id
+        for module_id, alike in calls.items()
+        if any(region.is_broadcast for region in alike) and any(kind(region) != kind(alike[0]) for region in alike)
+    }
+    reason = "the module is called several times, and not all of its calls are alike"
+    return tuple(
+        replace(region, unsafe=reason) if region.module_id in spoilt and region.is_broadcast else region
+        for region in regions
+    )
+
+
+def _spec(output: fx.Node) -> object:
+    recorded = value(output)
+    is_recorded = isinstance(recorded, torch.Tensor)
+    return (op_name(output), tuple(recorded.shape), recorded.dtype) if is_recorded else op_name(output)
 
 
 # ------------------------------------------------------------------------------------ as diffusers' hooks
@@ -196,27 +230,40 @@ def _attention_module(
 ) -> ModuleCall | None:
     """The module call that is this attention: the innermost one around its core and a projection of it.
 
-    `None` if that module does more than attend, such as a block with the attention written out in it.
+    An operator that brings its projections (`nn.MultiheadAttention`'s) is all of it. `None` if that module
+    does more than attend, such as a block with the attention written out in it.
     """
     operands = list(backward([core.query, *core.keys], until=lambda n: is_projection(n, acts)))
     projections = {node for node in operands if is_projection(node, acts)}
+    brings_projections = any(is_state(source) for source in core.node.all_input_nodes)
     for call in reversed(names.stack(core.node)):
         nodes = sites[call]
-        if not projections or not projections.isdisjoint(nodes):
+        if brings_projections or not projections.isdisjoint(nodes):
             return call if _only_attends(core, nodes, acts, cores) else None
     return None
 
 
+SUMS = {"add", "iadd", "add_", "__add__", "__iadd__", "sub", "isub", "sub_", "__sub__", "__isub__"}
+
+
 def _only_attends(core: Core, nodes: list[fx.Node], acts: set[fx.Node], cores: dict[fx.Node, Core]) -> bool:
-    """Whether nothing but an output projection comes between an attention's core and the module's end."""
-    inside = set(nodes)
+    """Whether all that comes between an attention's core and the module's end is an output projection.
+
+    A residual that is added, or another attention that follows, makes the module more than that.
+    """
+    inside = [node for node in nodes if node in cores]
+    attended = set(inside)
     downstream: dict[fx.Node, int] = {core.node: 0}  # node -> projections since the core
-    for node in nodes[nodes.index(core.node) + 1 :]:
-        depths = [downstream[source] for source in node.all_input_nodes if source in downstream]
-        if depths:
+    for node in nodes:
+        sources = [source for source in node.all_input_nodes if source in acts]
+        if not attended.isdisjoint(sources):
+            attended.add(node)
+            if op_name(node) in SUMS and not attended.issuperset(sources):
+                return False
+        depths = [downstream[source] for source in sources if source in downstream]
+        if depths and node is not core.node:
             downstream[node] = max(depths) + is_projection(node, acts)
-    others = [other for other in inside if other in cores and other is not core.node]
-    return max(downstream.values()) <= 1 and not any(other in downstream for other in others)
+    return max(downstream.values()) <= 1 and not any(other in downstream for other in inside if other is not core.node)
 
 
 def _around(core: Core, acts: set[fx.Node]) -> list[fx.Node]:
@@ -226,36 +273,21 @@ def _around(core: Core, acts: set[fx.Node]) -> list[fx.Node]:
     gate ends the attention. What leads up to the core needs no listing: nobody uses it once the core is gone.
     """
     nodes, last = [core.node], core.node
+    if is_tuple(last):  # values and weights: the values are what goes on
+        items = sorted(user for user in last.users if _takes_item(user))
+        nodes += items
+        last = next((item for item in items if item.args[1] == 0), last)
     while len(last.users) == 1:
         (following,) = last.users
         sources = [source for source in following.all_input_nodes if source in acts]
         projected = any(is_projection(node, acts) for node in nodes)
         if following.op == "output" or len(sources) != 1 or (projected and is_projection(following, acts)):
             break
-        if _is_nonlinear(following) or "norm" in op_name(following) or effects.updated(following):
+        if is_nonlinear(following) or "norm" in op_name(following) or effects.updated(following):
             break
         nodes.append(following)
         last = following
     return nodes
-
-
-NONLINEARITIES = {
-    "gelu",
-    "silu",
-    "relu",
-    "sigmoid",
-    "tanh",
-    "mish",
-    "hardswish",
-    "relu6",
-    "leaky_relu",
-    "elu",
-    "softplus",
-}
-
-
-def _is_nonlinear(node: fx.Node) -> bool:
-    return op_name(node) in NONLINEARITIES
 
 
 def _feed_forwards(
@@ -278,7 +310,7 @@ def _feed_forwards(
         projections = [i for i, node in enumerate(nodes) if is_projection(node, acts)]
         if index is None or len(projections) < 2:
             continue
-        if not any(_is_nonlinear(node) for node in nodes[projections[0] : projections[-1]]):
+        if not any(is_nonlinear(node) for node in nodes[projections[0] : projections[-1]]):
             continue
         if shape(nodes[projections[0]].all_input_nodes[0]) != shape(nodes[projections[-1]]):
             continue
