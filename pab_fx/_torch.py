@@ -25,6 +25,17 @@ def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
     return inductor_prims.force_stride_order(tensor, tensor.stride())
 
 
+def keep_persistence(source: nn.Module, target: nn.Module) -> None:
+    """Leave buffers out of `target`'s state dict that are left out of `source`'s.
+
+    `GraphModule` copies buffers without that. `_non_persistent_buffers_set` seen in 2.9 to 2.15.
+    """
+    others = dict(source.named_modules())
+    for name, module in target.named_modules():
+        if name in others:
+            module._non_persistent_buffers_set |= others[name]._non_persistent_buffers_set & module._buffers.keys()
+
+
 def lookup_backend(name: str) -> Callable[..., Any]:
     """The registered Dynamo backend of that name. Seen in 2.9 to 2.15.
 
@@ -49,8 +60,8 @@ class CompiledFrame:
     Args:
         receiver: the frame's `self`: a method's first argument; `None` if it has no argument.
         modules: all modules among its local variables.
-        ends: whether the frame is a module's `forward` (or `__call__`), to whose end the graph runs; it does not
-            at a graph break.
+        ends: whether the frame is a module's `forward` (or `__call__`, or what follows a graph break), and the
+            graph runs to its end, not to a graph break.
     """
 
     receiver: Any
@@ -73,7 +84,8 @@ def compiled_frame() -> CompiledFrame:
     modules = tuple(value for value in local.values() if isinstance(value, nn.Module))
     reason = output.compile_subgraph_reason
     code = output.root_tx.f_code
-    is_call = code.co_name.removeprefix("torch_dynamo_resume_in_").split("_at_")[0] in ("forward", "__call__")
+    # a helper that broke in the middle runs once a call; one that did not may run any number of times
+    is_call = code.co_name in ("forward", "__call__") or code.co_name.startswith("torch_dynamo_resume_in_")
     return CompiledFrame(_receiver(code, local), modules, is_call and not (reason and reason.graph_break))
 
 

@@ -63,7 +63,6 @@ def lift(gm: fx.GraphModule) -> Lifted:
     effects.eliminate_dead_code(graph)
     for name in [name for name, _ in gm.named_buffers() if name.startswith("pab_")]:
         delattr(gm, name)
-    gm.delete_all_unused_submodules()
     graph.lint()
     gm.recompile()
     return Lifted(gm, predicates, reads, tuple(written))

@@ -38,7 +38,7 @@ from torch import fx, nn
 from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 
 from . import effects
-from ._torch import cond_op
+from ._torch import cond_op, keep_persistence
 from .config import PABConfig
 from .dataflow import is_number, is_tensor, is_tuple, value
 from .modules import ModuleNames
@@ -125,6 +125,7 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph module of its own that shares parameters, buffers and submodules with `gm`."""
     result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     result.meta.update(gm.meta)
+    keep_persistence(gm, result)
     return result
 
 
@@ -154,6 +155,7 @@ def insert_conditions(
     broadcast = [region for region in regions if region.is_broadcast]
     if not broadcast:
         return gm
+    unused = [node for region in broadcast for node in _use_outputs(gm.graph, region)]
     for region in broadcast:
         _replay_outside(gm.graph, region)
     bodies = _bodies(gm.graph, regions)
@@ -179,10 +181,26 @@ def insert_conditions(
         seen[region.module_id] += 1
         _replace(gm, body, branch, operands, outputs, conditional, schedule.compute(conditional))
     schedule.count()
+    for node in unused:
+        gm.graph.erase_node(node)
     gm.graph.lint()
     gm.recompile()
     logger.debug("made %d regions conditional", len(broadcast))
     return gm
+
+
+def _use_outputs(graph: fx.Graph, region: Region) -> list[fx.Node]:
+    """Give each output of a region a user outside, for as long as the rewrite takes; return those made for it.
+
+    A call of a module keeps what any call of that module needs.
+    """
+    inside = set(region.nodes)
+    made = []
+    for output in region.outputs:
+        if inside.issuperset(output.users):
+            with graph.inserting_before(region.nodes[-1].next):
+                made.append(graph.call_function(torch.clone, (output,)))
+    return made
 
 
 def _replay_outside(graph: fx.Graph, region: Region) -> None:
@@ -447,7 +465,7 @@ class _InGraphSchedule:
 
     def _timestep(self, callback: Callable[[], Any] | None) -> fx.Node:
         if callback is not None:
-            found = self._call("callback", callback)
+            found = self._call("callback", callback if hasattr(callback, "__name__") else lambda: callback())
         else:
             inputs = {node: timestep_name(node) for node in self.graph.find_nodes(op="placeholder")}
             named = [node for name in TIMESTEP_NAMES for node in inputs if inputs[node] == name]

@@ -93,9 +93,12 @@ def decide(gm: fx.GraphModule, reuse: dict[int, bool]) -> fx.GraphModule:
             item.replace_all_uses_with(results[i], propagate_meta=False)
             results[i].meta.update(item.meta)
             gm.graph.erase_node(item)
+        branches: Any = cond.args[1:3]
         gm.graph.erase_node(cond)
+        for branch in branches:
+            gm.graph.erase_node(branch)
+            gm.delete_submodule(str(branch.target))
     effects.eliminate_dead_code(gm.graph)
-    gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
     return gm

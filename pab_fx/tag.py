@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,44 +88,49 @@ def tag(gm: fx.GraphModule, config: Any, names: ModuleNames | None = None) -> tu
     """
     names = names or ModuleNames()
     found = _by_dataflow(gm, config, names) if isinstance(config, PABConfig) else _by_module(gm, config, names)
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
     taken: set[fx.Node] = set()
-    regions = []
+    calls: dict[str, list[Region]] = {}
     for region in found:
         if taken.isdisjoint(region.nodes):
             taken.update(region.nodes)
-            regions.append(_bounded(gm.graph, region))
-    position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    return _agreeing(sorted(regions, key=lambda region: position[region.nodes[0]]))
+            calls.setdefault(region.module_id, []).append(region)
+    regions = [region for alike in calls.values() for region in _bounded_alike(gm.graph, alike)]
+    return tuple(sorted(regions, key=lambda region: position[region.nodes[0]]))
 
 
-def _agreeing(regions: Sequence[Region]) -> tuple[Region, ...]:
-    """The regions, those of a module that is called several times only broadcast if its calls are alike.
+def _bounded_alike(graph: fx.Graph, calls: list[Region]) -> list[Region]:
+    """The calls of one module with their outputs; the same ones for each, since they share caches.
 
-    They share counter and caches: one that cannot be broadcast, or that yields other tensors, spoils them all.
+    An output that only some calls use is kept by all. Calls that are not alike are computed every time.
     """
+    bounded = [_bounded(graph, call) for call in calls]
+    if len(calls) == 1 or calls[0].rule is None:
+        return [
+            replace(region, unsafe=UNUSED) if not region.outputs and region.is_broadcast else region
+            for region in bounded
+        ]
+    kept = sorted({call.nodes.index(o) for call, b in zip(calls, bounded, strict=True) for o in b.outputs})
+    alike = len({tuple(map(op_name, call.nodes)) for call in calls}) == 1
+    if not kept or not alike or any(region.unsafe for region in bounded):
+        return [replace(region, unsafe=region.unsafe or NOT_ALIKE) for region in bounded]
+    regions = [
+        replace(region, outputs=tuple(call.nodes[i] for i in kept)) for call, region in zip(calls, bounded, strict=True)
+    ]
+    if len({tuple(map(_spec, region.outputs)) for region in regions}) > 1:
+        return [replace(region, unsafe=NOT_ALIKE) for region in regions]
+    return [
+        region if set(region.outputs) <= set(region.nodes) else replace(region, unsafe=NOT_ALIKE) for region in regions
+    ]
 
-    def kind(region: Region) -> object:
-        return region.is_broadcast, [_spec(output) for output in region.outputs]
 
-    calls: dict[str, list[Region]] = {}
-    for region in regions:
-        calls.setdefault(region.module_id, []).append(region)
-    spoilt = {
-        module_id
-        for module_id, alike in calls.items()
-        if any(region.is_broadcast for region in alike) and any(kind(region) != kind(alike[0]) for region in alike)
-    }
-    reason = "the module is called several times, and not all of its calls are alike"
-    return tuple(
-        replace(region, unsafe=reason) if region.module_id in spoilt and region.is_broadcast else region
-        for region in regions
-    )
+UNUSED = "none of its tensors is used outside of it"
+NOT_ALIKE = "the module is called several times, and its calls are not alike"
 
 
 def _spec(output: fx.Node) -> object:
     recorded = value(output)
-    is_recorded = isinstance(recorded, torch.Tensor)
-    return (op_name(output), tuple(recorded.shape), recorded.dtype) if is_recorded else op_name(output)
+    return (tuple(recorded.shape), recorded.dtype) if isinstance(recorded, torch.Tensor) else None
 
 
 # ------------------------------------------------------------------------------------ as diffusers' hooks
@@ -340,8 +345,6 @@ def _bounded(graph: fx.Graph, region: Region) -> Region:
     if unsafe:
         return replace(region, unsafe=unsafe)
     nodes, outputs, replayed = _outputs(region.nodes)
-    if not outputs:
-        return replace(region, unsafe="none of its tensors is used outside of it")
     note = None
     if any(_updated_later(graph, output, nodes) for output in outputs):
         note = "its output is updated in place afterwards; what is kept is the updated value, as with hooks"
