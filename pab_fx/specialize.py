@@ -72,7 +72,7 @@ def specialize(
             raise ValueError(f"{conditional.name} is in both reuse={reuse!r} and compute={compute!r}.")
         if reused or computed:
             decisions[conditional.index] = reused
-    return decide(result, decisions)
+    return copy_of(decide(result, decisions))  # the copy holds only what the graph still refers to
 
 
 def _names(conditional: Conditional) -> tuple[str, ...]:
