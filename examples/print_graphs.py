@@ -1,14 +1,24 @@
-"""Print one graph on its way through the passes: python examples/print_graphs.py [block]"""
+"""Print one graph on its way through the passes.
+
+python examples/print_graphs.py                # all stages; a word after it chooses those it is part of
+python examples/print_graphs.py --update FILE  # put them under their <!-- graph: NAME --> marks in a Markdown file
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from pab_fx import PABConfig, rewrite, specialize
+from pab_fx import PABBackend, PABConfig, rewrite, specialize
+
+CONFIG = PABConfig(spatial_attention_block_skip_range=2)
 
 
 class Attention(nn.Module):
@@ -38,23 +48,84 @@ class Block(nn.Module):
         return hidden_states + self.ff(hidden_states)
 
 
+def build() -> Block:
+    """The block whose graphs are printed."""
+    return Block().eval().requires_grad_(False)
+
+
+def compiled_graphs(lowering: str) -> list[fx.GraphModule]:
+    """What the inner compiler is handed in two steps, of which the second may reuse."""
+    graphs: list[fx.GraphModule] = []
+
+    def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    model = torch.compile(build(), backend=PABBackend(CONFIG, inner=capture, lowering=lowering))
+    for timestep in (700, 600):
+        model(torch.zeros(1, 4, 8), torch.tensor([timestep]))
+    return graphs
+
+
 def stages() -> dict[str, str]:
     """The graph as Python code, by the name of the stage."""
-    block = Block().eval().requires_grad_(False)
-    captured = fx.symbolic_trace(block)
-    rewritten = rewrite(captured, PABConfig(spatial_attention_block_skip_range=2))
-    found = {
+    captured = fx.symbolic_trace(build())
+    rewritten = rewrite(captured, CONFIG)
+    computing, reusing = compiled_graphs("specialize")
+    (conditional,) = compiled_graphs("cond")
+    found: dict[str, Any] = {
         "captured": captured,
         "rewritten": rewritten,
         "rewritten, the computing branch": rewritten.pab_compute_0,
         "rewritten, the reading branch": rewritten.pab_read_0,
         "specialized, computing": specialize(rewritten, reuse=()),
         "specialized, reusing": specialize(rewritten, reuse={"spatial"}),
+        "lifted, computing": computing,
+        "lifted, reusing": reusing,
+        "lifted, cond": conditional,
     }
-    return {name: str(gm.code).strip() for name, gm in found.items()}
+    return {name: readable(gm) for name, gm in found.items()}
+
+
+def readable(gm: fx.GraphModule) -> str:
+    """The code of a graph, tidied: no type annotations, no `x = None` that frees a value early, short input names."""
+    code = re.sub(r";  (\w+ = )+None( +#.*)?$", "", str(gm.code).strip(), flags=re.MULTILINE)
+    code = re.sub(r"(\w) ?: \"?[\w.]+(\[[^\]]*\])?\"?(?=[,)])", r"\1", code)
+    code = re.sub(r"\) -> .*:$", "):", code, flags=re.MULTILINE)
+    signature, *lines = code.splitlines()
+    body = []
+    for line in lines:
+        alias = re.fullmatch(r" +(\w+) = (\w+)", line)  # Dynamo's inputs have a name outside and one inside
+        if alias and alias[2] in re.findall(r"\w+", signature):
+            signature = re.sub(rf"\b{alias[2]}\b", alias[1], signature)
+        else:
+            body.append(line)
+    return "\n".join([signature, *body]).replace("_modules_", "_").replace("_parameters_", "_")
+
+
+def update(path: Path) -> None:
+    """Replace the fenced block after each `<!-- graph: NAME -->` by the stage of that name."""
+    text = path.read_text()
+    for name, code in stages().items():
+        mark = re.escape(f"<!-- graph: {name} -->\n")
+        text = re.sub(f"({mark}```python\n).*?(```)", lambda m: f"{m[1]}{code}\n{m[2]}", text, flags=re.DOTALL)  # noqa: B023
+    path.write_text(text)
+
+
+def main() -> None:
+    """Print the stages, or write them into a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", nargs="?", default="", help="a part of the names of the stages to print")
+    parser.add_argument("--update", type=Path, metavar="FILE", help="a Markdown file to bring up to date")
+    args = parser.parse_args()
+    if args.update:
+        update(args.update)
+        return
+    for name, code in stages().items():
+        if args.stage in name:
+            print(f"# {name}\n{code}\n")
 
 
 if __name__ == "__main__":
-    for name, code in stages().items():
-        if len(sys.argv) < 2 or sys.argv[1] in name:
-            print(f"# {name}\n{code}\n")
+    main()
