@@ -17,12 +17,32 @@ from torch import fx, nn
 # surrounding torch.compile, would start one. Seen in 2.9 to 2.15; `torch.cond` is the public spelling.
 cond_op = torch.ops.higher_order.cond
 
+# What `torch.ops.aten.add.Tensor` is an instance of: has a schema, which tells what it updates. 2.9 to 2.15.
+OpOverload = torch._ops.OpOverload
+
 
 def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, held to the strides it is traced with. Inductor's `force_stride_order`, seen in 2.9 to 2.15."""
     from torch._inductor import inductor_prims
 
     return inductor_prims.force_stride_order(tensor, tensor.stride())
+
+
+def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's config for a `mode` and `options` of `torch.compile`. `list_*` seen in 2.9 to 2.15.
+
+    Raises:
+        ValueError: for a mode or an option that Inductor does not have.
+    """
+    from torch._inductor import list_mode_options, list_options
+
+    modes, known = list_mode_options(), set(list_options())
+    if mode is not None and mode not in modes:
+        raise ValueError(f"mode={mode!r} is unknown; Inductor has {', '.join(map(repr, modes))}.")
+    for name in options:
+        if name.replace("-", "_") not in known:
+            raise ValueError(f"options has {name!r}, which is no option of Inductor (torch._inductor.list_options()).")
+    return {**(modes[mode] if mode else {}), **options}
 
 
 def keep_persistence(source: nn.Module, target: nn.Module) -> None:
@@ -166,6 +186,11 @@ def traced_shapes(gm: fx.GraphModule) -> Iterator[list[Any]]:
             mode.from_tensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else value
             for value in values
         ]
+
+
+def size_hint(extent: Any) -> int:
+    """The value that a size was traced with, without a guard on it. `SymNode.hint` seen in 2.9 to 2.15."""
+    return int(extent.node.hint) if isinstance(extent, torch.SymInt) and extent.node.hint is not None else int(extent)
 
 
 def sizes_at(shape: Sequence[Any], known: Sequence[tuple[torch.SymInt, int]]) -> tuple[int, ...]:

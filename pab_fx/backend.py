@@ -14,7 +14,7 @@ from diffusers import PyramidAttentionBroadcastConfig
 from torch import fx, nn
 
 from . import _diffusers
-from ._torch import calling_modules, compiled_frame, lookup_backend
+from ._torch import calling_modules, compiled_frame, inductor_patches, lookup_backend
 from .config import PABConfig, check_diffusers_config
 from .dataflow import is_number
 from .modules import ModuleNames
@@ -265,16 +265,10 @@ def _inner_compiler(
     for name, given in (("mode", mode), ("options", options)):
         if given and inner != "inductor":
             raise ValueError(f"{name}={given!r} is for inner='inductor' only, and inner is {inner!r}.")
-    if mode and mode not in torch._inductor.list_mode_options():
-        known = ", ".join(map(repr, torch._inductor.list_mode_options()))
-        raise ValueError(f"mode={mode!r} is unknown; Inductor has {known}.")
-    for name in options or {}:
-        if name.replace("-", "_") not in torch._inductor.list_options():
-            raise ValueError(f"options has {name!r}, which is no option of Inductor (torch._inductor.list_options()).")
     if isinstance(inner, str):
         compiler = lookup_backend(inner)
         if inner == "inductor" and (mode or options):
-            return partial(_inductor, compiler, mode, options)
+            return partial(_inductor, compiler, inductor_patches(mode, options or {}))
         return compiler
     if not callable(inner):
         raise ValueError(f"inner must be the name of a backend or a callable (gm, example_inputs), got {inner!r}.")
@@ -282,14 +276,9 @@ def _inner_compiler(
 
 
 def _inductor(
-    compiler: Callable[..., Any],
-    mode: str | None,
-    options: Mapping[str, Any] | None,
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
+    compiler: Callable[..., Any], patches: Mapping[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
-    return compiler(gm, example_inputs, config_patches=patches)
+    return compiler(gm, example_inputs, config_patches=dict(patches))
 
 
 def _no_timestep() -> float:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ._torch import OpOverload, size_hint
+
 Axis = tuple[tuple[frozenset[str], int], ...]  # one dimension as factors: (labels, size), outer to inner
 
 
@@ -45,7 +47,7 @@ def op_name(node: fx.Node) -> str:
         return str(node.target)
     if node.op == "call_module":
         return type(leaf_module(node)).__name__.lower()
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return node.target._schema.name.split("::")[-1]
     return str(getattr(node.target, "__name__", node.target))
 
@@ -62,10 +64,14 @@ def value(node: fx.Node) -> Any:
     return meta["example_value"] if "example_value" in meta else meta.get("val")
 
 
-def shape(node: fx.Node) -> tuple[Any, ...] | None:
-    """The shape of a node's value, `None` where it is no tensor or nothing was recorded."""
+def shape(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of a node's value, `None` where it is no tensor or nothing was recorded.
+
+    A symbolic size counts as the one it was traced with, and no guard is put on it: what a graph computes
+    does not depend on its sizes.
+    """
     recorded = value(node)
-    return tuple(recorded.shape) if isinstance(recorded, torch.Tensor) else None
+    return tuple(map(size_hint, recorded.shape)) if isinstance(recorded, torch.Tensor) else None
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -93,18 +99,19 @@ def is_tuple(node: fx.Node) -> bool:
 
 
 def is_state(node: fx.Node) -> bool:
-    """Whether an input is a parameter or buffer of the model, not data of the call."""
+    """Whether an input is a parameter, buffer or other attribute of the model, not data of the call."""
     if node.op == "get_attr":
         return True
-    return node.op == "placeholder" and (
-        isinstance(value(node), nn.Parameter) or "_parameters_" in node.name or "_buffers_" in node.name
-    )
+    by_name = node.name.startswith("l_self_") or "_parameters_" in node.name or "_buffers_" in node.name
+    return node.op == "placeholder" and (by_name or isinstance(value(node), nn.Parameter))
 
 
 def activations(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on data of the call, hence not on parameters and constants alone."""
+    """The tensors that depend on data of the call, hence not on parameters, constants and sizes alone."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
+        if not is_tensor(node) and not is_tuple(node):
+            continue
         is_data = node.op == "placeholder" and not is_state(node)
         if is_data or any(source in found for source in node.all_input_nodes):
             found.add(node)
@@ -260,7 +267,8 @@ def _origins(nodes: set[fx.Node], acts: set[fx.Node], cores: dict[fx.Node, Core]
             seen.add(step)
             pending.extend(_token_sources(*step, acts, cores))
     inputs = {node for node, _ in seen if node.op == "placeholder" and node in acts}
-    return {node for node in inputs if len(shape(node) or (0, 0)) > 1 and "timestep" not in node.name}
+    sizes = {node: shape(node) for node in inputs}
+    return {node for node, size in sizes.items() if (size is None or len(size) > 1) and "timestep" not in node.name}
 
 
 LENDS_DTYPE_OR_SHAPE = {"type_as", "view_as", "expand_as", "reshape_as", "to"}
@@ -319,17 +327,23 @@ def _taken(node: fx.Node, span: Span | None) -> Span | None:
         changed = [d for d, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
         if len(before) != len(after) or len(changed) != 1:
             return None
-        start = sum(int(part.shape[changed[0]]) for part in parts[:index])
-        return _within(span, changed[0], start, start + int(after[changed[0]]))
+        start = sum(size_hint(part.shape[changed[0]]) for part in parts[:index])
+        return _within(span, changed[0], start, start + after[changed[0]])
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     size = shape(source)
-    if size is None or not all(isinstance(item, slice) for item in index):
+    if size is None or not all(_is_constant_slice(item) for item in index):
         return None
-    cut = [(d, item.indices(int(size[d]))) for d, item in enumerate(index) if item != slice(None)]
+    cut = [(d, item.indices(size[d])) for d, item in enumerate(index) if item != slice(None)]
     if len(cut) != 1 or cut[0][1][2] != 1:
         return None
     dim, (start, stop, _) = cut[0]
     return _within(span, dim, start, stop)
+
+
+def _is_constant_slice(item: Any) -> bool:
+    return isinstance(item, slice) and all(
+        isinstance(edge, (int, type(None))) for edge in (item.start, item.stop, item.step)
+    )
 
 
 def _within(span: Span | None, dim: int, start: int, stop: int) -> Span:
@@ -394,7 +408,7 @@ def video_axes(graph: fx.Graph, acts: set[fx.Node]) -> dict[fx.Node, tuple[Axis,
     axes: dict[fx.Node, tuple[Axis, ...]] = {}
     for node in graph.nodes:
         size = shape(node)
-        if node not in acts or size is None or not all(isinstance(extent, int) for extent in size):
+        if node not in acts or size is None:
             continue
         if node.op == "placeholder":
             if len(size) == 5:

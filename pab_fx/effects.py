@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ._torch import OpOverload
 from .dataflow import is_tuple, leaf_module, op_name, value
 
 VIEWS = {
@@ -49,7 +50,7 @@ def updated(node: fx.Node) -> tuple[fx.Node, ...]:
     elif node.op == "call_module":
         if getattr(leaf_module(node), "inplace", False):
             targets.append(node.args[0])
-    elif isinstance(node.target, torch._ops.OpOverload):
+    elif isinstance(node.target, OpOverload):
         for i, argument in enumerate(node.target._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 targets.append(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
@@ -82,7 +83,7 @@ def draws_random_numbers(node: fx.Node) -> bool:
         return _argument(node, 1, "p", 0.5) not in (0, 0.0) and bool(
             _argument(node, 2, "train" if name == "native_dropout" else "training", node.op == "call_function")
         )
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return torch.Tag.nondeterministic_seeded in node.target.tags and "dropout" not in name
     return name in RANDOM
 

@@ -17,7 +17,7 @@ from ._torch import calling_argument, calling_modules, sizes_at, traced_shapes
 from .dataflow import value
 from .lift import Lifted, fix_operand_strides, lift
 from .rewrite import TIMESTEP_NAMES, Conditional, conditionals, copy_of, timestep_name
-from .schedule import SkipRange
+from .schedule import AfterTimesteps, SkipRange
 from .specialize import decide
 from .state import Cell, TensorSpec, next_timestep
 
@@ -92,11 +92,15 @@ class BroadcastGraph:
         timesteps = self.backend.known_timesteps()
         for cell, calls, specs in zip(cells, self._calls, expected, strict=True):
             cell.begin(t, cell.n // calls, timesteps, specs)
-        self._warn_of_scale(cells, t)
+        if cells[0].n == 0:
+            self._warn_of_schedule(t, timesteps)
         try:
+            reuses, keeps = self._decide(cells, t, timesteps)
             if self.backend.lowering == "cond":
-                return self._run_conditional(args, cells, expected, t)
-            return self._run_specialized(args, cells, t)
+                return self._run_conditional(args, cells, expected, reuses, keeps)
+            if timesteps and not any(reuses) and not any(keeps):
+                return self._run_original(args, cells)
+            return self._run_specialized(args, cells, reuses, keeps)
         except BaseException:
             for cell in cells:
                 cell.reset()
@@ -104,9 +108,10 @@ class BroadcastGraph:
 
     # ------------------------------------------------------------------------------------ one call
 
-    def _decide(self, cells: list[Cell], t: float) -> tuple[tuple[bool, ...], list[bool]]:
+    def _decide(
+        self, cells: list[Cell], t: float, timesteps: tuple[float, ...] | None
+    ) -> tuple[tuple[bool, ...], list[bool]]:
         """For each conditional whether it reuses, for each module whether its caches are kept; counts."""
-        timesteps = self.backend.known_timesteps()
         has_cache = [cell.caches is not None for cell in cells]
         keeps = [False] * len(cells)
         reuses = []
@@ -119,12 +124,14 @@ class BroadcastGraph:
             reuses.append(reuse)
         return tuple(reuses), keeps
 
-    def _run_specialized(self, args: Sequence[Any], cells: list[Cell], t: float) -> Any:
-        reuses, keeps = self._decide(cells, t)
-        if self.backend.known_timesteps() and not any(reuses) and not any(keeps):
-            for cell in cells:
-                cell.caches = None
-            return self._graph(None, args)[1](*args)
+    def _run_original(self, args: Sequence[Any], cells: list[Cell]) -> Any:
+        for cell in cells:
+            cell.caches = None
+        return self._graph(None, args)[1](*args)
+
+    def _run_specialized(
+        self, args: Sequence[Any], cells: list[Cell], reuses: tuple[bool, ...], keeps: list[bool]
+    ) -> Any:
         lifted, compiled = self._graph(reuses, args)
         read = [self._slot[name] for name in lifted.reads]
         caches = [cells[m].caches[i] for m, i in read]  # type: ignore[index]
@@ -137,9 +144,13 @@ class BroadcastGraph:
         return outputs[: self._outputs]
 
     def _run_conditional(
-        self, args: Sequence[Any], cells: list[Cell], expected: tuple[tuple[TensorSpec, ...], ...], t: float
+        self,
+        args: Sequence[Any],
+        cells: list[Cell],
+        expected: tuple[tuple[TensorSpec, ...], ...],
+        reuses: tuple[bool, ...],
+        keeps: list[bool],
     ) -> Any:
-        reuses, keeps = self._decide(cells, t)
         lifted, compiled = self._graph("cond", args)
         predicates = [self._reuse if reuses[i] else self._compute for i in lifted.predicates]
         caches = []
@@ -210,9 +221,17 @@ class BroadcastGraph:
             )
         return self._expected[sizes]
 
-    def _warn_of_scale(self, cells: list[Cell], t: float) -> None:
+    def _warn_of_schedule(self, t: float, timesteps: tuple[float, ...] | None) -> None:
+        """Warn, at the start of a generation, of timesteps at which the config reuses nothing."""
+        listed = {t for c in self.conditionals if isinstance(c.rule, AfterTimesteps) for t, _ in c.rule.skip_counts}
+        if timesteps and listed and listed.isdisjoint(timesteps):
+            self.backend.warn_once(
+                "mlp timesteps",
+                f"pab_fx: none of the mlp timesteps {sorted(listed)} is among the generation's {list(timesteps)}, "
+                "so no feed-forward will be reused. List timesteps of the scheduler.",
+            )
         windows = [c.rule.high for c in self.conditionals if isinstance(c.rule, SkipRange)]
-        if t <= 1 and cells[0].n == 0 and windows and max(windows) > 1:
+        if t <= 1 and windows and max(windows) > 1:
             self.backend.warn_once(
                 "scale",
                 f"pab_fx: the generation starts at timestep {t:g}, but the windows (up to {max(windows):g}) are on the "

@@ -130,7 +130,7 @@ NOT_ALIKE = "the module is called several times, and its calls are not alike"
 
 def _spec(output: fx.Node) -> object:
     recorded = value(output)
-    return (tuple(recorded.shape), recorded.dtype) if isinstance(recorded, torch.Tensor) else None
+    return (shape(output), recorded.dtype) if isinstance(recorded, torch.Tensor) else None
 
 
 # ------------------------------------------------------------------------------------ as diffusers' hooks

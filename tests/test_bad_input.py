@@ -470,3 +470,12 @@ def test_a_pass_that_returns_no_graph_is_an_error_that_names_it() -> None:
     compiled = torch.compile(Model(), backend=PABBackend(inner="eager", passes=[forgets_to_return]))
     with pytest.raises(Exception, match="forgets_to_return"):
         compiled(hidden_states(0), torch.tensor(700.0))
+
+
+def test_mlp_timesteps_that_the_generation_does_not_have_warn(caught: list[warnings.WarningMessage]) -> None:
+    entry = zoo.BY_NAME["PixArtTransformer2DModel"]
+    config = PABConfig(mlp={"timesteps": TIMESTEPS[1] + 1})
+    compiled = torch.compile(entry.build(), backend=PABBackend(config, inner="eager", timesteps=TIMESTEPS))
+    zoo.trajectory(entry, compiled, TIMESTEPS)
+    (message,) = pab_warnings(caught)
+    assert "List timesteps of the scheduler" in message

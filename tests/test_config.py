@@ -364,7 +364,6 @@ def test_a_bad_option_of_torch_compile_is_refused_before_anything_runs(
         model(torch.ones(1, 1, 3, 4), torch.tensor(500.0))
 
 
-
 def test_timesteps_given_as_tensors_are_told_apart_by_their_values() -> None:
     captured: list[Any] = []
 

@@ -623,9 +623,7 @@ _WITH_CACHE_MIXIN = (
     ),
     Entry(
         "Flux2Transformer2DModel",
-        lambda: diffusers.Flux2Transformer2DModel(
-            **_FLUX, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4)
-        ),
+        lambda: diffusers.Flux2Transformer2DModel(**_FLUX, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4)),
         lambda draw: _flux_inputs(draw, axes=4) | {"guidance": torch.tensor([4.0])},
         _thousandth(),
         "Flux2Pipeline",
@@ -741,9 +739,7 @@ _WITH_CACHE_MIXIN = (
     ),
     Entry(
         "HunyuanVideoTransformer3DModel-token_replace",
-        lambda: diffusers.HunyuanVideoTransformer3DModel(
-            **_HUNYUAN_VIDEO, image_condition_type="token_replace"
-        ),
+        lambda: diffusers.HunyuanVideoTransformer3DModel(**_HUNYUAN_VIDEO, image_condition_type="token_replace"),
         _hunyuan_video_inputs,
         _same(),
         "HunyuanVideoImageToVideoPipeline",
@@ -829,9 +825,7 @@ _WITH_CACHE_MIXIN = (
     ),
     Entry(
         "LongCatImageTransformer2DModel",
-        lambda: diffusers.LongCatImageTransformer2DModel(
-            **_FLUX, pooled_projection_dim=8, axes_dims_rope=[4, 6, 6]
-        ),
+        lambda: diffusers.LongCatImageTransformer2DModel(**_FLUX, pooled_projection_dim=8, axes_dims_rope=[4, 6, 6]),
         _flux_inputs,
         _thousandth(),
         "LongCatImagePipeline",

@@ -1,0 +1,71 @@
+"""The demo: a trained model from the package, the same clips without and with PAB, and what it says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pab_fx.cli import app
+from pab_fx.demo import Caption, recognise
+from pab_fx.demo.run import Result, compare, run_demo, save_animation
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    return run_demo(steps=20, clips=2, rounds=1, seed=3)
+
+
+def test_clips_show_what_their_captions_say_without_and_with_pab(result: Result) -> None:
+    for clips in result.frames:
+        assert [recognise(2 * clip - 1) for clip in clips] == [Caption.parse(prompt) for prompt in result.prompts]
+
+
+def test_every_role_is_reused_and_the_clips_are_near_but_not_the_same(result: Result) -> None:
+    assert {role.role for role in result.roles} == {"spatial", "temporal", "cross", "mlp"}
+    assert all(0 < role.reused < role.reused + role.computed for role in result.roles)
+    assert 15 < result.psnr < 90
+    assert 0.5 < result.ssim < 1
+    assert not np.array_equal(*result.frames)
+
+
+def test_the_animation_shows_all_frames(result: Result, tmp_path: Path) -> None:
+    save_animation(result, tmp_path / "demo.gif")
+    frames = imageio.imread(tmp_path / "demo.gif")
+    assert len(frames) == result.frames[0].shape[1]
+    assert not np.array_equal(frames[0], frames[-1])
+
+
+def test_the_command_writes_the_animation_and_prints_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "clips.gif"
+    arguments = ["demo", "--steps", "6", "--clips", "1", "--rounds", "1", "--output", str(path)]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert path.stat().st_size > 0
+    for word in ("spatial", "temporal", "cross", "speed-up", "PSNR", "SSIM"):
+        assert word in shown.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "clips.txt"], ".gif or .mp4"),
+        (["--output", "no/such/folder/clips.gif"], "no folder"),
+        (["--inner", "inductr"], "not a registered Dynamo backend"),
+        (["--lowering", "branch"], "'specialize', 'cond'"),
+    ],
+)
+def test_a_bad_option_is_refused_before_anything_runs(arguments: list[str], message: str) -> None:
+    shown = CliRunner().invoke(app, ["demo", *arguments])
+    assert shown.exit_code == 2
+    assert message in " ".join(shown.output.split())
+
+
+def test_a_change_of_a_hundredth_is_40_decibels() -> None:
+    clips = np.random.default_rng(0).random((1, 2, 16, 16, 3))
+    psnr, ssim = compare(clips, np.clip(clips + 0.01, 0, 1))
+    assert 39 < psnr < 41
+    assert 0.9 < ssim <= 1
