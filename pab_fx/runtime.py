@@ -16,7 +16,8 @@ from . import _diffusers
 from ._torch import calling_argument, calling_modules, sizes_at, traced_shapes
 from .dataflow import value
 from .lift import Lifted, fix_operand_strides, lift
-from .rewrite import TIMESTEP_NAMES, Conditional, conditionals, copy_of, timestep_name
+from .predicates import TIMESTEP_NAMES, timestep_name
+from .rewrite import Conditional, conditionals, copy_of
 from .schedule import AfterTimesteps, SkipRange
 from .specialize import decide
 from .state import Cell, TensorSpec, next_timestep

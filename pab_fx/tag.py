@@ -8,7 +8,6 @@ hooks would give. Given a `PABConfig`, they are found in the dataflow (see `data
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,6 @@ from .config import ATTENTION_ROLES, PABConfig
 from .dataflow import (
     Core,
     activations,
-    attends_frames,
     attention_cores,
     backward,
     is_nonlinear,
@@ -30,13 +28,13 @@ from .dataflow import (
     is_tensor,
     is_tuple,
     op_name,
-    reads_another_sequence,
     shape,
     value,
-    video_axes,
 )
+from .frames import attends_frames, video_axes
 from .modules import ModuleCall, ModuleNames, call_sites
 from .schedule import AfterTimesteps, Rule, SkipRange
+from .sequences import reads_another_sequence
 
 BREAKS_INSIDE = (
     "the graph breaks inside of it, and this part does not yield its output; "
@@ -418,8 +416,3 @@ def _updated_later(graph: fx.Graph, output: fx.Node, inside: tuple[fx.Node, ...]
         if node not in inside
         for target in effects.updated(node)
     )
-
-
-def regions_per_role(regions: Iterable[Region]) -> dict[str, int]:
-    """How many regions of each role are broadcast."""
-    return dict(Counter(region.role for region in regions if region.is_broadcast))
