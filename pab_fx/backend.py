@@ -123,7 +123,10 @@ class PABBackend:
 
     def compile_inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a lowered graph with the inner compiler."""
-        return self._inner(gm, list(example_inputs))
+        compiled = self._inner(gm, list(example_inputs))
+        if not callable(compiled):
+            raise TypeError(f"the inner compiler must return a callable, got {compiled!r}.")
+        return compiled
 
     def known_timesteps(self) -> tuple[float, ...] | None:
         """The timesteps of the running generation, `None` if they were not given."""

@@ -74,10 +74,14 @@ class PAB:
     def __exit__(self, *exception: object) -> None:
         self.disable()
 
-    def _enable(self, model: Any, hooks: PyramidAttentionBroadcastConfig | None, **compile_options: Any) -> None:
+    def _enable(
+        self, model: Any, hooks: PyramidAttentionBroadcastConfig | None, is_wrapped: bool, **compile_options: Any
+    ) -> None:
         self._models.append(_Enabled(weakref.ref(model), model._compiled_call_impl, hooks))
         compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
-        model._compiled_call_impl = _resetting_on_errors(model, compiled, self.backend)
+        call = _resetting_on_errors(model, compiled, self.backend)
+        # a torch.compile around the model has to run this call, not to trace into it
+        model._compiled_call_impl = torch.compiler.disable(call) if is_wrapped else call
         self.backend.roots.add(model)
         _enabled[model] = self
 
@@ -116,7 +120,8 @@ def enable(
         role       modules  computed  reused       cache
         0 graphs compiled
     """
-    models = _denoisers(model)
+    models = [getattr(each, "_orig_mod", each) for each in _denoisers(model)]
+    wrapped = [each is not own for each, own in zip(_denoisers(model), models, strict=True)]
     for each in models:
         if each in _enabled:
             raise ValueError(f"PAB is enabled on this {type(each).__name__} already: call disable() on it first.")
@@ -125,11 +130,11 @@ def enable(
         config = next((each for each in hooked if each is not None), None)
     backend = PABBackend(config, **backend_options)
     pab = PAB(backend)
-    for each, hooks in zip(models, hooked, strict=True):
+    for each, hooks, is_wrapped in zip(models, hooked, wrapped, strict=True):
         if hooks is not None:
             each.disable_cache()
             logger.info("took over from diffusers' PAB hooks on %s", type(each).__name__)
-        pab._enable(each, hooks, fullgraph=fullgraph, dynamic=dynamic)
+        pab._enable(each, hooks, is_wrapped, fullgraph=fullgraph, dynamic=dynamic)
     return pab
 
 
@@ -147,16 +152,17 @@ def disable(model: Any) -> None:
         >>> pab = enable(model, inner="eager"); disable(model)
     """
     for each in _denoisers(model):
-        if each in _enabled:
-            _enabled[each].disable()
+        own = getattr(each, "_orig_mod", each)
+        if own in _enabled:
+            _enabled[own].disable()
 
 
 def _denoisers(model: Any) -> list[Any]:
     """The models of a model or pipeline that denoise."""
     if isinstance(model, nn.Module):
-        return [getattr(model, "_orig_mod", model)]
+        return [model]
     found = [getattr(model, name, None) for name in DENOISERS]
-    models = [getattr(each, "_orig_mod", each) for each in found if isinstance(each, nn.Module)]
+    models = [each for each in found if isinstance(each, nn.Module)]
     if not models:
         names = ", ".join(DENOISERS)
         raise TypeError(f"expected a model, or a pipeline with one of {names}; got {type(model).__name__}.")
@@ -175,10 +181,7 @@ def _hooks_config(model: Any) -> PyramidAttentionBroadcastConfig | None:
 
 
 def _resetting_on_errors(model: nn.Module, compiled: Callable[..., Any], backend: PABBackend) -> Callable[..., Any]:
-    """The compiled call; one that ends in an exception leaves no half-counted step behind.
-
-    It is hidden from Dynamo, so that a `torch.compile` around the model runs it instead of tracing into it.
-    """
+    """The compiled call; one that ends in an exception leaves no half-counted step behind."""
     reference = weakref.ref(model)
 
     @functools.wraps(compiled)
@@ -191,4 +194,4 @@ def _resetting_on_errors(model: nn.Module, compiled: Callable[..., Any], backend
                 backend.reset_model(model)
             raise
 
-    return torch.compiler.disable(call)
+    return call

@@ -112,6 +112,8 @@ def rewrite(
         ['spatial']
     """
     config = PABConfig() if config is None else config
+    if not isinstance(gm, fx.GraphModule):
+        raise TypeError(f"rewrite takes a torch.fx.GraphModule, got {type(gm).__name__}: trace the model first.")
     if conditionals(gm):
         raise ValueError("the graph already broadcasts attention; rewrite the original graph instead.")
     names = ModuleNames.of(model) if model is not None else ModuleNames.of_graph(gm)

@@ -193,7 +193,9 @@ def _by_dataflow(gm: fx.GraphModule, config: PABConfig, names: ModuleNames) -> l
     for key, (call, nodes, inside) in grouped.items():
         name, module_id = (call.name, call.module_id) if call else (_unnamed(key, inside, names), key)
         role, why = _role_by_dataflow(name, inside, config, acts, cores, axes)
-        unsafe = None if call is None else _uncallable(call, names)
+        unsafe = _uncallable(call, names) if call is not None else None
+        if len(names.enclosing) > 1 and not any(_has_projections(core, acts) for core in inside):
+            unsafe = BREAKS_INSIDE  # a frame inside the model that gets queries and keys ready-made
         rule = _attention_rule(config, role)
         regions.append(Region(name, module_id, role, rule, why, tuple(nodes), unsafe=unsafe))
     return regions + (_feed_forwards(sites, names, config, acts, set(cores)) if config.mlp else [])
@@ -244,6 +246,11 @@ def _attention_module(
         if brings_projections or not projections.isdisjoint(nodes):
             return call if _only_attends(core, nodes, acts, cores) else None
     return None
+
+
+def _has_projections(core: Core, acts: set[fx.Node]) -> bool:
+    brought = any(is_state(source) for source in core.node.all_input_nodes)
+    return brought or any(is_projection(node, acts) for node in backward([core.query, *core.keys]))
 
 
 SUMS = {"add", "iadd", "add_", "__add__", "__iadd__", "sub", "isub", "sub_", "__sub__", "__isub__"}
