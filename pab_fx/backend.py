@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import fx, nn
 
 from . import _diffusers
 from ._torch import calling_modules, compiled_frame, inductor_patches, lookup_backend
-from .config import PABConfig, check_diffusers_config
+from .config import PRESETS, PABConfig, check_diffusers_config
 from .dataflow import is_number
 from .modules import ModuleNames
 from .report import Report, report_of
@@ -77,6 +78,7 @@ class PABBackend:
         self.lowering = lowering
         self.passes = tuple(passes)
         self.timesteps = timesteps if callable(timesteps) or timesteps is None else _numbers(timesteps)
+        self.inner = inner
         self._inner = _inner_compiler(inner, mode, options)
         self.runs_eagerly = inner == "eager"
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -84,12 +86,39 @@ class PABBackend:
         _diffusers.listen_to_cache_mixin()
         _live.add(self)
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> PABBackend:
+        """A backend from its arguments and, in place of `config`, fields of `PABConfig`.
+
+        Raises:
+            ValueError: for a name that is neither, naming all that there are.
+
+        Example:
+            >>> PABBackend.of({"inner": "eager", "spatial_attention_block_skip_range": 3}).config.skip_range("spatial")
+            3
+        """
+        arguments = [name for name in inspect.signature(cls).parameters if name in options]
+        fields = {name: value for name, value in options.items() if name not in arguments}
+        known = {field.name for field in dataclasses.fields(PABConfig)}
+        for name in fields:
+            if name not in known:
+                names = ", ".join([*inspect.signature(cls).parameters, *sorted(known)])
+                raise ValueError(f"unknown option {name!r} for the backend 'pab'; it takes {names}.")
+        if fields and options.get("config") is not None:
+            raise ValueError(f"give either config or its fields as options, not both: {', '.join(fields)}.")
+        config = PABConfig(**fields) if fields else options.get("config")
+        return cls(**{name: options[name] for name in arguments if name != "config"}, config=config)
+
+    def __repr__(self) -> str:
+        inner = self.inner if isinstance(self.inner, str) else getattr(self.inner, "__name__", self.inner)
+        return f"{type(self).__name__}({self.config!r}, inner={inner!r}, lowering={self.lowering!r})"
+
     def clear(self) -> None:
         """Forget every graph and all state, as for a new backend."""
         self.state = StateStore()
         self.graphs: list[BroadcastGraph] = []
         self.regions: list[Region] = []
-        self._warned: set[str] = set()
+        self._warned: dict[str, str] = {}
         self._unread: dict[TensorSpec, torch.Tensor] = {}
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -147,14 +176,23 @@ class PABBackend:
     def warn_once(self, key: str, message: str) -> None:
         """Warn, the first time this backend has that to say."""
         if key not in self._warned:
-            self._warned.add(key)
+            self._warned[key] = message
             warn(message)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What this backend has warned of."""
+        return tuple(self._warned.values())
 
     def unread(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor to pass where a cache is demanded but not read; its values are arbitrary."""
         if spec not in self._unread:
-            self._unread[spec] = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+            self._unread[spec] = spec.empty()
         return self._unread[spec]
+
+    def warn_of_no_attention(self, name: str) -> None:
+        """Warn that in a whole call of the model of that class no attention was found."""
+        self.warn_once("no attention", f"pab_fx: no attention was found in {name}, so nothing is reused.")
 
     def _warn_of_nothing(self, regions: Sequence[Region]) -> None:
         idle = [region for region in regions if region.rule is None]
@@ -180,7 +218,7 @@ def pab_backend(
         gm: the graph that Dynamo captured.
         example_inputs: its inputs.
         options: arguments of `PABBackend` (`config`, `inner`, `lowering`, `passes`, `timesteps`) and fields
-            of `PABConfig`; `inner_options` are Inductor's. Default: spatial attention every 2nd step.
+            of `PABConfig`; `inner_options` are Inductor's own options. Default: spatial attention every 2nd step.
         mode: Inductor's mode.
 
     Raises:
@@ -206,22 +244,9 @@ def _backend_of(options: Mapping[str, Any], mode: str | None) -> PABBackend:
     """The backend for these options: one for equal ones, since state lives in it."""
     key = (mode, *sorted((name, _hashable(value)) for name, value in options.items()))
     if key not in _backends:
-        own = {
-            name: options[name] for name in ("config", "inner", "lowering", "passes", "timesteps") if name in options
-        }
-        fields = {name: value for name, value in options.items() if name not in own and name != "inner_options"}
-        known = {field.name for field in dataclasses.fields(PABConfig)}
-        for name in fields:
-            if name not in known:
-                names = ", ".join(
-                    sorted({"config", "inner", "lowering", "passes", "timesteps", "inner_options"} | known)
-                )
-                raise ValueError(f"unknown option {name!r} for the backend 'pab'; it takes {names}.")
-        if fields and "config" in own:
-            raise ValueError(f"give either config or its fields as options, not both: {', '.join(fields)}.")
-        if fields:
-            own["config"] = PABConfig(**fields)
-        _backends[key] = PABBackend(**own, mode=mode, options=options.get("inner_options"))
+        given = {**options, "options": options["inner_options"]} if "inner_options" in options else dict(options)
+        given.pop("inner_options", None)
+        _backends[key] = PABBackend.of({**given, "mode": mode})
     return _backends[key]
 
 
@@ -242,7 +267,14 @@ def checked_config(config: Any) -> Any:
         check_diffusers_config(config)
         return config
     if not isinstance(config, PABConfig):
-        raise ValueError(f"config must be a PABConfig or diffusers' PyramidAttentionBroadcastConfig, got {config!r}.")
+        hint = ""
+        if isinstance(config, str) and config in PRESETS:
+            hint = f" Did you mean PABConfig.preset({config!r})?"
+        elif isinstance(config, Mapping):
+            hint = " PABConfig.of(...) makes one from a mapping."
+        raise ValueError(
+            f"config must be a PABConfig or diffusers' PyramidAttentionBroadcastConfig, got {config!r}.{hint}"
+        )
     return config
 
 
@@ -265,6 +297,8 @@ def module_names(roots: Sequence[nn.Module]) -> ModuleNames:
 def _inner_compiler(
     inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any] | None
 ) -> Callable[..., Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"options must be a mapping of Inductor's options, got {options!r}.")
     for name, given in (("mode", mode), ("options", options)):
         if given and inner != "inductor":
             raise ValueError(f"{name}={given!r} is for inner='inductor' only, and inner is {inner!r}.")

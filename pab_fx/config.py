@@ -207,7 +207,7 @@ def _attention_role(role: str) -> str:
 
 def _normalise_mlp(mlp: Any) -> tuple[MLPBroadcast, ...]:
     """Every accepted spelling of `mlp` as a tuple of `MLPBroadcast`."""
-    if mlp is None:
+    if mlp is None or mlp == ():
         return ()
     if isinstance(mlp, MLPBroadcast):
         return (mlp,)
@@ -221,7 +221,7 @@ def _normalise_mlp(mlp: Any) -> tuple[MLPBroadcast, ...]:
         if "timesteps" not in mlp:
             raise ValueError("mlp: timesteps is missing; list the timesteps whose outputs are kept.")
         return (MLPBroadcast(**mlp),)
-    if _is_iterable(mlp):
+    if _is_iterable(mlp) and mlp:
         return tuple(entry for item in mlp for entry in _normalise_mlp(item))
     raise ValueError(f"mlp must be an MLPBroadcast or a mapping, got {mlp!r}.")
 

@@ -41,6 +41,11 @@ class PAB:
     def __init__(self, backend: PABBackend) -> None:
         self.backend = backend
         self._models: list[_Enabled] = []
+        self._last_report: Report | None = None
+
+    def __repr__(self) -> str:
+        models = [type(each.model()).__name__ for each in self._models if each.model() is not None]
+        return f"PAB({', '.join(models) or 'disabled'}; {self.backend!r})"
 
     def reset(self) -> None:
         """Start a new generation: counters are 0 and caches are given back.
@@ -50,11 +55,12 @@ class PAB:
         self.backend.reset()
 
     def report(self) -> Report:
-        """What is broadcast, what is left alone and why, and what was computed and reused so far."""
-        return self.backend.report()
+        """What is broadcast, what is left alone and why, what was computed and reused so far (or up to `disable`)."""
+        return self._last_report or self.backend.report()
 
     def disable(self) -> None:
         """Restore the models as they were before `enable`; doing so twice does nothing."""
+        self._last_report = self.report()
         while self._models:
             enabled = self._models.pop()
             model: Any = enabled.model()
@@ -92,7 +98,7 @@ def enable(
     *,
     fullgraph: bool = False,
     dynamic: bool | None = None,
-    **backend_options: Any,
+    **options: Any,
 ) -> PAB:
     """Compile a model in place so that it broadcasts attention.
 
@@ -101,11 +107,10 @@ def enable(
 
     Args:
         model: a transformer, or a pipeline that holds one as `transformer`, `transformer_2` or `unet`.
-        config: as for `PABBackend`.
+        config: as for `PABBackend`; or give fields of `PABConfig` by name.
         fullgraph: as for `torch.compile`.
         dynamic: as for `torch.compile`.
-        backend_options: arguments of `PABBackend`: `inner`, `lowering`, `passes`, `timesteps`, `mode`,
-            `options`.
+        options: arguments of `PABBackend`: `inner`, `lowering`, `passes`, `timesteps`, `mode`, `options`.
 
     Returns:
         The handle with `reset()`, `report()` and `disable()`; as a context manager it disables at the end.
@@ -128,7 +133,7 @@ def enable(
     hooked = [_hooks_config(each) for each in models]
     if config is None:
         config = next((each for each in hooked if each is not None), None)
-    backend = PABBackend(config, **backend_options)
+    backend = PABBackend.of({**options, "config": config})
     pab = PAB(backend)
     for each, hooks, is_wrapped in zip(models, hooked, wrapped, strict=True):
         if hooks is not None:
@@ -182,12 +187,15 @@ def _hooks_config(model: Any) -> PyramidAttentionBroadcastConfig | None:
 
 def _resetting_on_errors(model: nn.Module, compiled: Callable[..., Any], backend: PABBackend) -> Callable[..., Any]:
     """The compiled call; one that ends in an exception leaves no half-counted step behind."""
-    reference = weakref.ref(model)
+    reference, name = weakref.ref(model), type(model).__name__
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compiled(*args, **kwargs)
+            outputs = compiled(*args, **kwargs)
+            if not backend.regions and not backend.warnings:
+                backend.warn_of_no_attention(name)
+            return outputs
         except BaseException:
             model = reference()
             if model is not None:

@@ -30,7 +30,7 @@ import torch
 from torch import fx
 
 from . import effects
-from ._torch import cond_op, hold_strides
+from ._torch import cond_op, hold_strides, size_hint
 from .dataflow import value
 from .rewrite import aten, conditionals, operands_of
 
@@ -88,6 +88,49 @@ def fix_operand_strides(gm: fx.GraphModule) -> fx.GraphModule:
         cond.args = (*cond.args[:3], tuple(operands))
     gm.recompile()
     return gm
+
+
+def stride_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of a tensor, outermost in memory first.
+
+    Example:
+        >>> stride_order(torch.empty(2, 3, 5).transpose(1, 2))
+        (0, 2, 1)
+    """
+    strides = list(map(size_hint, tensor.stride()))
+    return tuple(sorted(range(tensor.dim()), key=lambda i: -strides[i]))
+
+
+def in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """`tensor`, dense in memory with its dimensions in that order; itself if it is so already."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(inverse)
+
+
+def fix_cache_strides(lifted: Lifted) -> Lifted:
+    """Hold what is kept to one layout, in place: the one it was traced with, without gaps.
+
+        return (%y, %out)    ->    %kept = in_order(%out, (0, 2, 1, 3))
+                                   return (%y, %kept)
+
+    A graph that is compiled for the strides of a cache refuses others at run time, and what one graph keeps
+    another one reads.
+    """
+    graph = lifted.gm.graph
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in lifted.reads:
+            node.meta["example_value"] = in_order(value(node), stride_order(value(node)))
+    output = graph.output_node()
+    outputs, written = list(output.args[0]), len(lifted.writes)  # type: ignore[arg-type]
+    with graph.inserting_before(output):
+        for i in range(len(outputs) - written, len(outputs)):
+            recorded = value(outputs[i])
+            kept = graph.call_function(in_order, (outputs[i], stride_order(recorded)))
+            kept.meta["example_value"] = in_order(recorded, stride_order(recorded))
+            outputs[i] = kept
+    output.args = (tuple(outputs),)
+    lifted.gm.recompile()
+    return lifted
 
 
 def _lift_predicates(graph: fx.Graph) -> tuple[int, ...]:

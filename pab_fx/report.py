@@ -41,11 +41,13 @@ class Report:
         roles: a line for each role that is broadcast.
         regions: every attention found, and every feed-forward where the config broadcasts some.
         graphs: how many graphs the inner compiler has compiled.
+        warnings: what the backend has warned of.
     """
 
     roles: tuple[RoleReport, ...]
     regions: tuple[RegionReport, ...]
     graphs: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def reused(self) -> int:
@@ -55,13 +57,16 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'role':<10}{'modules':>8}{'computed':>10}{'reused':>8}{'cache':>12}"]
         lines += [
-            f"{r.role:<10}{r.modules:>8}{r.computed:>10}{r.reused:>8}{r.cache_bytes / 2**20:>8.2f} MiB"
-            for r in self.roles
+            f"{r.role:<10}{r.modules:>8}{r.computed:>10}{r.reused:>8}{_size(r.cache_bytes):>12}" for r in self.roles
         ]
-        lines.append(f"{self.graphs} graphs compiled")
+        lines.append(f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled")
         lines += [f"left alone: {r.name} ({r.role}): {r.left_alone}" for r in self.regions if r.left_alone]
         lines += [f"note: {r.name} ({r.role}): {r.note}" for r in self.regions if r.note]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.warnings])
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 or not count else f"{count / 2**10:.1f} KiB"
 
 
 def report_of(backend: PABBackend) -> Report:
@@ -91,4 +96,4 @@ def report_of(backend: PABBackend) -> Report:
         held = sum(cache.numel() * cache.element_size() for cell in cells for cache in cell.caches or ())
         computed, reused = sum(cell.computed for cell in cells), sum(cell.reused for cell in cells)
         roles.append(RoleReport(role, len({owner for owner, _ in owned}) or len(names), computed, reused, held))
-    return Report(tuple(roles), regions, graphs)
+    return Report(tuple(roles), regions, graphs, backend.warnings)

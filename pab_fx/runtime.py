@@ -15,7 +15,7 @@ from torch import fx, nn
 from . import _diffusers
 from ._torch import calling_argument, calling_modules, sizes_at, traced_shapes
 from .dataflow import value
-from .lift import Lifted, fix_operand_strides, lift
+from .lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
 from .predicates import TIMESTEP_NAMES, timestep_name
 from .rewrite import Conditional, conditionals, copy_of
 from .schedule import AfterTimesteps, SkipRange
@@ -77,6 +77,7 @@ class BroadcastGraph:
         self._caches = _caches_of_modules(self.conditionals)
         self._slot = {name: (m, i) for m, names in enumerate(self._caches) for i, name in enumerate(names)}
         self._recorded = _recorded_outputs(found)
+        self._orders = {name: stride_order(recorded) for name, recorded in self._recorded.items()}
         inputs = original.graph.find_nodes(op="placeholder")
         self._symbols = [(i, value(node)) for i, node in enumerate(inputs) if isinstance(value(node), torch.SymInt)]
         self._expected: dict[tuple[int, ...], tuple[tuple[TensorSpec, ...], ...]] = {}
@@ -215,10 +216,15 @@ class BroadcastGraph:
             known = [(symbol, size) for (_, symbol), size in zip(self._symbols, sizes, strict=True)]
             self._expected[sizes] = tuple(
                 tuple(
-                    TensorSpec(sizes_at(recorded[name].shape, known), recorded[name].dtype, recorded[name].device)
+                    TensorSpec(
+                        sizes_at(self._recorded[name].shape, known),
+                        self._recorded[name].dtype,
+                        self._recorded[name].device,
+                        self._orders[name],
+                    )
                     for name in names
                 )
-                for recorded, names in ((self._recorded, names) for names in self._caches)
+                for names in self._caches
             )
         return self._expected[sizes]
 
@@ -272,11 +278,10 @@ class BroadcastGraph:
         if key is None:
             return Lifted(copy_of(self.original), (), (), ())
         gm = copy_of(self.rewritten)
-        if key != "cond":
-            return lift(decide(gm, dict(enumerate(key))))
-        lifted = lift(gm)
+        lifted = lift(gm if key == "cond" else decide(gm, dict(enumerate(key))))
         if not self.backend.runs_eagerly:
             fix_operand_strides(gm)
+            fix_cache_strides(lifted)
         return lifted
 
     @property

@@ -72,21 +72,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape, dtype and device of a cache."""
+    """Shape, dtype and device of a cache, and its dimensions as they lie in memory, outermost first."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    order: tuple[int, ...]
 
     def matches(self, tensor: torch.Tensor) -> bool:
         return tensor.shape == self.shape and tensor.dtype == self.dtype and tensor.device == self.device
 
-    def bytes(self) -> int:
-        """Size of such a tensor in bytes."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count * self.dtype.itemsize
+    def empty(self) -> torch.Tensor:
+        """Such a tensor, with arbitrary values."""
+        return torch.empty_permuted(self.shape, self.order, dtype=self.dtype, device=self.device)
 
 
 @dataclass

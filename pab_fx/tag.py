@@ -108,18 +108,34 @@ def _bounded_alike(graph: fx.Graph, calls: list[Region]) -> list[Region]:
             replace(region, unsafe=UNUSED) if not region.outputs and region.is_broadcast else region
             for region in bounded
         ]
-    kept = sorted({call.nodes.index(o) for call, b in zip(calls, bounded, strict=True) for o in b.outputs})
-    alike = len({tuple(map(op_name, call.nodes)) for call in calls}) == 1
+    places = [_places(dict.fromkeys((*call.nodes, *b.nodes))) for call, b in zip(calls, bounded, strict=True)]
+    place_of = [{node: place for place, node in places_of_call.items()} for places_of_call in places]
+    kept = dict.fromkeys(of[output] for of, region in zip(place_of, bounded, strict=True) for output in region.outputs)
+    alike = len({tuple(map(op_name, _skeleton(call.nodes))) for call in calls}) == 1
     if not kept or not alike or any(region.unsafe for region in bounded):
         return [replace(region, unsafe=region.unsafe or NOT_ALIKE) for region in bounded]
+    if any(place not in at for at in places for place in kept):
+        return [replace(region, unsafe=NOT_ALIKE) for region in bounded]
     regions = [
-        replace(region, outputs=tuple(call.nodes[i] for i in kept)) for call, region in zip(calls, bounded, strict=True)
+        replace(region, outputs=tuple(at[place] for place in kept)) for at, region in zip(places, bounded, strict=True)
     ]
-    if len({tuple(map(_spec, region.outputs)) for region in regions}) > 1:
-        return [replace(region, unsafe=NOT_ALIKE) for region in regions]
-    return [
-        region if set(region.outputs) <= set(region.nodes) else replace(region, unsafe=NOT_ALIKE) for region in regions
-    ]
+    alike = len({tuple(map(_spec, region.outputs)) for region in regions}) == 1
+    has_outputs = all(set(region.outputs) <= set(region.nodes) for region in regions)
+    return regions if alike and has_outputs else [replace(region, unsafe=NOT_ALIKE) for region in regions]
+
+
+def _skeleton(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """A call's nodes without items and slices: Dynamo drops those that nobody uses, call by call."""
+    return [node for node in nodes if not _takes_item(node)]
+
+
+def _places(nodes: Iterable[fx.Node]) -> dict[Any, fx.Node]:
+    """A call's nodes by what is the same in every call of the module: a position, or an item of one."""
+    place_of: dict[fx.Node, Any] = {node: i for i, node in enumerate(_skeleton(nodes))}
+    for node in nodes:
+        if _takes_item(node):
+            place_of[node] = repr(fx.map_arg(node.args, lambda source: place_of.get(source, source)))
+    return {place: node for node, place in place_of.items()}
 
 
 UNUSED = "none of its tensors is used outside of it"

@@ -15,3 +15,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code, and no recompile budget spent, by the test before."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

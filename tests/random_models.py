@@ -390,6 +390,12 @@ class Hooked:
             self.calls += hook.state.iteration
             hook.state.reset()
 
+    def leave_alone(self, names: Iterable[str]) -> None:
+        """Take the hooks off these modules, where there are any."""
+        for module in map(self.model.get_submodule, names):
+            if hasattr(module, "_diffusers_hook"):
+                module._diffusers_hook.remove_hook("pyramid_attention_broadcast")
+
     @property
     def reused(self) -> int:
         """Calls answered from a cache, up to the last reset."""

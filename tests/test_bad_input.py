@@ -18,17 +18,6 @@ EVERY_2ND = [False, True, False, True, False, False]
 lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """No compiled code, and no recompile budget spent, by the test before; one thread for tiny tensors."""
-    torch.compiler.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.compiler.reset()
-
-
 class Attention(nn.Module):
     """Self-attention with a projection before and after it."""
 

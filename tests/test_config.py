@@ -3,7 +3,8 @@
 import importlib.metadata
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,6 @@ not_a_window = pytest.mark.parametrize(
     ],
     ids=repr,
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """No compiled code, and no recompile budget spent, by the test before; one thread for tiny tensors."""
-    torch.compiler.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.compiler.reset()
 
 
 class Attending(nn.Module):
@@ -397,3 +387,26 @@ def test_the_backend_is_found_by_name_where_the_package_is_installed() -> None:
     if not importlib.metadata.entry_points(group="torch_dynamo_backends", name="pab"):
         pytest.skip("pab_fx runs from its source tree: pip install it to have its entry point")
     assert reuses(torch.compile(Attending(), backend="pab", options={"inner": "eager"})) == EVERY_2ND
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"), [("latte", "PABConfig.preset('latte')"), ({"mlp": None}, "PABConfig.of")], ids=repr
+)
+def test_what_stands_for_a_config_elsewhere_is_refused_with_what_to_write(config: Any, hint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        PABBackend(config, inner="eager")
+
+
+@pytest.mark.parametrize("value", [[], {}, "ff", 5], ids=repr)
+def test_an_mlp_that_lists_nothing_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="mlp"):
+        PABConfig(mlp=value)
+
+
+def test_options_of_inductor_that_are_no_mapping_are_refused() -> None:
+    with pytest.raises(ValueError, match="options must be a mapping"):
+        PABBackend(options="max_autotune")  # type: ignore[arg-type]
+
+
+def test_a_backend_prints_what_it_does() -> None:
+    assert "inner='eager', lowering='cond'" in repr(PABBackend(inner="eager", lowering="cond"))

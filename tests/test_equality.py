@@ -7,7 +7,7 @@ with all three roles at different ranges. Breaks inside an attention are the exc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,13 +19,6 @@ from pab_fx import PABBackend
 TIMESTEPS = (950, 790, 700, 650, 600, 500, 400, 300, 90, 50)
 BREAKS_INSIDE_AN_ATTENTION = {"MochiTransformer3DModel": {"capture_dynamic_output_shape_ops": True}}
 INDUCTOR = ("LatteTransformer3DModel", "CogVideoXTransformer3DModel", "FluxTransformer2DModel", "WanTransformer3DModel")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Both:

@@ -21,15 +21,9 @@ Model = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """No compiled code of the test before; one thread for tiny tensors; no gradients."""
-    torch.compiler.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
-    torch.compiler.reset()
 
 
 # ------------------------------------------------------------------------------------------------- models

@@ -6,7 +6,7 @@ on purpose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,15 +18,6 @@ from torch import Tensor, nn
 from pab_fx import MLPBroadcast, PABBackend, PABConfig
 
 WIDTH, IMAGE, TEXT = 8, 6, 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Handing tensors of this size to a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(**fields: Any) -> PABConfig:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -28,17 +28,6 @@ listed = st.lists(st.tuples(timestep, st.integers(1, 4)), min_size=1, max_size=4
 after_timesteps = listed.map(lambda pairs: AfterTimesteps(tuple((float(t), n) for t, n in pairs)))
 history = st.lists(st.tuples(st.booleans(), generation), min_size=1, max_size=4)  # (reset before it, timesteps)
 few_examples = settings(max_examples=30, deadline=None)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """No compiled code, and no recompile budget spent, by the test before; one thread for tiny tensors."""
-    torch.compiler.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.compiler.reset()
 
 
 # -------------------------------------------------------------------------------------- the rule, once more

@@ -24,15 +24,9 @@ lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """No compiled code, and no recompile budget spent, by the test before; one thread for tiny tensors."""
-    torch.compiler.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
-    torch.compiler.reset()
 
 
 class Attention(nn.Module, AttentionModuleMixin):
@@ -570,3 +564,40 @@ def test_timesteps_are_asked_for_anew_in_each_generation() -> None:
         run.begin().steps(timesteps, first=10 * generation)
         assert held(backend) == 0
     assert run.differs == 2 + 4 + 1
+
+
+class Heads(nn.Module, AttentionModuleMixin):
+    """Attention with two heads, whose output keeps them: [B, H, S, D] that lies in memory as [B, S, H, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key = (each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.to_q, self.to_k))
+        return scaled_dot_product_attention(query, key, key)
+
+
+class Transposing(nn.Module):
+    """A block that takes its attention's heads together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1 = Heads()
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = hidden_states + 0.01 * timestep
+        return x + self.attn1(x).transpose(1, 2).flatten(2)
+
+
+@lowerings
+def test_what_one_graph_keeps_has_the_strides_another_was_compiled_for(lowering: str) -> None:
+    """Inductor checks the strides of every input. To rounding: it fuses the sum into what follows."""
+    clock = zoo.Clock()
+    model = Transposing().eval().requires_grad_(False)
+    backend = PABBackend(CONFIG(clock), lowering=lowering)
+    compiled, oracle = torch.compile(model, backend=backend), zoo.hooked(copy.deepcopy(model), CONFIG(clock))
+    for number, clock.t in enumerate(TIMESTEPS):
+        kwargs = {"hidden_states": inputs(number, 0)["hidden_states"], "timestep": torch.tensor(float(clock.t))}
+        torch.testing.assert_close(compiled(**kwargs), oracle(**kwargs))
+    assert backend.report().reused

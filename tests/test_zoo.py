@@ -14,15 +14,6 @@ from diffusers import CacheMixin
 TIMESTEPS = (900, 700, 600, 500, 300, 50)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Handing tensors of this size to a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 entries = pytest.mark.parametrize("entry", zoo.ZOO, ids=lambda entry: entry.name)
 
 

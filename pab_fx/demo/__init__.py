@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging
+
 from pab_fx.demo.clips import CAPTIONS, Caption, draw, fit, recognise
 from pab_fx.demo.pipeline import VOCABULARY, ClipPipeline, ClipPipelineOutput
 
@@ -26,4 +28,9 @@ __all__ = [
 
 def load_pipeline(**kwargs: Any) -> ClipPipeline:
     """The trained pipeline that comes with this package; `kwargs` go to `ClipPipeline.from_pretrained`."""
-    return ClipPipeline.from_pretrained(WEIGHTS, **kwargs)
+    # 6 MB: no progress bar, and no advice to install what loads large checkpoints in little memory
+    logging.disable_progress_bar()
+    try:
+        return ClipPipeline.from_pretrained(WEIGHTS, **{"low_cpu_mem_usage": False, **kwargs})
+    finally:
+        logging.enable_progress_bar()
