@@ -1,0 +1,5 @@
+"""Video pipelines of tiny random components."""
+
+from . import PipelineEntry
+
+ENTRIES: tuple[PipelineEntry, ...] = ()
