@@ -453,17 +453,23 @@ SIZES = st.sampled_from(
 )
 
 
-def attention_specs(breaks: bool = False, inference: bool = True) -> st.SearchStrategy[AttentionSpec]:
-    """Attention modules; `inference` allows inference mode inside, which `torch.export` does not take."""
-    return st.builds(
-        AttentionSpec,
-        kind=st.sampled_from(KINDS),
-        math=st.sampled_from(MATHS),
-        returns=st.sampled_from(RETURNS),
-        fused_qkv=st.booleans(),
-        context=st.sampled_from(("none", "none", "no_grad", *(("inference",) if inference else ()))),
-        dropout=st.sampled_from(("none", "zero", "eval")),
-        breaks=st.booleans() if breaks else st.just(False),
+@st.composite
+def attention_specs(draw: st.DrawFn, breaks: bool = False, inference: bool = True) -> AttentionSpec:
+    """Attention modules; `inference` allows inference mode inside, which `torch.export` does not take.
+
+    One that breaks enters no mode: Dynamo gives up the frame around it, and with it that of every attention
+    of the class, broadcast before or not.
+    """
+    does_break = draw(st.booleans()) if breaks else False
+    contexts = ("none", "none", "no_grad", *(("inference",) if inference else ()))
+    return AttentionSpec(
+        kind=draw(st.sampled_from(KINDS)),
+        math=draw(st.sampled_from(MATHS)),
+        returns=draw(st.sampled_from(RETURNS)),
+        fused_qkv=draw(st.booleans()),
+        context="none" if does_break else draw(st.sampled_from(contexts)),
+        dropout=draw(st.sampled_from(("none", "zero", "eval"))),
+        breaks=does_break,
     )
 
 
