@@ -38,10 +38,15 @@ class PipelineEntry:
 
 
 def run(pipe: Any, entry: PipelineEntry, **overrides: Any) -> torch.Tensor:
-    """The output tensor (frames, images or latents) of one call, without a progress bar."""
+    """The output tensor (frames, images or latents) of one call, without a progress bar.
+
+    Where a pipeline returns a list of latents, section by section, each with those before, it is the last one.
+    """
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         output = pipe(**{**entry.call(), **overrides, "return_dict": False})[0]
+    if isinstance(output, list):
+        output = output[-1]
     assert isinstance(output, torch.Tensor), type(output)
     return output
 
