@@ -27,7 +27,6 @@ def _seeded(make: Callable[[], Any]) -> Any:
 
 def _transformer(name: str, seed: int = 0, **changes: Any) -> Any:
     """The zoo's transformer of that name, its config changed, its parameters drawn so that attention matters."""
-
     entry = zoo.BY_NAME[name]
 
     def make() -> Any:
