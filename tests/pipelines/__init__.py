@@ -53,14 +53,9 @@ def run(pipe: Any, entry: PipelineEntry, **overrides: Any) -> torch.Tensor:
 
 @cache
 def _entries() -> tuple[PipelineEntry, ...]:
-    from . import video
+    from . import image, video
 
-    entries = video.ENTRIES
-    try:
-        from . import image
-    except ImportError:
-        return entries
-    return entries + image.ENTRIES
+    return video.ENTRIES + image.ENTRIES
 
 
 def __getattr__(name: str) -> Any:
