@@ -13,6 +13,7 @@ from diffusers import PyramidAttentionBroadcastConfig
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, MochiAttention
 from diffusers.models.cache_utils import CacheMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .config import ATTENTION_ROLES
 
@@ -20,7 +21,10 @@ current_cache_context: ContextVar[str | None] = ContextVar("pab_fx_cache_context
 """Name of the cache context that the running denoising call belongs to: "cond", "uncond" or none."""
 
 on_reset: list[Callable[[Any], None]] = []
-"""Called with the model when a diffusers pipeline declares a generation to be over."""
+"""Called with the model when its stateful caches are to be reset."""
+
+on_end: list[Callable[[Any], None]] = []
+"""Called with a pipeline when it declares its generation to be over."""
 
 
 def is_attention(cls: type | None) -> bool:
@@ -81,15 +85,16 @@ def cache_context(name: str | None) -> Iterator[None]:
         current_cache_context.reset(token)
 
 
-def listen_to_cache_mixin() -> None:
-    """Make diffusers' `CacheMixin` tell cache contexts and ends of generations to `pab_fx` as well.
+def listen() -> None:
+    """Make diffusers tell cache contexts and ends of generations to `pab_fx` as well.
 
-    diffusers passes both on to its own hooks only, and there are none here. The two methods keep doing what
-    they did; wrapping them twice does nothing.
+    `CacheMixin` passes both on to diffusers' own hooks only, and there are none here; a pipeline whose model does
+    not mix it in tells nobody. The three methods keep doing what they did; wrapping them twice does nothing.
     """
     if hasattr(CacheMixin.cache_context, "_pab_fx"):
         return
     enter_context, reset = CacheMixin.cache_context, CacheMixin._reset_stateful_cache
+    free = DiffusionPipeline.maybe_free_model_hooks
 
     @functools.wraps(enter_context)
     @contextlib.contextmanager
@@ -103,6 +108,13 @@ def listen_to_cache_mixin() -> None:
             listener(self)
         reset(self, *args, **kwargs)
 
+    @functools.wraps(free)
+    def maybe_free_model_hooks(self: DiffusionPipeline) -> None:
+        for listener in on_end:
+            listener(self)
+        free(self)
+
     cache_context_of_model._pab_fx = True  # type: ignore[attr-defined]
     CacheMixin.cache_context = cache_context_of_model  # type: ignore[method-assign]
     CacheMixin._reset_stateful_cache = reset_stateful_cache  # type: ignore[method-assign]
+    DiffusionPipeline.maybe_free_model_hooks = maybe_free_model_hooks  # type: ignore[method-assign]

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from diffusers import PyramidAttentionBroadcastConfig
 from torch import fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _diffusers
 from ._torch import calling_modules, compiled_frame, inductor_patches, lookup_backend
+from .clock import PipelineClock, current_session, running_pipeline
 from .config import PRESETS, PABConfig, check_diffusers_config
 from .dataflow import is_number
 from .modules import ModuleNames
@@ -83,7 +85,7 @@ class PABBackend:
         self.runs_eagerly = inner == "eager"
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.clear()
-        _diffusers.listen_to_cache_mixin()
+        _diffusers.listen()
         _live.add(self)
 
     @classmethod
@@ -116,6 +118,8 @@ class PABBackend:
     def clear(self) -> None:
         """Forget every graph and all state, as for a new backend."""
         self.state = StateStore()
+        self._stores: Any = WeakIdKeyDictionary()
+        self._clocks: Any = WeakIdKeyDictionary()
         self.graphs: list[BroadcastGraph] = []
         self.regions: list[Region] = []
         self._warned: dict[str, str] = {}
@@ -161,13 +165,36 @@ class PABBackend:
         """The timesteps of the running generation, `None` if they were not given."""
         return _numbers(self.timesteps()) if callable(self.timesteps) else self.timesteps
 
+    def store(self, request: Any) -> StateStore:
+        """The state of a request (a session or a pipeline), or what belongs to none; it goes with the request."""
+        return self.state if request is None else self._stores.setdefault(request, StateStore())
+
+    def clock(self, pipeline: Any) -> PipelineClock:
+        """The clock that follows a pipeline."""
+        return self._clocks.setdefault(pipeline, PipelineClock(self.config.current_timestep_callback))
+
+    def stores(self) -> list[StateStore]:
+        """The state of every request, and what belongs to none."""
+        return [self.state, *self._stores.values()]
+
     def reset(self) -> None:
-        """Start a new generation: all counters are 0 and all caches are given back."""
-        self.state.reset()
+        """Start a new generation in every request: all counters are 0 and all caches are given back."""
+        for store in self.stores():
+            store.reset()
 
     def reset_model(self, model: nn.Module) -> None:
-        """`reset` for the modules of one model."""
-        self.state.reset([*model.parameters(), *model.modules()])
+        """`reset` for the modules of one model, in the request that runs, or in all if none does."""
+        pipeline = running_pipeline()
+        request = current_session() or pipeline
+        stores = self.stores() if request is None else [self.store(request)]
+        for store in stores:
+            store.reset([*model.parameters(), *model.modules()])
+
+    def end_generation(self, pipeline: Any) -> None:
+        """A pipeline's call is over: give back what its request keeps."""
+        if pipeline in self._clocks:
+            self.clock(pipeline).end()
+            self.store(current_session() or pipeline).reset()
 
     def report(self) -> Report:
         """What is broadcast, what is left alone and why, and what was computed and reused so far."""
@@ -357,4 +384,10 @@ def _reset_model(model: nn.Module) -> None:
         backend.reset_model(model)
 
 
+def _end_generation(pipeline: Any) -> None:
+    for backend in list(_live):
+        backend.end_generation(pipeline)
+
+
 _diffusers.on_reset.append(_reset_model)
+_diffusers.on_end.append(_end_generation)

@@ -13,7 +13,9 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig
 from torch import nn
 
+from ._diffusers import current_cache_context
 from .backend import PABBackend
+from .clock import Session, Step, current_session, running, running_pipeline
 from .report import Report
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,14 @@ class PAB:
         """
         self.backend.reset()
 
+    def session(self) -> Session:
+        """A request of its own, for a model that several share: `with pab.session(): ...`.
+
+        What is counted and kept inside belongs to the session and goes with it; entering it again continues it.
+        Pipelines that share a model are requests of their own without that.
+        """
+        return Session()
+
     def report(self) -> Report:
         """What is broadcast, what is left alone and why, what was computed and reused so far (or up to `disable`)."""
         return self._last_report or self.backend.report()
@@ -85,7 +95,7 @@ class PAB:
     ) -> None:
         self._models.append(_Enabled(weakref.ref(model), model._compiled_call_impl, hooks))
         compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
-        call = _resetting_on_errors(model, compiled, self.backend)
+        call = _stepping(model, compiled, self.backend)
         # a torch.compile around the model has to run this call, not to trace into it
         model._compiled_call_impl = torch.compiler.disable(call) if is_wrapped else call
         self.backend.roots.add(model)
@@ -185,14 +195,18 @@ def _hooks_config(model: Any) -> PyramidAttentionBroadcastConfig | None:
     return config
 
 
-def _resetting_on_errors(model: nn.Module, compiled: Callable[..., Any], backend: PABBackend) -> Callable[..., Any]:
-    """The compiled call; one that ends in an exception leaves no half-counted step behind."""
+def _stepping(model: nn.Module, compiled: Callable[..., Any], backend: PABBackend) -> Callable[..., Any]:
+    """The compiled call, which knows the step it belongs to; one that fails leaves no half-counted step behind."""
     reference, name = weakref.ref(model), type(model).__name__
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
+        pipeline, caller = running_pipeline(), (id(reference()), current_cache_context.get())
+        request = current_session() or pipeline
+        step = Step(request) if pipeline is None else backend.clock(pipeline).tick(pipeline, request, caller)
         try:
-            outputs = compiled(*args, **kwargs)
+            with running(step):
+                outputs = compiled(*args, **kwargs)
             if not backend.regions and not backend.warnings:
                 backend.warn_of_no_attention(name)
             return outputs
@@ -200,6 +214,8 @@ def _resetting_on_errors(model: nn.Module, compiled: Callable[..., Any], backend
             model = reference()
             if model is not None:
                 backend.reset_model(model)
+            if pipeline is not None:
+                backend.clock(pipeline).retract(caller)
             raise
 
     return call

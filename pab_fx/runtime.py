@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from . import _diffusers
 from ._torch import calling_argument, calling_modules, sizes_at, traced_shapes
+from .clock import Step, as_number, current_session, current_step, timestep_from
 from .dataflow import value
 from .lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
 from .predicates import TIMESTEP_NAMES, timestep_name
@@ -88,16 +89,17 @@ class BroadcastGraph:
         self._compile_first(example_inputs)
 
     def __call__(self, *args: Any) -> Any:
-        t = self._timestep(args)
-        cells = self._cells(args)
+        step = current_step.get() or Step(current_session())
+        t = self._timestep(args) if step.t is None else step.t
+        cells = self._cells(args, step)
         expected = self._expected_caches(args)
-        timesteps = self.backend.known_timesteps()
+        timesteps = step.timesteps or self.backend.known_timesteps()
         for cell, calls, specs in zip(cells, self._calls, expected, strict=True):
-            cell.begin(t, cell.n // calls, timesteps, specs)
+            cell.begin(t, cell.n // calls, timesteps, specs, step.generation)
         if cells[0].n == 0:
             self._warn_of_schedule(t, timesteps)
         try:
-            reuses, keeps = self._decide(cells, t, timesteps)
+            reuses, keeps = self._decide(cells, t, timesteps, step)
             if self.backend.lowering == "cond":
                 return self._run_conditional(args, cells, expected, reuses, keeps)
             if timesteps and not any(reuses) and not any(keeps):
@@ -111,7 +113,7 @@ class BroadcastGraph:
     # ------------------------------------------------------------------------------------ one call
 
     def _decide(
-        self, cells: list[Cell], t: float, timesteps: tuple[float, ...] | None
+        self, cells: list[Cell], t: float, timesteps: tuple[float, ...] | None, step: Step
     ) -> tuple[tuple[bool, ...], list[bool]]:
         """For each conditional whether it reuses, for each module whether its caches are kept; counts."""
         has_cache = [cell.caches is not None for cell in cells]
@@ -120,7 +122,11 @@ class BroadcastGraph:
         for conditional, m in zip(self.conditionals, self._module_of, strict=True):
             cell = cells[m]
             last = conditional.call == conditional.calls - 1
-            next_t = next_timestep(timesteps, cell.n // conditional.calls, t) if last else t
+            next_t = step.next_t
+            if next_t is None:
+                next_t = next_timestep(timesteps, cell.n // conditional.calls, t)
+            if not last:
+                next_t = t
             reuse, keeps[m] = cell.advance(conditional.rule, t, has_cache[m], next_t)
             has_cache[m] = True
             reuses.append(reuse)
@@ -173,8 +179,8 @@ class BroadcastGraph:
 
     # ------------------------------------------------------------------------------ what a call is
 
-    def _cells(self, args: Sequence[Any]) -> list[Cell]:
-        store, context = self.backend.state, _diffusers.current_cache_context.get()
+    def _cells(self, args: Sequence[Any], step: Step) -> list[Cell]:
+        store, context = self.backend.store(step.request), (_diffusers.current_cache_context.get(), step.branch)
         caller: Any = None
         cells = []
         for anchor, role in zip(self.anchors, self._roles, strict=True):
@@ -189,14 +195,7 @@ class BroadcastGraph:
         """The timestep of this call: from the callback, the graph's input, or the argument of the model around it."""
         callback = self.backend.config.current_timestep_callback
         if callback is not None:
-            current = callback()
-            try:
-                return as_number(current)
-            except (TypeError, ValueError, RuntimeError):
-                raise RuntimeError(
-                    f"current_timestep_callback returned {current!r}: it must return the timestep of the running "
-                    "step, a number on the windows' scale."
-                ) from None
+            return as_number(timestep_from(callback))
         if self._timestep_input is not None:
             return as_number(args[self._timestep_input])
         given = calling_argument(TIMESTEP_NAMES)
@@ -252,7 +251,7 @@ class BroadcastGraph:
         """Compile, inside of Dynamo's call, the graph that the first step runs."""
         if self.backend.lowering == "cond":
             self._compile("cond", example_inputs)
-        elif self.backend.known_timesteps():
+        elif ((step := current_step.get()) and step.timesteps) or self.backend.known_timesteps():
             self._compile(None, example_inputs)
         else:
             self._compile((False,) * len(self.conditionals), example_inputs)
@@ -288,13 +287,6 @@ class BroadcastGraph:
     def graphs(self) -> dict[Any, Lifted]:
         """The graphs compiled so far, by their key."""
         return {key: lifted for key, (lifted, _) in self._compiled.items()}
-
-
-def as_number(timestep: Any) -> float:
-    """A timestep as a number: of a tensor its largest element (image-conditioned tokens are at 0)."""
-    if isinstance(timestep, torch.Tensor):
-        return float(timestep.detach().amax())
-    return float(timestep)
 
 
 def _caches_of_modules(found: Sequence[Conditional]) -> tuple[tuple[str, ...], ...]:

@@ -29,6 +29,7 @@ class Cell:
         caches: what is kept, one tensor per output; `None` for nothing.
         computed: calls that computed, over all generations.
         reused: calls that reused, over all generations.
+        generation: number of the generation it is in, `None` where the timesteps alone tell.
     """
 
     role: str
@@ -38,20 +39,33 @@ class Cell:
     caches: tuple[torch.Tensor, ...] | None = None
     computed: int = 0
     reused: int = 0
+    generation: int | None = None
 
     def reset(self) -> None:
         """Forget the generation: the next call is the first of a new one."""
         self.n, self.t, self.until, self.caches = 0, NEVER, NEVER, None
 
-    def begin(self, t: float, step: int, timesteps: Sequence[float] | None, expected: Sequence[TensorSpec]) -> None:
+    def begin(
+        self,
+        t: float,
+        step: int,
+        timesteps: Sequence[float] | None,
+        expected: Sequence[TensorSpec],
+        generation: int | None = None,
+    ) -> None:
         """Reset if a call at timestep `t`, for outputs like `expected`, starts a new generation.
 
-        Timesteps never rise within a generation, and its tensors keep shape, dtype and device. Where all
-        timesteps are known, one that is not due at this `step`, but is the first, starts over too.
+        Where no pipeline tells the `generation`: timesteps never rise within one, and its tensors keep shape,
+        dtype and device. Where all timesteps are known, one that is not due at this `step`, but is the first,
+        starts over too.
         """
-        rises = self.n > 0 and t > self.t
-        if timesteps and step > 0 and t == timesteps[0]:
-            rises |= not (step < len(timesteps) and timesteps[step] == t)
+        if generation is not None:
+            rises = generation != self.generation
+            self.generation = generation
+        else:
+            rises = self.n > 0 and t > self.t
+            if timesteps and step > 0 and t == timesteps[0]:
+                rises |= not (step < len(timesteps) and timesteps[step] == t)
         changed = self.caches is not None and any(
             not spec.matches(cache) for spec, cache in zip(expected, self.caches, strict=True)
         )

@@ -11,7 +11,6 @@ The state of a model is a video `x` [B, F * S, C] and a text `y` [B, T, C]; temp
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -128,7 +127,11 @@ def config_of(schedule: Schedule, clock: Callable[[], float]) -> PyramidAttentio
 
 
 class Attention(nn.Module, AttentionModuleMixin):
-    """An attention module that diffusers' hooks take for one."""
+    """An attention module that diffusers' hooks take for one.
+
+    Where it breaks, it does so in `forward` itself: a `forward` that breaks before it has computed anything is
+    given up by Dynamo for every module of the class, and what it calls is then computed in every step.
+    """
 
     def __init__(self, spec: AttentionSpec, width: int, heads: int) -> None:
         super().__init__()
@@ -143,11 +146,6 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.dropout = nn.Dropout(0.0 if spec.dropout == "zero" else 0.5)
 
     def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
-        contexts = {"none": contextlib.nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
-        with contexts[self.spec.context]():
-            return self._attend(hidden, context)
-
-    def _attend(self, hidden: Tensor, context: Tensor | None) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
         residual, text = hidden, 0
         if self.spec.kind == "joint":
             text = context.shape[1]
@@ -209,6 +207,14 @@ class Attention(nn.Module, AttentionModuleMixin):
         if returns == "scaled_in_place":
             out.mul_(0.5)
         return out
+
+
+class ModalAttention(Attention):
+    """An attention that enters no-grad or inference mode."""
+
+    def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
+        with torch.no_grad() if self.spec.context == "no_grad" else torch.inference_mode():
+            return super().forward(hidden, context)
 
 
 class Block(nn.Module):
@@ -328,7 +334,10 @@ class Model(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
-        attentions = [Attention(each, spec.width, spec.heads) for each in spec.attentions]
+        attentions = [
+            (Attention if each.context == "none" else ModalAttention)(each, spec.width, spec.heads)
+            for each in spec.attentions
+        ]
         self.proj_in = nn.Linear(4, spec.width)
         self.text_in = nn.Linear(6, spec.width)
         self.blocks = nn.ModuleList(Block(sites, spec, attentions) for sites in spec.blocks)

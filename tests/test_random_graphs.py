@@ -156,7 +156,8 @@ def test_calls_of_one_attention_may_drop_a_slice_of_it(lowering: str) -> None:
     """Dynamo leaves a slice that nobody uses out of the graph, and the calls still are calls of one attention."""
     spec = Spec((AttentionSpec(kind="joint"),), ((Site(uses=("add", "add")), Site(uses=("add", "unused"))),))
     regions = check_compiled(spec, EVERY_2ND, lowering).report().regions
-    assert regions and all(region.left_alone is None for region in regions)
+    assert regions
+    assert all(region.left_alone is None for region in regions)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
@@ -168,7 +169,7 @@ def test_a_break_in_an_attention_that_closes_over_itself(lowering: str, monkeypa
         def _core(self, *qkv: torch.Tensor) -> torch.Tensor:
             return super()._core(*qkv)
 
-        def _attend(self, hidden: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        def forward(self, hidden: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
             query, key, value = (self._heads(each(hidden)) for each in (self.to_q, self.to_k, self.to_v))
             torch._dynamo.graph_break()
             return self.to_out(self._core(query, key, value).transpose(1, 2).flatten(2))

@@ -1,0 +1,55 @@
+"""One call turns PAB on for a diffusers pipeline; what it makes is what diffusers' hooks make, branch by branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pipelines
+import pytest
+import torch
+import zoo
+from pipelines.oracle import hooked_run
+
+import pab_fx
+
+QUICK = {
+    "CogVideoXPipeline",
+    "LattePipeline",
+    "FluxPipeline-true_cfg",
+    "MochiPipeline",
+    "WanPipeline-two_transformers",
+    "ChromaPipeline",
+    "StableDiffusion3Pipeline",
+    "DiTPipeline",
+}
+entries = pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=entry.name, marks=() if entry.name in QUICK else pytest.mark.slow)
+        for entry in pipelines.PIPELINES
+    ],
+)
+
+
+def config_of(clock: Callable[[], float] | None) -> Any:
+    return zoo.diffusers_config(clock, ranges=(2, 3, 3), window=(100, 900))  # type: ignore[arg-type]
+
+
+CONFIG = config_of(None)
+"""Without a callback: timesteps are read off the scheduler."""
+
+
+@entries
+def test_a_pipeline_equals_the_hooks_bitwise(entry: pipelines.PipelineEntry) -> None:
+    """Two generations: the second one starts afresh by itself."""
+    plain, expected = pipelines.run(entry.build(), entry), hooked_run(entry, config_of)
+    assert not torch.equal(plain, expected)
+    pipe = entry.build()
+    with pab_fx.enable(pipe, CONFIG, inner="eager") as pab:
+        assert torch.equal(pipelines.run(pipe, entry), expected)
+        assert torch.equal(pipelines.run(pipe, entry), expected)
+        report = pab.report()
+    assert report.reused > 0
+    assert sum(role.cache_bytes for role in report.roles) == 0
+    assert torch.equal(pipelines.run(pipe, entry), plain)
