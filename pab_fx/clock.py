@@ -144,7 +144,7 @@ class PipelineClock:
             self.end()
             self._plan, self._timesteps = plan, _numbers(plan)
         current = getattr(pipeline, "_current_timestep", None)
-        token = current if current is not None else getattr(scheduler, "_step_index", None)
+        token = current if current is not None else _step_index(scheduler)
         # where nothing changes from step to step, every call is taken for a step
         if not self._has_started or token is None or not _is_same(token, self._token):
             self._calls.clear()
@@ -174,12 +174,8 @@ class PipelineClock:
 
     def _counted(self, scheduler: Any) -> int | None:
         """The position by the scheduler's own count, which begins with the first call of its `step`."""
-        if not hasattr(scheduler, "_step_index"):
-            return None
-        index = scheduler._step_index
-        if index is None:
-            index = getattr(scheduler, "_begin_index", None) or 0
-        return index if index < len(self._timesteps) else None
+        index = _step_index(scheduler)
+        return index if index is not None and index < len(self._timesteps) else None
 
     def _found(self, t: float, scheduler: Any) -> int | None:
         """The position of the next step at timestep `t`; Mochi's pipeline counts timesteps from the other end."""
@@ -189,6 +185,15 @@ class PipelineClock:
             self._timesteps = mirrored if t in mirrored else self._timesteps
         first = 0 if self._index is None else self._index + 1
         return next((i for i in range(first, len(self._timesteps)) if self._timesteps[i] == t), None)
+
+
+def _step_index(scheduler: Any) -> int | None:
+    """How many steps a scheduler has made, from where the pipeline let it begin; `None` if it does not count them."""
+    if not hasattr(scheduler, "_step_index"):
+        return None
+    if scheduler._step_index is None:  # until the first step
+        return getattr(scheduler, "_begin_index", None) or 0
+    return int(scheduler._step_index)
 
 
 def as_number(timestep: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ QUICK = {
     "CogVideoXPipeline",
     "LattePipeline",
     "FluxPipeline-true_cfg",
-    "MochiPipeline",
+    "AllegroPipeline",
     "WanPipeline-two_transformers",
     "ChromaPipeline",
     "StableDiffusion3Pipeline",
@@ -36,6 +37,7 @@ def config_of(clock: Callable[[], float] | None) -> Any:
     return zoo.diffusers_config(clock, ranges=(2, 3, 3), window=(100, 900))  # type: ignore[arg-type]
 
 
+BREAKS_INSIDE_AN_ATTENTION = {"MochiPipeline": {"capture_dynamic_output_shape_ops": True}}
 CONFIG = config_of(None)
 """Without a callback: timesteps are read off the scheduler."""
 
@@ -46,7 +48,11 @@ def test_a_pipeline_equals_the_hooks_bitwise(entry: pipelines.PipelineEntry) -> 
     plain, expected = pipelines.run(entry.build(), entry), hooked_run(entry, config_of)
     assert not torch.equal(plain, expected)
     pipe = entry.build()
-    with pab_fx.enable(pipe, CONFIG, inner="eager") as pab:
+    flags = BREAKS_INSIDE_AN_ATTENTION.get(entry.name)
+    with (
+        torch._dynamo.config.patch(flags) if flags else contextlib.nullcontext(),
+        pab_fx.enable(pipe, CONFIG, inner="eager") as pab,
+    ):
         assert torch.equal(pipelines.run(pipe, entry), expected)
         assert torch.equal(pipelines.run(pipe, entry), expected)
         report = pab.report()

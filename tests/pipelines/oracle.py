@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ def observed(pipe: Any, on_step: Callable[[Any], None]) -> Iterator[None]:
     cls = type(pipe.scheduler)
     original, signature = cls.step, inspect.signature(cls.step)
 
+    @functools.wraps(original)  # pipelines look at its signature
     def step(*args: Any, **kwargs: Any) -> Any:
         on_step(signature.bind(*args, **kwargs).arguments["timestep"])
         return original(*args, **kwargs)
