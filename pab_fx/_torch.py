@@ -189,13 +189,29 @@ def traced_shapes(gm: fx.GraphModule) -> Iterator[list[Any]]:
 
 
 def size_hint(extent: Any) -> int:
-    """The value that a size was traced with, without a guard on it. `SymNode.hint` seen in 2.9 to 2.15."""
-    return int(extent.node.hint) if isinstance(extent, torch.SymInt) and extent.node.hint is not None else int(extent)
+    """The value that a size was traced with, without a guard on it; 4096 stands for what only the data tell.
+
+    `SymNode.hint` and `SymNode.expr` seen in 2.9 to 2.15.
+    """
+    if not isinstance(extent, torch.SymInt):
+        return int(extent)
+    if extent.node.hint is not None:
+        return int(extent.node.hint)
+    expression = extent.node.expr
+    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, 4096)))
 
 
 def sizes_at(shape: Sequence[Any], known: Sequence[tuple[torch.SymInt, int]]) -> tuple[int, ...]:
-    """A symbolic shape where the given symbols have the given values. `SymNode.expr` seen in 2.9 to 2.15."""
+    """A symbolic shape where the given symbols have the given values; -1 where only the data tell.
+
+    `SymNode.expr` seen in 2.9 to 2.15.
+    """
     values = {symbol.node.expr: size for symbol, size in known}
-    return tuple(
-        int(extent.node.expr.xreplace(values)) if isinstance(extent, torch.SymInt) else int(extent) for extent in shape
-    )
+
+    def size(extent: Any) -> int:
+        if not isinstance(extent, torch.SymInt):
+            return int(extent)
+        expression = extent.node.expr.xreplace(values)
+        return -1 if getattr(expression, "free_symbols", None) else int(expression)
+
+    return tuple(map(size, shape))

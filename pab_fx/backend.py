@@ -122,6 +122,7 @@ class PABBackend:
         self._clocks: Any = WeakIdKeyDictionary()
         self.graphs: list[BroadcastGraph] = []
         self.regions: list[Region] = []
+        self._roles: Any = WeakIdKeyDictionary()
         self._warned: dict[str, str] = {}
         self._unread: dict[TensorSpec, torch.Tensor] = {}
 
@@ -138,7 +139,7 @@ class PABBackend:
             return self.compile_inner(gm, example_inputs)
         original = copy_of(gm)
         rewritten = copy_of(gm)
-        names = module_names(tuple(self.roots))
+        names = module_names(tuple(self.roots), self._roles)
         regions = tag(rewritten, self.config, names)
         if self.lowering == "cond":
             regions = tuple(_without_numbers(region) for region in regions)
@@ -154,6 +155,22 @@ class PABBackend:
         self.graphs.append(graph)
         return graph
 
+    def find_roles(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Find the roles of a model's attentions in a capture of the whole, for graphs of its blocks.
+
+        The model runs once, uncompiled, on these inputs. diffusers' config needs none of it: it goes by names.
+        """
+        if not isinstance(self.config, PABConfig):
+            return
+        roles: dict[str, str] = {}
+
+        def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            roles.update({region.name: region.role for region in tag(gm, self.config, module_names((model,)))})
+            return gm.forward
+
+        torch.compile(model._call_impl, backend=capture)(*args, **kwargs)
+        self._roles[model] = roles
+
     def compile_inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a lowered graph with the inner compiler."""
         compiled = self._inner(gm, list(example_inputs))
@@ -168,6 +185,10 @@ class PABBackend:
     def store(self, request: Any) -> StateStore:
         """The state of a request (a session or a pipeline), or what belongs to none; it goes with the request."""
         return self.state if request is None else self._stores.setdefault(request, StateStore())
+
+    def name_of_caller(self) -> str | None:
+        """Qualified name of the innermost module that runs now, `None` where none does."""
+        return name_of_caller(tuple(self.roots))
 
     def clock(self, pipeline: Any) -> PipelineClock:
         """The clock that follows a pipeline."""
@@ -305,8 +326,21 @@ def checked_config(config: Any) -> Any:
     return config
 
 
-def module_names(roots: Sequence[nn.Module]) -> ModuleNames:
-    """Names for the frame that Dynamo is compiling: in the one of `roots` around it, or in the outermost model."""
+def name_of_caller(roots: Sequence[nn.Module]) -> str | None:
+    """Qualified name of the innermost running module, in the one of `roots` around it or in the outermost model."""
+    callers = calling_modules()
+    around = [module for module in callers if any(part is callers[0] for part in module.modules())]
+    model = next((module for module in around if any(module is root for root in roots)), around[-1] if around else None)
+    return next((name for name, module in model.named_modules() if module is callers[0]), None) if model else None
+
+
+def module_names(roots: Sequence[nn.Module], roles: Any = None) -> ModuleNames:
+    """Names for the frame that Dynamo is compiling: in the one of `roots` around it, or in the outermost model.
+
+    Args:
+        roots: models that are known to be whole.
+        roles: for each of them, roles that are known by name.
+    """
     frame, callers = compiled_frame(), calling_modules()
     own, ends = frame.receiver, frame.ends
     if not isinstance(own, nn.Module):
@@ -318,7 +352,8 @@ def module_names(roots: Sequence[nn.Module]) -> ModuleNames:
     around = [module for module in callers if any(part is own for part in module.modules())]
     outermost = around[-1] if around else own
     model = next((m for m in [own, *around] if any(m is root for root in roots)), outermost)
-    return ModuleNames.of(model, dict.fromkeys([*reversed(around), own]), ends)
+    names = ModuleNames.of(model, dict.fromkeys([*reversed(around), own]), ends)
+    return dataclasses.replace(names, roles=(roles or {}).get(model, {}))
 
 
 def _inner_compiler(

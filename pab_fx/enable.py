@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,10 @@ _enabled: weakref.WeakKeyDictionary[nn.Module, PAB] = weakref.WeakKeyDictionary(
 
 @dataclass(frozen=True)
 class _Enabled:
-    """A model that PAB is on, held weakly, and what to restore."""
+    """A model that PAB is on, and what to restore: the compiled calls that its modules had. Held weakly."""
 
     model: weakref.ref[nn.Module]
-    compiled_call: Any
+    calls: tuple[tuple[weakref.ref[nn.Module], Any], ...]
     hooks: PyramidAttentionBroadcastConfig | None
 
 
@@ -74,11 +75,13 @@ class PAB:
         while self._models:
             enabled = self._models.pop()
             model: Any = enabled.model()
+            for reference, call in enabled.calls:
+                module: Any = reference()
+                vars(module or nn.Module()).pop("_compiled_call_impl", None)
+                if module is not None and call is not None:
+                    module._compiled_call_impl = call
             if model is None:
                 continue
-            vars(model).pop("_compiled_call_impl", None)
-            if enabled.compiled_call is not None:
-                model._compiled_call_impl = enabled.compiled_call
             _enabled.pop(model, None)
             if enabled.hooks is not None:
                 model.enable_cache(enabled.hooks)
@@ -91,10 +94,20 @@ class PAB:
         self.disable()
 
     def _enable(
-        self, model: Any, hooks: PyramidAttentionBroadcastConfig | None, is_wrapped: bool, **compile_options: Any
+        self,
+        model: Any,
+        hooks: PyramidAttentionBroadcastConfig | None,
+        is_wrapped: bool,
+        blocks: Sequence[Any],
+        **compile_options: Any,
     ) -> None:
-        self._models.append(_Enabled(weakref.ref(model), model._compiled_call_impl, hooks))
-        compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
+        calls = tuple((weakref.ref(module), module._compiled_call_impl) for module in (model, *blocks))
+        self._models.append(_Enabled(weakref.ref(model), calls, hooks))
+        compiled: Callable[..., Any]
+        if blocks:
+            compiled = _RegionalCall(model, blocks, self.backend, compile_options)
+        else:
+            compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
         call = _stepping(model, compiled, self.backend)
         # a torch.compile around the model has to run this call, not to trace into it
         model._compiled_call_impl = torch.compiler.disable(call) if is_wrapped else call
@@ -102,10 +115,59 @@ class PAB:
         _enabled[model] = self
 
 
+class _RegionalCall:
+    """Calls a model whose blocks are compiled one by one; what lies between them runs as it is.
+
+    A block's graph does not show which axis is the video's frames, so the roles of a model that is given a video
+    are looked up in a capture of the whole model first, which compiles nothing.
+    """
+
+    def __init__(
+        self, model: Any, blocks: Sequence[Any], backend: PABBackend, compile_options: Mapping[str, Any]
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._blocks = [weakref.ref(block) for block in blocks]
+        self._backend, self._options = backend, compile_options
+        self._is_prepared = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        if not self._is_prepared:
+            if any(isinstance(value, torch.Tensor) and value.dim() == 5 for value in (*args, *kwargs.values())):
+                self._backend.find_roles(model, args, kwargs)
+            for block in filter(None, (reference() for reference in self._blocks)):
+                block._compiled_call_impl = torch.compile(block._call_impl, backend=self._backend, **self._options)
+            self._is_prepared = True
+        return model._call_impl(*args, **kwargs)
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model that are worth compiling once for all: those of a class that occurs several times.
+
+    What diffusers lists for a class (`_repeated_blocks`, as in `compile_repeated_blocks`), else the entries of the
+    outermost `nn.ModuleList`s.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    listed = getattr(model, "_repeated_blocks", None)
+    if listed:
+        blocks = [module for module in model.modules() if type(module).__name__ in listed]
+    else:
+        lists = [module for module in model.children() if isinstance(module, nn.ModuleList)]
+        blocks = [block for each in lists for block in each]
+        classes = Counter(map(type, blocks))
+        blocks = [block for block in blocks if classes[type(block)] > 1]
+    if not blocks:
+        raise ValueError(f"regional=True: {type(model).__name__} has no repeated blocks; leave it out.")
+    return blocks
+
+
 def enable(
     model: Any,
     config: Any = None,
     *,
+    regional: bool = False,
     fullgraph: bool = False,
     dynamic: bool | None = None,
     **options: Any,
@@ -118,6 +180,8 @@ def enable(
     Args:
         model: a transformer, or a pipeline that holds one as `transformer`, `transformer_2` or `unet`.
         config: as for `PABBackend`; or give fields of `PABConfig` by name.
+        regional: compile each repeated block once for all its siblings, each with its own cache and role,
+            instead of the whole model: a fraction of the compile time, for a little of the speed.
         fullgraph: as for `torch.compile`.
         dynamic: as for `torch.compile`.
         options: arguments of `PABBackend`: `inner`, `lowering`, `passes`, `timesteps`, `mode`, `options`.
@@ -126,7 +190,8 @@ def enable(
         The handle with `reset()`, `report()` and `disable()`; as a context manager it disables at the end.
 
     Raises:
-        ValueError: for bad options, a model on which PAB is enabled already, or another cache of diffusers.
+        ValueError: for bad options, `regional` for a model without repeated blocks, a model on which PAB is
+            enabled already, or another cache of diffusers.
         TypeError: for something that is neither a model nor a pipeline with one.
 
     Example:
@@ -140,6 +205,7 @@ def enable(
     for each in models:
         if each in _enabled:
             raise ValueError(f"PAB is enabled on this {type(each).__name__} already: call disable() on it first.")
+    blocks = {each: repeated_blocks(each) if regional else () for each in models}
     hooked = [_hooks_config(each) for each in models]
     if config is None:
         config = next((each for each in hooked if each is not None), None)
@@ -149,7 +215,7 @@ def enable(
         if hooks is not None:
             each.disable_cache()
             logger.info("took over from diffusers' PAB hooks on %s", type(each).__name__)
-        pab._enable(each, hooks, is_wrapped, fullgraph=fullgraph, dynamic=dynamic)
+        pab._enable(each, hooks, is_wrapped, blocks[each], fullgraph=fullgraph, dynamic=dynamic)
     return pab
 
 

@@ -43,12 +43,14 @@ class ModuleNames:
         enclosing: the modules around the traced frame, outermost first, the frame's own module last.
         ends: whether the graph runs to the end of that module's call, not to a graph break.
         aliases: for a module that has several names, each further one to the first.
+        roles: roles that were found in a capture of the whole model, by name.
     """
 
     by_id: Mapping[int, tuple[str, nn.Module]] = field(default_factory=dict)
     enclosing: tuple[nn.Module, ...] = ()
     ends: bool = True
     aliases: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, enclosing: Iterable[nn.Module] = (), ends: bool = True) -> ModuleNames:
@@ -60,6 +62,28 @@ class ModuleNames:
     def of_graph(cls, gm: fx.GraphModule) -> ModuleNames:
         """The names that a graph tells by itself: modules with the same parameters are one module."""
         return cls(aliases=_aliases(gm))
+
+    def siblings(self, name: str) -> tuple[str | None, tuple[str, ...]]:
+        """What a part of the traced frame's module is called within it, and in the others of that module's class.
+
+        Those may run the frame's code too. `None` where the frame is the outermost model's own; "" for the
+        frame's module itself.
+
+        Example:
+            >>> block = nn.Linear(1, 1)
+            >>> model = nn.Sequential(block, nn.Linear(1, 1))
+            >>> ModuleNames.of(model, [model, block]).siblings("0.attn")
+            ('attn', ('1.attn',))
+        """
+        if len(self.enclosing) < 2:
+            return None, ()
+        own = self.enclosing[-1]
+        prefix = self.by_id[id(own)][0]
+        if name != prefix and not name.startswith(prefix + "."):
+            return None, ()
+        relative = name.removeprefix(prefix).removeprefix(".")
+        others = [n for n, module in self.by_id.values() if type(module) is type(own) and module is not own]
+        return relative, tuple(joined(other, relative) for other in others)
 
     def yields_output_of(self, call: ModuleCall) -> bool:
         """Whether the graph computes what a call returns.
@@ -103,6 +127,11 @@ def _aliases(model: nn.Module) -> dict[str, str]:
         if parameters:
             aliases[name] = first.setdefault(key, name)
     return aliases
+
+
+def joined(prefix: str, relative: str) -> str:
+    """The qualified name of a part of a module; of the module itself for an empty `relative`."""
+    return ".".join(filter(None, (prefix, relative)))
 
 
 def qualified_name(path: str) -> str:

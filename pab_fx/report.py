@@ -88,10 +88,15 @@ def report_of(backend: PABBackend) -> Report:
     graphs = sum(len(graph.graphs) for graph in backend.graphs)
     roles = []
     for role in ROLES:
+        owned = [
+            (owner, cell)
+            for store in backend.stores()
+            for owner, cell in store.cells()
+            if cell.role == role and cell.rule
+        ]
         names = {region.name for region in backend.regions if region.is_broadcast and region.role == role}
-        if not names:
+        if not names and not owned:
             continue
-        owned = [(owner, cell) for store in backend.stores() for owner, cell in store.cells() if cell.role == role]
         cells = [cell for _, cell in owned]
         held = sum(cache.numel() * cache.element_size() for cell in cells for cache in cell.caches or ())
         computed, reused = sum(cell.computed for cell in cells), sum(cell.reused for cell in cells)

@@ -43,7 +43,7 @@ from .dataflow import is_number, is_tensor, is_tuple, value
 from .modules import ModuleNames
 from .predicates import InGraphSchedule
 from .schedule import Rule
-from .tag import Region, tag
+from .tag import Assign, Region, tag
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ class Conditional:
         call: which of the module's calls in this graph it is.
         calls: how often the graph calls the module.
         caches: names of the buffers that hold its outputs.
+        assign: role, rule and reason for a qualified name, where several blocks run this graph.
+        relative: the name within such a block, `None` where the graph is the model's own.
     """
 
     index: int
@@ -75,6 +77,8 @@ class Conditional:
     call: int
     calls: int
     caches: tuple[str, ...]
+    assign: Assign | None = None
+    relative: str | None = None
 
 
 def rewrite(
@@ -178,6 +182,8 @@ def insert_conditions(
             call=seen[region.module_id],
             calls=calls[region.module_id],
             caches=caches[region.module_id],
+            assign=region.assign,
+            relative=region.relative,
         )
         seen[region.module_id] += 1
         _replace(

@@ -17,9 +17,10 @@ from ._torch import calling_argument, calling_modules, sizes_at, traced_shapes
 from .clock import Step, as_number, current_session, current_step, timestep_from
 from .dataflow import value
 from .lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
+from .modules import joined
 from .predicates import TIMESTEP_NAMES, timestep_name
 from .rewrite import Conditional, conditionals, copy_of
-from .schedule import AfterTimesteps, SkipRange
+from .schedule import AfterTimesteps, Rule, SkipRange
 from .specialize import decide
 from .state import Cell, TensorSpec, next_timestep
 
@@ -73,7 +74,6 @@ class BroadcastGraph:
         self.modules = tuple(dict.fromkeys(conditional.module_id for conditional in self.conditionals))
         self.anchors = tuple(anchors[module_id] for module_id in self.modules)
         self._module_of = tuple(self.modules.index(c.module_id) for c in self.conditionals)
-        self._roles = tuple({c.module_id: c.role for c in self.conditionals}.values())
         self._calls = tuple({c.module_id: c.calls for c in self.conditionals}.values())
         self._caches = _caches_of_modules(self.conditionals)
         self._slot = {name: (m, i) for m, names in enumerate(self._caches) for i, name in enumerate(names)}
@@ -127,7 +127,7 @@ class BroadcastGraph:
                 next_t = next_timestep(timesteps, cell.n // conditional.calls, t)
             if not last:
                 next_t = t
-            reuse, keeps[m] = cell.advance(conditional.rule, t, has_cache[m], next_t)
+            reuse, keeps[m] = cell.advance(t, has_cache[m], next_t)
             has_cache[m] = True
             reuses.append(reuse)
         return tuple(reuses), keeps
@@ -183,13 +183,25 @@ class BroadcastGraph:
         store, context = self.backend.store(step.request), (_diffusers.current_cache_context.get(), step.branch)
         caller: Any = None
         cells = []
-        for anchor, role in zip(self.anchors, self._roles, strict=True):
+        for m, anchor in enumerate(self.anchors):
             if not anchor.positions and caller is None:
                 caller = next(iter(calling_modules()), self)
             owner, *others = [args[i] for i in anchor.positions] or [caller]
             key = (anchor.occurrence, *map(id, others))
-            cells.append(store.cell(owner, key, context, role))
+            cell = store.find(owner, key, context)
+            cells.append(cell or store.add(owner, key, context, Cell(*self._assigned(m))))
         return cells
+
+    def _assigned(self, m: int) -> tuple[str, Rule | None]:
+        """Role and rule of the instance of a module that runs now; by its name, where many blocks run this graph."""
+        conditional = next(c for c in self.conditionals if c.module_id == self.modules[m])
+        if conditional.relative is None or conditional.assign is None:
+            return conditional.role, conditional.rule
+        block = self.backend.name_of_caller()
+        if block is None:
+            return conditional.role, None
+        role, rule, _ = conditional.assign(joined(block, conditional.relative))
+        return role, rule
 
     def _timestep(self, args: Sequence[Any]) -> float:
         """The timestep of this call: from the callback, the graph's input, or the argument of the model around it."""

@@ -23,6 +23,7 @@ class Cell:
 
     Args:
         role: the role it has.
+        rule: when it reuses; `None` for never.
         n: calls since the last reset.
         t: timestep of the last call.
         until: last call that may reuse what is kept.
@@ -33,6 +34,7 @@ class Cell:
     """
 
     role: str
+    rule: Rule | None
     n: int = 0
     t: float = NEVER
     until: float = NEVER
@@ -72,8 +74,11 @@ class Cell:
         if rises or changed:
             self.reset()
 
-    def advance(self, rule: Rule, t: float, has_cache: bool, next_t: float | None) -> tuple[bool, bool]:
+    def advance(self, t: float, has_cache: bool, next_t: float | None) -> tuple[bool, bool]:
         """Count one call and decide it: (whether it reuses, whether what it leaves may be reused)."""
+        rule = self.rule
+        if rule is None:
+            return False, False
         reuse = has_cache and rule.reuses(self.n, t, self.until)
         if not reuse:
             self.until = self.n + rule.lifetime(t)
@@ -86,7 +91,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape, dtype and device of a cache, and its dimensions as they lie in memory, outermost first."""
+    """Shape (-1: any), dtype and device of a cache, and its dimensions as they lie in memory, outermost first."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -94,11 +99,15 @@ class TensorSpec:
     order: tuple[int, ...]
 
     def matches(self, tensor: torch.Tensor) -> bool:
-        return tensor.shape == self.shape and tensor.dtype == self.dtype and tensor.device == self.device
+        sizes = len(tensor.shape) == len(self.shape) and all(
+            size in (-1, found) for size, found in zip(self.shape, tensor.shape, strict=True)
+        )
+        return sizes and tensor.dtype == self.dtype and tensor.device == self.device
 
     def empty(self) -> torch.Tensor:
         """Such a tensor, with arbitrary values."""
-        return torch.empty_permuted(self.shape, self.order, dtype=self.dtype, device=self.device)
+        shape = [max(size, 1) for size in self.shape]
+        return torch.empty_permuted(shape, self.order, dtype=self.dtype, device=self.device)
 
 
 @dataclass
@@ -107,10 +116,14 @@ class StateStore:
 
     _cells: Any = field(default_factory=WeakIdKeyDictionary)
 
-    def cell(self, owner: Any, occurrence: Hashable, context: Hashable, role: str) -> Cell:
-        """The cell of an owner's `occurrence`-th module in a cache context; made when first asked for."""
-        cells = self._cells.setdefault(owner, {})
-        return cells.setdefault((occurrence, context), Cell(role))
+    def find(self, owner: Any, occurrence: Hashable, context: Hashable) -> Cell | None:
+        """The cell of an owner's `occurrence`-th module in a cache context, if there is one yet."""
+        return self._cells.get(owner, {}).get((occurrence, context))
+
+    def add(self, owner: Any, occurrence: Hashable, context: Hashable, cell: Cell) -> Cell:
+        """Add such a cell."""
+        self._cells.setdefault(owner, {})[occurrence, context] = cell
+        return cell
 
     def cells(self) -> Iterator[tuple[Hashable, Cell]]:
         """Every cell, with a key that tells its module from others."""

@@ -8,8 +8,9 @@ hooks would give. Given a `PABConfig`, they are found in the dataflow (see `data
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ BREAKS_INSIDE = (
 )
 
 
+Assign = Callable[[str], tuple[str, Rule | None, str]]
+"""Role, rule (`None` to leave alone) and the reason for an attention or feed-forward of that name."""
+
+
 @dataclass(frozen=True)
 class Region:
     """Nodes whose outputs are broadcast together.
@@ -57,6 +62,9 @@ class Region:
         replayed: views of the outputs that are used inside and outside; outside they are to be taken again.
         unsafe: why it is computed in every step although it has a rule; `None` if it can be broadcast.
         note: something a user should know of it.
+        assign: role, rule and reason for a name: where the frame is one of several blocks of a class, each of
+            them may run this graph, and has a role of its own.
+        relative: the name within that block, `None` where the frame is the model's own.
     """
 
     name: str
@@ -69,6 +77,8 @@ class Region:
     replayed: tuple[fx.Node, ...] = ()
     unsafe: str | None = None
     note: str | None = None
+    assign: Assign | None = None
+    relative: str | None = None
 
     @property
     def is_broadcast(self) -> bool:
@@ -89,12 +99,21 @@ def tag(gm: fx.GraphModule, config: Any, names: ModuleNames | None = None) -> tu
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     taken: set[fx.Node] = set()
     calls: dict[str, list[Region]] = {}
-    for region in found:
+    for region in map(partial(_for_all_blocks, names=names), found):
         if taken.isdisjoint(region.nodes):
             taken.update(region.nodes)
             calls.setdefault(region.module_id, []).append(region)
     regions = [region for alike in calls.values() for region in _bounded_alike(gm.graph, alike)]
     return tuple(sorted(regions, key=lambda region: position[region.nodes[0]]))
+
+
+def _for_all_blocks(region: Region, names: ModuleNames) -> Region:
+    """The region of a block's frame, with a rule if the same part of any other such block has one."""
+    relative, others = names.siblings(region.name)
+    if relative is None or region.assign is None:
+        return region
+    rules = [rule for _, rule, _ in map(region.assign, others) if rule is not None]
+    return replace(region, relative=relative, rule=region.rule or next(iter(rules), None))
 
 
 def _bounded_alike(graph: fx.Graph, calls: list[Region]) -> list[Region]:
@@ -165,14 +184,18 @@ def _by_module(gm: fx.GraphModule, config: Any, names: ModuleNames) -> list[Regi
             inside = [cores[node] for node in nodes if node in cores]
             is_cross = bool(inside) and all(reads_another_sequence(core, acts, cores) for core in inside)
             why = "keys and values come from " + ("another sequence" if is_cross else "the queries' sequence")
-        role = _diffusers.role_of(call.name, is_cross, config)
-        rule = _attention_rule(config, role) if role else None
-        if role is None:
-            role, why = "cross" if is_cross else "spatial", f"{why}; no identifier with a skip range matches"
-        regions.append(
-            Region(call.name, call.module_id, role, rule, why, tuple(nodes), unsafe=_uncallable(call, names))
-        )
+        assign = partial(_assigned_as_hooks, config, is_cross, why)
+        role, rule, why = assign(call.name)
+        unsafe = _uncallable(call, names)
+        regions.append(Region(call.name, call.module_id, role, rule, why, tuple(nodes), unsafe=unsafe, assign=assign))
     return sorted(regions, key=lambda region: region.rule is None)
+
+
+def _assigned_as_hooks(config: Any, is_cross: bool, why: str, name: str) -> tuple[str, Rule | None, str]:
+    role = _diffusers.role_of(name, is_cross, config)
+    if role is not None:
+        return role, _attention_rule(config, role), why
+    return "cross" if is_cross else "spatial", None, f"{why}; no identifier with a skip range matches"
 
 
 def _uncallable(call: ModuleCall, names: ModuleNames) -> str | None:
@@ -208,32 +231,36 @@ def _by_dataflow(gm: fx.GraphModule, config: PABConfig, names: ModuleNames) -> l
     regions = []
     for key, (call, nodes, inside) in grouped.items():
         name, module_id = (call.name, call.module_id) if call else (_unnamed(key, inside, names), key)
-        role, why = _role_by_dataflow(name, inside, config, acts, cores, axes)
+        assign = partial(_assigned_by_dataflow, config, names.roles, *_role_by_dataflow(inside, acts, cores, axes))
+        role, rule, why = assign(name)
         unsafe = _uncallable(call, names) if call is not None else None
         if len(names.enclosing) > 1 and not any(_has_projections(core, acts) for core in inside):
             unsafe = BREAKS_INSIDE  # a frame inside the model that gets queries and keys ready-made
-        rule = _attention_rule(config, role)
-        regions.append(Region(name, module_id, role, rule, why, tuple(nodes), unsafe=unsafe))
+        regions.append(Region(name, module_id, role, rule, why, tuple(nodes), unsafe=unsafe, assign=assign))
     return regions + (_feed_forwards(sites, names, config, acts, set(cores)) if config.mlp else [])
 
 
 def _role_by_dataflow(
-    name: str,
-    inside: list[Core],
-    config: PABConfig,
-    acts: set[fx.Node],
-    cores: dict[fx.Node, Core],
-    axes: dict[fx.Node, Any],
+    inside: list[Core], acts: set[fx.Node], cores: dict[fx.Node, Core], axes: dict[fx.Node, Any]
 ) -> tuple[str, str]:
-    for role in ATTENTION_ROLES:
-        for identifier in config.identifiers(role):
-            if re.search(identifier, name):
-                return role, f"its name matches {identifier!r}"
     if all(reads_another_sequence(core, acts, cores) for core in inside):
         return "cross", "keys and values come from another sequence than the queries"
     if all(attends_frames(core, axes) for core in inside):
         return "temporal", "the attended axis is the frames of the video"
     return "spatial", "queries, keys and values come from one sequence"
+
+
+def _assigned_by_dataflow(
+    config: PABConfig, roles: Mapping[str, str], role: str, why: str, name: str
+) -> tuple[str, Rule | None, str]:
+    """The role that the dataflow gives, in the whole model if that was seen, unless an identifier matches the name."""
+    for other in ATTENTION_ROLES:
+        for identifier in config.identifiers(other):
+            if re.search(identifier, name):
+                return other, _attention_rule(config, other), f"its name matches {identifier!r}"
+    if name in roles:
+        role, why = roles[name], "so the dataflow of the whole model"
+    return role, _attention_rule(config, role), why
 
 
 def _unnamed(key: str, inside: list[Core], names: ModuleNames) -> str:
@@ -332,27 +359,33 @@ def _feed_forwards(
         parent = stack[depth - 1] if depth else None
         if call in attends or parent is None or parent not in attends:
             continue
-        index = next((int(part) for part in parent.name.split(".") if part.isdigit()), None)
         projections = [i for i, node in enumerate(nodes) if is_projection(node, acts)]
-        if index is None or len(projections) < 2:
+        if _block_index(parent.name) is None or len(projections) < 2:
             continue
         if not any(is_nonlinear(node) for node in nodes[projections[0] : projections[-1]]):
             continue
         if shape(nodes[projections[0]].all_input_nodes[0]) != shape(nodes[projections[-1]]):
             continue
-        why = f"projects, bends and projects back beside the attention of block {index}"
-        regions.append(Region(call.name, call.module_id, "mlp", _mlp_rule(config, index), why, tuple(nodes)))
+        assign = partial(_assigned_by_block, config)
+        role, rule, why = assign(call.name)
+        regions.append(Region(call.name, call.module_id, role, rule, why, tuple(nodes), assign=assign))
     return regions
 
 
-def _mlp_rule(config: PABConfig, block: int) -> AfterTimesteps | None:
+def _block_index(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _assigned_by_block(config: PABConfig, name: str) -> tuple[str, Rule | None, str]:
+    block = _block_index(name)
     skip_counts = tuple(
         (timestep, entry.skip_count)
         for entry in config.mlp
         if entry.blocks is None or block in entry.blocks
         for timestep in entry.timesteps
     )
-    return AfterTimesteps(skip_counts) if skip_counts else None
+    why = f"projects, bends and projects back beside the attention of block {block}"
+    return "mlp", AfterTimesteps(skip_counts) if skip_counts else None, why
 
 
 # ------------------------------------------------------------------------------------ bounds and safety

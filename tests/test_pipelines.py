@@ -59,3 +59,23 @@ def test_a_pipeline_equals_the_hooks_bitwise(entry: pipelines.PipelineEntry) -> 
     assert report.reused > 0
     assert sum(role.cache_bytes for role in report.roles) == 0
     assert torch.equal(pipelines.run(pipe, entry), plain)
+
+
+REGIONAL = ("LattePipeline", "WanPipeline-two_transformers", "FluxPipeline-true_cfg", "StableDiffusionPipeline")
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("name", REGIONAL)
+def test_blocks_compiled_once_for_all_equal_the_hooks_bitwise(name: str, lowering: str) -> None:
+    """Each block has a cache of its own and, as in Latte, where one class attends space and time, its own role."""
+    entry = pipelines.BY_NAME[name]
+    expected = hooked_run(entry, config_of)
+    pipe = entry.build()
+    with pab_fx.enable(pipe, CONFIG, inner="eager", lowering=lowering, regional=True) as pab:
+        assert torch.equal(pipelines.run(pipe, entry), expected)
+        assert pab.report().reused > 0
+    assert all(
+        vars(module).get("_compiled_call_impl") is None
+        for d in entry.denoisers
+        for module in getattr(pipe, d).modules()
+    )
