@@ -12,6 +12,7 @@ Nothing is read from a device more than once in a generation: the plan, and wher
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -32,7 +33,7 @@ class Step:
 
     Args:
         request: whose state it reads and writes: a session, a pipeline, or `None` for the model's own.
-        generation: number of the generation within the request; `None` where that is not known.
+        generation: number of the generation, which no other has; `None` where that is not known.
         branch: how many calls of the model this step has seen before, in the same cache context: guidance that
             calls once per branch without naming the branches.
         t: the timestep on the windows' scale, `None` where the pipeline does not tell.
@@ -59,6 +60,8 @@ current_step: ContextVar[Step | None] = ContextVar("pab_fx_step", default=None)
 """The step that the running call of an enabled model belongs to; `None` outside of one."""
 
 _current_session: ContextVar[Session | None] = ContextVar("pab_fx_session", default=None)
+# one count for all pipelines: two of them may run in one session, and share its state
+_generations = itertools.count(1)
 
 
 class Session:
@@ -90,12 +93,15 @@ def current_session() -> Session | None:
 
 
 def running_pipeline() -> DiffusionPipeline | None:
-    """The innermost pipeline whose `__call__` is on this thread's Python stack."""
+    """The innermost pipeline whose `__call__` is on this thread's Python stack.
+
+    Or the one that is told to free its hooks, as servers do after an error: that is about no other pipeline.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         # a frame's locals are asked for only where they matter: up to Python 3.12 that keeps what they hold alive
-        if code.co_name == "__call__" and code.co_argcount:
+        if code.co_name in ("__call__", "maybe_free_model_hooks") and code.co_argcount:
             receiver = frame.f_locals.get(code.co_varnames[0])
             if isinstance(receiver, DiffusionPipeline):
                 return receiver
@@ -122,12 +128,11 @@ class PipelineClock:
 
     def __init__(self, callback: Callable[[], Any] | None = None) -> None:
         self._callback = callback
-        self._generation = 0
         self.end()
 
     def end(self) -> None:
         """Let the generation be over: the next call starts one."""
-        self._generation += 1
+        self._generation = next(_generations)
         self._plan: Any = None
         self._token: Any = None
         self._has_started = False
