@@ -278,8 +278,8 @@ def _stepping(model: nn.Module, compiled: Callable[..., Any], backend: PABBacken
             return outputs
         except BaseException:
             model = reference()
-            if model is not None:
-                backend.reset_model(model)
+            if model is not None:  # in this request alone: others are in the middle of theirs
+                backend.store(request).reset([*model.parameters(), *model.modules()])
             if pipeline is not None:
                 backend.clock(pipeline).retract(caller)
             raise
