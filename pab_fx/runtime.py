@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from . import _diffusers
 from ._torch import calling_argument, calling_modules, sizes_at, traced_shapes
-from .clock import Step, as_number, current_session, current_step, timestep_from
+from .clock import Step, as_number, current_session, current_step, running_pipeline, timestep_from
 from .dataflow import value
 from .lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
 from .modules import joined
@@ -89,7 +89,7 @@ class BroadcastGraph:
         self._compile_first(example_inputs)
 
     def __call__(self, *args: Any) -> Any:
-        step = current_step.get() or Step(current_session())
+        step = current_step.get() or self._step_of_its_own()
         t = self._timestep(args) if step.t is None else step.t
         cells = self._cells(args, step)
         expected = self._expected_caches(args)
@@ -178,6 +178,13 @@ class BroadcastGraph:
                 cells[m].caches = tuple(values[name] for name in names)
 
     # ------------------------------------------------------------------------------ what a call is
+
+    def _step_of_its_own(self) -> Step:
+        """The step of a model that is not enabled, only compiled: it has no more than a request."""
+        pipeline = running_pipeline()
+        if pipeline is not None:
+            self.backend.clock(pipeline)  # so that the backend heeds the end of the pipeline's call
+        return Step(current_session() or pipeline)
 
     def _cells(self, args: Sequence[Any], step: Step) -> list[Cell]:
         store, context = self.backend.store(step.request), (_diffusers.current_cache_context.get(), step.branch)
