@@ -61,7 +61,7 @@ class Cell:
         dtype and device. Where all timesteps are known, one that is not due at this `step`, but is the first,
         starts over too.
         """
-        if generation is not None:
+        if generation is not None or self.generation is not None:  # a loop of one's own may follow a pipeline's
             rises = generation != self.generation
             self.generation = generation
         else:
@@ -127,17 +127,22 @@ class StateStore:
 
     def cells(self) -> Iterator[tuple[Hashable, Cell]]:
         """Every cell, with a key that tells its module from others."""
-        for owner, cells in list(self._cells.items()):
+        for owner, cells in self._owned():
             for (occurrence, _), cell in list(cells.items()):
                 yield (id(owner), occurrence), cell
 
     def reset(self, owners: Iterable[Any] | None = None) -> None:
         """Reset every cell, or those of the given owners."""
         if owners is None:
-            owners = list(self._cells.keys())
+            owners = [owner for owner, _ in self._owned()]
         for owner in owners:
             for cell in list(self._cells.get(owner, {}).values()):
                 cell.reset()
+
+    def _owned(self) -> list[tuple[Any, Any]]:
+        """Owners and their cells at this moment, though other threads add to them: a report needs no lock."""
+        items = [(reference(), cells) for reference, cells in self._cells.data.copy().items()]
+        return [(owner, cells) for owner, cells in items if owner is not None]
 
 
 def next_timestep(timesteps: Sequence[float] | None, n: int, t: float) -> float | None:
