@@ -3,10 +3,13 @@
 A pipeline of diffusers tells all of it without being asked:
 
     scheduler.timesteps        a new tensor from each `set_timesteps`: a new generation, and its whole plan
-    pipe._current_timestep     a new object in each step, also where Heun's method repeats a value
-    scheduler.step_index       the same for pipelines that have no current timestep
+    pipe._current_timestep     mostly a view of that tensor, whose offset is the step; else a new object in each
+                               step, also where Heun's method repeats a value
+    scheduler.step_index       the step, for pipelines that have no current timestep
+    the model's timestep       a view too, for schedulers that do not count
 
-Nothing is read from a device more than once in a generation: the plan, and where in it the generation starts.
+No tensor is read more than once in a generation: the plan, and where a current timestep that is no view of it
+lies in it.
 """
 
 from __future__ import annotations
@@ -141,19 +144,32 @@ class PipelineClock:
         self._index: int | None = None
         self._calls: Counter[Hashable] = Counter()
 
-    def tick(self, pipeline: Any, request: Any, caller: Hashable) -> Step:
-        """The step that a call by `caller` (a model in a cache context) belongs to; counts the call."""
+    def tick(self, pipeline: Any, request: Any, caller: Hashable, given: Any = None) -> Step:
+        """The step that a call belongs to; counts the call.
+
+        Args:
+            pipeline: whose step it is.
+            request: whose state it reads and writes.
+            caller: the model in its cache context; a further call by it in a step is another branch.
+            given: the timestep that the model is given.
+        """
         scheduler = getattr(pipeline, "scheduler", None)
         plan = getattr(scheduler, "timesteps", None)
         if plan is not self._plan:
             self.end()
             self._plan, self._timesteps = plan, _numbers(plan)
         current = getattr(pipeline, "_current_timestep", None)
-        token = current if current is not None else _step_index(scheduler)
+        index = self._offset(given if current is None else current)
+        if index is None and current is None:
+            index = _step_index(scheduler)
+        token = current if index is None else index
         # where nothing changes from step to step, every call is taken for a step
         if not self._has_started or token is None or not _is_same(token, self._token):
             self._calls.clear()
-            self._move(timestep_from(self._callback) if self._callback is not None else current, scheduler)
+            if self._callback is not None:
+                current = timestep_from(self._callback)
+                index = self._offset(current)
+            self._move(index, current, scheduler)
         self._token, self._has_started = token, True
         branch = self._calls[caller]
         self._calls[caller] += 1
@@ -162,25 +178,30 @@ class PipelineClock:
 
     def retract(self, caller: Hashable) -> None:
         """Take back the last tick of a caller whose call failed, for it to be tried again."""
-        self._calls[caller] -= 1
+        self._calls[caller] = max(self._calls[caller] - 1, 0)
 
-    def _move(self, current: Any, scheduler: Any) -> None:
-        """Go to the next step: find its timestep and its position in the plan."""
-        if current is None:
-            self._index = self._counted(scheduler)
-        elif self._index is not None and isinstance(current, torch.Tensor) and current.device.type != "cpu":
-            self._index = self._index + 1 if self._index + 1 < len(self._timesteps) else None
-        else:
-            self._index = self._found(as_number(current), scheduler)
+    def _offset(self, timestep: Any) -> int | None:
+        """The position of a timestep in the plan if it is a view of it: known without reading either."""
+        plan = self._plan
+        if not isinstance(timestep, torch.Tensor) or not isinstance(plan, torch.Tensor) or plan.dim() != 1:
+            return None
+        if timestep.untyped_storage().data_ptr() != plan.untyped_storage().data_ptr() or timestep.dtype != plan.dtype:
+            return None
+        if any(stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True) if size > 1):
+            return None  # more than one of them
+        return (timestep.storage_offset() - plan.storage_offset()) // max(plan.stride(0), 1)
+
+    def _move(self, index: int | None, current: Any, scheduler: Any) -> None:
+        """Go to the next step: by its position in the plan, or find that by the current timestep."""
+        if index is None and isinstance(current, torch.Tensor) and self._index is not None:
+            index = self._index + 1
+        elif index is None and current is not None:
+            index = self._found(as_number(current), scheduler)
+        self._index = index if index is not None and index < len(self._timesteps) else None
         if self._index is not None:
             self._t = self._timesteps[self._index]
         else:
             self._t = None if current is None else as_number(current)
-
-    def _counted(self, scheduler: Any) -> int | None:
-        """The position by the scheduler's own count, which begins with the first call of its `step`."""
-        index = _step_index(scheduler)
-        return index if index is not None and index < len(self._timesteps) else None
 
     def _found(self, t: float, scheduler: Any) -> int | None:
         """The position of the next step at timestep `t`; Mochi's pipeline counts timesteps from the other end."""

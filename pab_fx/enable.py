@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import weakref
 from collections import Counter
@@ -17,6 +18,7 @@ from torch import nn
 from ._diffusers import current_cache_context
 from .backend import PABBackend
 from .clock import Session, Step, current_session, running, running_pipeline
+from .predicates import TIMESTEP_NAMES
 from .report import Report
 
 logger = logging.getLogger(__name__)
@@ -264,12 +266,21 @@ def _hooks_config(model: Any) -> PyramidAttentionBroadcastConfig | None:
 def _stepping(model: nn.Module, compiled: Callable[..., Any], backend: PABBackend) -> Callable[..., Any]:
     """The compiled call, which knows the step it belongs to; one that fails leaves no half-counted step behind."""
     reference, name = weakref.ref(model), type(model).__name__
+    parameters = list(inspect.signature(model.forward).parameters)
+    positions = [parameters.index(each) for each in TIMESTEP_NAMES if each in parameters]
+
+    def timestep_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        by_name = next((kwargs[each] for each in TIMESTEP_NAMES if each in kwargs), None)
+        by_position = next((args[i] for i in positions if i < len(args)), None)
+        return by_position if by_name is None else by_name
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         pipeline, caller = running_pipeline(), (id(reference()), current_cache_context.get())
         request = current_session() or pipeline
-        step = Step(request) if pipeline is None else backend.clock(pipeline).tick(pipeline, request, caller)
+        step = Step(request)
+        if pipeline is not None:
+            step = backend.clock(pipeline).tick(pipeline, request, caller, timestep_of(args, kwargs))
         try:
             with running(step):
                 outputs = compiled(*args, **kwargs)

@@ -79,3 +79,47 @@ def test_blocks_compiled_once_for_all_equal_the_hooks_bitwise(name: str, lowerin
         for d in entry.denoisers
         for module in getattr(pipe, d).modules()
     )
+
+
+def reads(pipe: Any, entry: pipelines.PipelineEntry) -> list[int]:
+    """In each call of the denoiser in one generation, how often a tensor's value is read by the host."""
+    model = getattr(pipe, entry.denoisers[0])
+    call = model._compiled_call_impl
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function("denoiser"):
+            return call(*args, **kwargs)
+
+    model._compiled_call_impl = recorded
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        pipelines.run(pipe, entry)
+    model._compiled_call_impl = call
+    spans = [event.time_range for event in profile.events() if event.name == "denoiser"]
+    found = [event.time_range.start for event in profile.events() if event.name == "aten::_local_scalar_dense"]
+    return [sum(span.start <= start <= span.end for start in found) for span in spans]
+
+
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+@pytest.mark.parametrize(
+    ("name", "callback"),
+    [
+        ("LattePipeline", False),
+        ("CogVideoXPipeline", True),
+        ("FluxPipeline-true_cfg", False),
+        ("StableDiffusion3Pipeline", False),
+        ("DiTPipeline", False),
+        ("StableDiffusionPipeline-heun", False),
+        ("WanPipeline", True),
+    ],
+)
+def test_no_step_waits_for_the_device(name: str, callback: bool, regional: bool) -> None:
+    """Whatever the schedule, and also with the callback that diffusers' users write; a GPU would be waited for."""
+    entry = pipelines.BY_NAME[name]
+    pipe = entry.build()
+    config = config_of(lambda: pipe.current_timestep) if callback else CONFIG
+    with pab_fx.enable(pipe, config, inner="eager", regional=regional) as pab:
+        pipelines.run(pipe, entry)  # compiles
+        counted = reads(pipe, entry)
+        assert len(counted) >= entry.steps
+        assert not any(counted), counted
+        assert pab.report().reused > 0
