@@ -1,4 +1,4 @@
-"""What a node does besides yielding a value: aliasing, updates in place, random numbers, communication.
+"""What a node does besides yielding a value: aliasing, updates in place, random numbers, ambient state.
 
 `torch.fx` counts a torch-level method such as `x.copy_(y)` as pure; everything here that removes or moves
 nodes asks this module instead.
@@ -39,6 +39,30 @@ DROPOUTS = {
     "dropout3d",
     "native_dropout",
 }
+
+CONTEXTS = {"_enter_autocast": "_exit_autocast", "_vmap_increment_nesting": "_vmap_decrement_nesting"}
+SWITCHES = {"_sdpa_kernel"}
+AMBIENT = {*CONTEXTS, *CONTEXTS.values(), *SWITCHES}
+
+
+def sets_ambient_state(node: fx.Node) -> bool:
+    """Whether a node changes what the nodes after it compute without an edge to them: autocast, a choice of kernel."""
+    return node.op == "call_function" and op_name(node) in AMBIENT
+
+
+def contexts(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
+    """The nodes that enter and leave each context of a graph; what enters and leaves by one function, in turn."""
+    found: list[tuple[fx.Node, fx.Node]] = []
+    entered: dict[str, list[fx.Node]] = {}
+    for node in filter(sets_ambient_state, graph.nodes):
+        name = op_name(node)
+        kind = next((enter for enter, leave in CONTEXTS.items() if name == leave), name)
+        stack = entered.setdefault(kind, [])
+        if stack and (name in SWITCHES or name != kind):
+            found.append((stack.pop(), node))
+        elif name == kind:
+            stack.append(node)
+    return found
 
 
 def updated(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -111,12 +135,16 @@ def is_view(node: fx.Node) -> bool:
 
 
 def storages(node: fx.Node) -> frozenset[StorageWeakRef] | None:
-    """The storages of the tensors in a node's recorded value; `None` where nothing was recorded."""
+    """The storages of the tensors in a node's recorded value; `None` where nothing was recorded, or where they have
+    none (inside of `torch.vmap`, which makes flex attention's masks)."""
     recorded = value(node)
     if recorded is None:
         return None
     tensors = [leaf for leaf in _leaves(recorded) if isinstance(leaf, torch.Tensor)]
-    return frozenset(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+    try:
+        return frozenset(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+    except NotImplementedError:
+        return None
 
 
 def _leaves(recorded: Any) -> list[Any]:
@@ -141,7 +169,7 @@ def _base(node: fx.Node) -> fx.Node:
 
 def is_removable(node: fx.Node) -> bool:
     """Whether a node that nobody uses can go: it yields a value and does nothing else."""
-    if node.op in ("placeholder", "output") or updated(node) or draws_random_numbers(node):
+    if node.op in ("placeholder", "output") or updated(node) or draws_random_numbers(node) or sets_ambient_state(node):
         return False
     if node.op == "call_module":
         return isinstance(leaf_module(node), nn.Module) and not node.is_impure()

@@ -240,10 +240,11 @@ def _bodies(graph: fx.Graph, regions: Sequence[Region]) -> dict[Region, list[fx.
         %n = norm(%x)           # only %a uses it                       %n = norm(%x)  \
         %a = attention(%n)      # the region                     ->     %a = attention(%n)  / the body
 
-    A node is left where it is if moving it down to the region could move it past an update in place.
+    A node is left where it is if moving it down to the region could move it past an update in place, or into or
+    out of an autocast.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
-    updates = [order[node] for node in graph.nodes if effects.updated(node)]
+    updates = [order[node] for node in graph.nodes if effects.updated(node) or effects.sets_ambient_state(node)]
     owned = {node for region in regions for node in region.nodes}
     bodies: dict[Region, list[fx.Node]] = {}
     for region in regions:

@@ -395,6 +395,7 @@ def _bounded(graph: fx.Graph, region: Region) -> Region:
     """The region with its outputs, or with the reason why it cannot be broadcast."""
     if region.rule is None or region.unsafe:
         return region
+    region = replace(region, nodes=_with_own_contexts(graph, region.nodes))
     unsafe = _unsafe(graph, region.nodes)
     if unsafe:
         return replace(region, unsafe=unsafe)
@@ -403,6 +404,25 @@ def _bounded(graph: fx.Graph, region: Region) -> Region:
     if any(_updated_later(graph, output, nodes) for output in outputs):
         note = "its output is updated in place afterwards; what is kept is the updated value, as with hooks"
     return replace(region, nodes=nodes, outputs=outputs, replayed=replayed, note=note)
+
+
+def _with_own_contexts(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """The nodes with those that enter and leave an autocast, or a choice of kernel, among them.
+
+    No module is recorded for these. They are left out where they govern other nodes too.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    first, last, inside = order[nodes[0]], order[nodes[-1]], set(nodes)
+    pairs = [pair for pair in effects.contexts(graph) if any(first < order[end] < last for end in pair)]
+    switches = {end for pair in pairs for end in pair}
+    own = {*switches, *(source for end in switches for source in end.all_input_nodes)}
+    for enter, leave in pairs:
+        governed = list(order)[order[enter] : order[leave]]
+        if any(is_tensor(n) and not effects.is_view(n) for n in governed if n not in inside and n not in own):
+            return nodes
+    if any(user not in own for node in own for user in node.users):
+        return nodes
+    return tuple(sorted(inside | own))
 
 
 def _outputs(
@@ -457,6 +477,8 @@ def _unsafe(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> str | None:
     order = list(graph.nodes)
     first, last = order.index(nodes[0]), order.index(nodes[-1])
     for node in order[first:last]:
+        if node not in inside and effects.sets_ambient_state(node):
+            return f"autocast, or the choice of a kernel, changes while it runs ({node.name})"
         if node not in inside and any(
             effects.may_alias(target, source) for target in effects.updated(node) for source in outside
         ):
