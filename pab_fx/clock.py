@@ -62,7 +62,7 @@ class Step:
 current_step: ContextVar[Step | None] = ContextVar("pab_fx_step", default=None)
 """The step that the running call of an enabled model belongs to; `None` outside of one."""
 
-_current_session: ContextVar[Session | None] = ContextVar("pab_fx_session", default=None)
+_entered: ContextVar[tuple[Session, ...]] = ContextVar("pab_fx_sessions", default=())
 # one count for all pipelines: two of them may run in one session, and share its state
 _generations = itertools.count(1)
 
@@ -79,20 +79,18 @@ class Session:
         True
     """
 
-    def __init__(self) -> None:
-        self._entered: list[Any] = []
-
     def __enter__(self) -> Session:
-        self._entered.append(_current_session.set(self))
+        _entered.set((*_entered.get(), self))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _current_session.reset(self._entered.pop())
+        # no token of the context variable: threads and tasks may be in one session at a time, each in its context
+        _entered.set(_entered.get()[:-1])
 
 
 def current_session() -> Session | None:
     """The session around this call, `None` outside of one."""
-    return _current_session.get()
+    return next(reversed(_entered.get()), None)
 
 
 def running_pipeline() -> DiffusionPipeline | None:
@@ -144,7 +142,7 @@ class PipelineClock:
         self._index: int | None = None
         self._calls: Counter[Hashable] = Counter()
 
-    def tick(self, pipeline: Any, request: Any, caller: Hashable, given: Any = None) -> Step:
+    def tick(self, pipeline: Any, request: Any, caller: Hashable, given: Any = None, is_callbacks: bool = True) -> Step:
         """The step that a call belongs to; counts the call.
 
         Args:
@@ -152,6 +150,8 @@ class PipelineClock:
             request: whose state it reads and writes.
             caller: the model in its cache context; a further call by it in a step is another branch.
             given: the timestep that the model is given.
+            is_callbacks: whether the config's callback is about this pipeline. Of another one that shares the model
+                it is asked only where that has no current timestep.
         """
         scheduler = getattr(pipeline, "scheduler", None)
         plan = getattr(scheduler, "timesteps", None)
@@ -166,7 +166,7 @@ class PipelineClock:
         # where nothing changes from step to step, every call is taken for a step
         if not self._has_started or token is None or not _is_same(token, self._token):
             self._calls.clear()
-            if self._callback is not None:
+            if self._callback is not None and (is_callbacks or current is None):
                 current = timestep_from(self._callback)
                 index = self._offset(current)
             self._move(index, current, scheduler)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import PyramidAttentionBroadcastConfig
+from diffusers import DiffusionPipeline, PyramidAttentionBroadcastConfig
 from torch import nn
 
 from ._diffusers import current_cache_context
@@ -101,6 +101,7 @@ class PAB:
         hooks: PyramidAttentionBroadcastConfig | None,
         is_wrapped: bool,
         blocks: Sequence[Any],
+        owner: weakref.ref[DiffusionPipeline] | None,
         **compile_options: Any,
     ) -> None:
         calls = tuple((weakref.ref(module), module._compiled_call_impl) for module in (model, *blocks))
@@ -110,7 +111,7 @@ class PAB:
             compiled = _RegionalCall(model, blocks, self.backend, compile_options)
         else:
             compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
-        call = _stepping(model, compiled, self.backend)
+        call = _stepping(model, compiled, self.backend, owner)
         # a torch.compile around the model has to run this call, not to trace into it
         model._compiled_call_impl = torch.compiler.disable(call) if is_wrapped else call
         self.backend.roots.add(model)
@@ -213,11 +214,12 @@ def enable(
         config = next((each for each in hooked if each is not None), None)
     backend = PABBackend.of({**options, "config": config})
     pab = PAB(backend)
+    owner = weakref.ref(model) if isinstance(model, DiffusionPipeline) else None
     for each, hooks, is_wrapped in zip(models, hooked, wrapped, strict=True):
         if hooks is not None:
             each.disable_cache()
             logger.info("took over from diffusers' PAB hooks on %s", type(each).__name__)
-        pab._enable(each, hooks, is_wrapped, blocks[each], fullgraph=fullgraph, dynamic=dynamic)
+        pab._enable(each, hooks, is_wrapped, blocks[each], owner, fullgraph=fullgraph, dynamic=dynamic)
     return pab
 
 
@@ -263,8 +265,16 @@ def _hooks_config(model: Any) -> PyramidAttentionBroadcastConfig | None:
     return config
 
 
-def _stepping(model: nn.Module, compiled: Callable[..., Any], backend: PABBackend) -> Callable[..., Any]:
-    """The compiled call, which knows the step it belongs to; one that fails leaves no half-counted step behind."""
+def _stepping(
+    model: nn.Module,
+    compiled: Callable[..., Any],
+    backend: PABBackend,
+    owner: weakref.ref[DiffusionPipeline] | None,
+) -> Callable[..., Any]:
+    """The compiled call, which knows the step it belongs to; one that fails leaves no half-counted step behind.
+
+    The config's callback is about the pipeline that was enabled, the `owner`, if there was one.
+    """
     reference, name = weakref.ref(model), type(model).__name__
     parameters = list(inspect.signature(model.forward).parameters)
     positions = [parameters.index(each) for each in TIMESTEP_NAMES if each in parameters]
@@ -280,7 +290,9 @@ def _stepping(model: nn.Module, compiled: Callable[..., Any], backend: PABBacken
         request = current_session() or pipeline
         step = Step(request)
         if pipeline is not None:
-            step = backend.clock(pipeline).tick(pipeline, request, caller, timestep_of(args, kwargs))
+            step = backend.clock(pipeline).tick(
+                pipeline, request, caller, timestep_of(args, kwargs), owner is None or pipeline is owner()
+            )
         try:
             with running(step):
                 outputs = compiled(*args, **kwargs)
