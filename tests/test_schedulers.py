@@ -46,9 +46,9 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
     "flow Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
 }
 CASES = [
-    *((LATTE, name, False) for name in ("DDIM", "DPM++", "Euler", "UniPC", "Heun")),
-    *((UNET, name, False) for name in ("DDIM", "Heun")),
-    *((SD3, name, False) for name in ("flow Euler", "flow Heun")),
+    *((LATTE, name, True) for name in ("DDIM", "DPM++", "Euler", "UniPC", "Heun")),
+    *((UNET, name, name != "DDIM") for name in ("DDIM", "Heun")),
+    *((SD3, name, name != "flow Heun") for name in ("flow Euler", "flow Heun")),
     *((LATTE, name, True) for name in ("DPM++ SDE", "DPM++ Karras", "Euler ancestral", "PNDM", "LMS", "DDPM")),
     *((UNET, name, True) for name in ("DPM++", "Euler", "UniPC", "PNDM", "LMS", "DDPM")),
     *((WAN, name, True) for name in ("DDIM", "DPM++", "Euler", "UniPC", "Heun")),
@@ -180,17 +180,17 @@ def test_each_scheduler_equals_the_hooks(enabled: Make, name: str, scheduler: st
     run.check()
 
 
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
 def test_the_scheduler_may_be_swapped_between_generations(enabled: Make, lowering: str) -> None:
     run = enabled(LATTE, scheduler="DDIM", lowering=lowering)
-    for name in ("DDIM", "Euler", "Heun", "DDIM", "DPM++"):
+    for name in ("DDIM", "Euler", "Heun", "DDIM", "UniPC", "DPM++"):
         run.swap(name)
         run.check()
 
 
 def test_the_scheduler_may_be_swapped_after_a_generation_was_cut_off(enabled: Make) -> None:
     run = enabled(LATTE, scheduler="Euler")
-    for name in ("DDIM", "Heun", "Euler"):
+    for name in ("DDIM", "Heun"):
         with pytest.raises(CutOff):
             run.run(callback_on_step_end=raising_at(3))
         run.swap(name)
@@ -203,12 +203,12 @@ def test_the_scheduler_may_be_swapped_after_a_generation_was_cut_off(enabled: Ma
 @pytest.mark.parametrize("name", [pytest.param(IMG2IMG), pytest.param(VIDEO2VIDEO, marks=pytest.mark.slow)])
 def test_a_generation_may_start_in_the_middle_of_the_plan(enabled: Make, name: str) -> None:
     run = enabled(name)
-    for strength in (0.75, 1.0, 0.5, 0.75):
+    for strength in (0.75, 0.5, 1.0):
         run.check(strength=strength)
 
 
 @pytest.mark.parametrize("name", [IMG2IMG, VIDEO2VIDEO])
-@pytest.mark.parametrize("step", [0, 1, 3])
+@pytest.mark.parametrize("step", [*(pytest.param(step, marks=pytest.mark.slow) for step in (0, 1)), 3])
 def test_after_one_that_was_cut_off_a_generation_at_lower_timesteps_starts_afresh(
     enabled: Make, name: str, step: int
 ) -> None:
@@ -223,7 +223,7 @@ def test_after_one_that_was_cut_off_a_generation_at_lower_timesteps_starts_afres
 # ----------------------------------------------------------------------------------- how the one before ended
 
 
-@pytest.mark.parametrize("name", [LATTE, SD3, WAN, CHROMA])
+@pytest.mark.parametrize("name", [LATTE, CHROMA, *(pytest.param(name, marks=pytest.mark.slow) for name in (SD3, WAN))])
 def test_a_generation_after_one_that_a_callback_cut_off_starts_afresh(enabled: Make, name: str) -> None:
     run = enabled(name)
     for step in (3, 0, 4):
@@ -232,7 +232,7 @@ def test_a_generation_after_one_that_a_callback_cut_off_starts_afresh(enabled: M
         run.check()
 
 
-@pytest.mark.parametrize("name", [LATTE, SD3, pytest.param(WAN, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [LATTE, *(pytest.param(name, marks=pytest.mark.slow) for name in (SD3, WAN))])
 def test_an_interrupted_generation_equals_the_hooks_and_so_does_the_next(enabled: Make, name: str) -> None:
     run = enabled(name)
     given: dict[str, Any] = {"callback_on_step_end": interrupting_at(4)}
@@ -261,8 +261,8 @@ class FailingInner:
         return compiled
 
 
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
-@pytest.mark.parametrize("name", [LATTE, pytest.param(WAN, marks=pytest.mark.slow), CHROMA])
+@pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [LATTE, *(pytest.param(name, marks=pytest.mark.slow) for name in (WAN, CHROMA))])
 def test_a_generation_after_one_that_failed_in_the_model_starts_afresh(enabled: Make, name: str, lowering: str) -> None:
     inner = FailingInner()
     run = enabled(name, inner=inner, lowering=lowering)
@@ -289,12 +289,10 @@ def test_a_failed_call_leaves_nothing_for_a_generation_at_lower_timesteps(enable
 
 @pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
 def test_generations_of_any_length_size_and_number(enabled: Make, lowering: str) -> None:
-    run = enabled(UNET, lowering=lowering)
-    run.check(height=32, width=96)
-    run.check(num_images_per_prompt=2, num_inference_steps=5)
-    run.check(guidance_scale=1.0, num_inference_steps=11)
-    run.check(prompts=2)
-    run.check(height=32, width=96)
+    run = enabled(WAN, lowering=lowering)
+    run.check(height=32)
+    run.check(num_videos_per_prompt=2, num_inference_steps=5)
+    run.check(guidance_scale=1.0, height=32)
 
 
 @pytest.mark.slow
@@ -328,7 +326,7 @@ def test_videos_of_any_length_size_and_number(enabled: Make, name: str) -> None:
 
 
 def test_a_generation_of_another_shape_may_follow_one_that_was_cut_off(enabled: Make) -> None:
-    run = enabled(UNET)
+    run = enabled(CHROMA)
     for given in ({"guidance_scale": 1.0}, {"num_inference_steps": 5}, {}):
         with pytest.raises(CutOff):
             run.run(callback_on_step_end=raising_at(3))
@@ -341,9 +339,9 @@ def test_a_generation_of_another_shape_may_follow_one_that_was_cut_off(enabled: 
 @pytest.mark.parametrize(
     ("name", "scheduler"),
     [
-        (LATTE, "DDIM"),
         (LATTE, "Heun"),
         ("FluxPipeline-true_cfg", None),
+        pytest.param(LATTE, "DDIM", marks=pytest.mark.slow),
         pytest.param(LATTE, "Euler", marks=pytest.mark.slow),
         pytest.param(WAN, None, marks=pytest.mark.slow),
         pytest.param("MochiPipeline", None, marks=pytest.mark.slow),
