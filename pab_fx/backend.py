@@ -19,6 +19,7 @@ from . import _diffusers
 from ._torch import calling_modules, compiled_frame, inductor_patches, lookup_backend
 from .clock import PipelineClock, current_session, running_pipeline
 from .config import PRESETS, PABConfig, check_diffusers_config
+from .constants import fix_numbers
 from .dataflow import is_number
 from .modules import ModuleNames
 from .report import Report, report_of
@@ -138,7 +139,7 @@ class PABBackend:
             )
             return self.compile_inner(gm, example_inputs)
         original = copy_of(gm)
-        rewritten = copy_of(gm)
+        rewritten = fix_numbers(copy_of(gm))
         names = module_names(tuple(self.roots), self._roles)
         regions = tag(rewritten, self.config, names)
         if self.lowering == "cond":

@@ -123,3 +123,50 @@ def test_no_step_waits_for_the_device(name: str, callback: bool, regional: bool)
         assert len(counted) >= entry.steps
         assert not any(counted), counted
         assert pab.report().reused > 0
+
+
+SIZES = {
+    "FluxPipeline-true_cfg": [{"height": size, "width": size} for size in (48, 80, 96)],
+    "CogVideoXPipeline": [{"height": size, "width": 96} for size in (80, 128, 160)],
+}
+"""Sizes of which no two are equal in the first call: Dynamo would take them for one, and compile again."""
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("name", SIZES)
+def test_dynamic_shapes_serve_three_resolutions_without_a_recompile(name: str, lowering: str) -> None:
+    entry = pipelines.BY_NAME[name]
+    expected = [hooked_run(entry, config_of, **size) for size in SIZES[name]]
+    assert len({output.shape for output in expected}) == 3
+    pipe = entry.build()
+    captured: list[torch.fx.GraphModule] = []
+
+    def count(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        captured.append(gm)
+        return gm
+
+    with pab_fx.enable(pipe, CONFIG, inner="eager", lowering=lowering, dynamic=True, passes=[count]) as pab:
+        for size, output in zip(SIZES[name], expected, strict=True):
+            assert torch.equal(pipelines.run(pipe, entry, **size), output), size
+        assert pab.report().reused > 0
+    assert len(captured) == 1
+
+
+def test_a_block_that_is_compiled_alone_has_the_role_that_the_whole_model_shows() -> None:
+    """In a block's graph, frames and patches are both just a sequence; in the pipeline's video they are told apart."""
+    entry = pipelines.BY_NAME["LattePipeline"]
+    config = pab_fx.PABConfig.preset("latte", temporal_attention_block_skip_range=4)
+    outputs, roles = [], []
+    for regional in (False, True):
+        pipe = entry.build()
+        with pab_fx.enable(pipe, config, inner="eager", regional=regional) as pab:
+            outputs.append(pipelines.run(pipe, entry))
+            roles.append({(role.role, role.modules, role.computed, role.reused) for role in pab.report().roles})
+    assert torch.equal(*outputs)
+    assert roles[0] == roles[1]
+    assert {role for role, *_, reused in roles[0] if reused} >= {"spatial", "temporal", "cross"}
+
+
+def test_a_model_without_repeated_blocks_is_refused_regional_compilation() -> None:
+    with pytest.raises(ValueError, match="Linear has no repeated blocks"):
+        pab_fx.enable(torch.nn.Linear(2, 2), regional=True)
