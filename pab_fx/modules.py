@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -121,12 +121,22 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     """Further names of the modules to their first: `torch.export` copies a module that has two names."""
     first: dict[tuple[int, ...], str] = {}
     aliases: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in _all_names(model):
         parameters = tuple(id(parameter) for parameter in module.parameters(recurse=True))
         key = (len(list(module.children())), *parameters)
         if parameters:
             aliases[name] = first.setdefault(key, name)
     return aliases
+
+
+def _all_names(
+    module: nn.Module, name: str = "", around: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """Every name of every module; `named_modules(remove_duplicate=False)` has no end where a part holds its whole."""
+    yield name, module
+    for key, child in module._modules.items():
+        if child is not None and all(child is not outer for outer in (module, *around)):
+            yield from _all_names(child, joined(name, key), (module, *around))
 
 
 def joined(prefix: str, relative: str) -> str:

@@ -328,3 +328,13 @@ def test_the_report_outlives_disable() -> None:
     pab.disable()
     assert pab.report().reused == reused > 0
     assert repr(pab).startswith("PAB(disabled; ")
+
+
+def test_a_part_that_holds_the_whole_model_is_no_obstacle() -> None:
+    """Caches of others leave such models: modules that are in a circle."""
+    model = ENTRY.build()
+    expected = hooks_of(ENTRY, model)
+    next(module for module in model.modules() if not list(module.children())).whole = model
+    with pab_fx.enable(model, CONFIG, inner="eager") as pab:
+        assert unequal(generation(model), expected) == 0
+        assert pab.report().reused > 0
