@@ -23,6 +23,9 @@ current_cache_context: ContextVar[str | None] = ContextVar("pab_fx_cache_context
 on_reset: list[Callable[[Any], None]] = []
 """Called with the model when its stateful caches are to be reset."""
 
+on_enable_cache: list[Callable[[Any, Any], None]] = []
+"""Called with a model and the config of a cache of diffusers, before that is enabled; may raise."""
+
 on_end: list[Callable[[Any], None]] = []
 """Called with a pipeline when it declares its generation to be over."""
 
@@ -35,6 +38,24 @@ def is_attention(cls: type | None) -> bool:
 def has_hooks(module: Any) -> bool:
     """Whether diffusers' own PAB hooks sit on a module."""
     return "pyramid_attention_broadcast" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def other_cache(model: Any) -> str | None:
+    """The name of a hook by which another cache of diffusers sits on a model, `None` if there is none."""
+    for module in model.modules():
+        for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+            if "cache" in name or name.startswith("fbc_"):
+                return name
+    return None
+
+
+def adapter_parameters(model: Any) -> Iterator[Any]:
+    """The parameters of a model that belong to adapters of peft: they come and go, switched by the user."""
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            adapters: Any = getattr(module, name, None)
+            if hasattr(adapters, "parameters"):
+                yield from adapters.parameters()
 
 
 def role_of(name: str, is_cross_attention: bool, config: PyramidAttentionBroadcastConfig) -> str | None:
@@ -86,15 +107,15 @@ def cache_context(name: str | None) -> Iterator[None]:
 
 
 def listen() -> None:
-    """Make diffusers tell cache contexts and ends of generations to `pab_fx` as well.
+    """Make diffusers tell cache contexts, caches and ends of generations to `pab_fx` as well.
 
-    `CacheMixin` passes both on to diffusers' own hooks only, and there are none here; a pipeline whose model does
-    not mix it in tells nobody. The three methods keep doing what they did; wrapping them twice does nothing.
+    `CacheMixin` passes them on to diffusers' own hooks only, and there are none here; a pipeline whose model does
+    not mix it in tells nobody. The four methods keep doing what they did; wrapping them twice does nothing.
     """
     if hasattr(CacheMixin.cache_context, "_pab_fx"):
         return
     enter_context, reset = CacheMixin.cache_context, CacheMixin._reset_stateful_cache
-    free = DiffusionPipeline.maybe_free_model_hooks
+    free, enable_cache = DiffusionPipeline.maybe_free_model_hooks, CacheMixin.enable_cache
 
     @functools.wraps(enter_context)
     @contextlib.contextmanager
@@ -108,6 +129,12 @@ def listen() -> None:
             listener(self)
         reset(self, *args, **kwargs)
 
+    @functools.wraps(enable_cache)
+    def enable_cache_of_model(self: CacheMixin, config: Any) -> None:
+        for listener in on_enable_cache:
+            listener(self, config)
+        enable_cache(self, config)
+
     @functools.wraps(free)
     def maybe_free_model_hooks(self: DiffusionPipeline) -> None:
         for listener in on_end:
@@ -116,5 +143,6 @@ def listen() -> None:
 
     cache_context_of_model._pab_fx = True  # type: ignore[attr-defined]
     CacheMixin.cache_context = cache_context_of_model  # type: ignore[method-assign]
+    CacheMixin.enable_cache = enable_cache_of_model  # type: ignore[method-assign]
     CacheMixin._reset_stateful_cache = reset_stateful_cache  # type: ignore[method-assign]
     DiffusionPipeline.maybe_free_model_hooks = maybe_free_model_hooks  # type: ignore[method-assign]

@@ -122,6 +122,11 @@ def _receiver(code: CodeType, local: Mapping[str, Any] | FrameType) -> Any:
     return found["self"] if isinstance(found.get("self"), nn.Module) else found.get(names[0]) if names else None
 
 
+def is_compiled_call(call: Any) -> bool:
+    """Whether that is what `torch.compile` makes of a function. `_torchdynamo_orig_callable` seen in 2.13."""
+    return hasattr(call, "_torchdynamo_orig_callable")
+
+
 def calling_modules() -> list[nn.Module]:
     """The modules whose methods are running on this thread's Python stack, innermost first.
 

@@ -126,6 +126,7 @@ class PABBackend:
         self._roles: Any = WeakIdKeyDictionary()
         self._warned: dict[str, str] = {}
         self._unread: dict[TensorSpec, torch.Tensor] = {}
+        self.calls = 0  # of graphs that broadcast
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph: tag, rewrite, lower, hand to the inner compiler."""
@@ -136,6 +137,15 @@ class PABBackend:
                 "grad",
                 "pab_fx: PAB is for inference, and gradients are enabled for parameters that require them: the model "
                 "runs without broadcasting. Call it under torch.no_grad(), or model.requires_grad_(False).",
+            )
+            return self.compile_inner(gm, example_inputs)
+        around = _running_modules()
+        cache = next(filter(None, map(_diffusers.other_cache, around)), None)
+        if cache is not None:
+            self.warn_once(
+                "cache",
+                f"pab_fx: another cache of diffusers is on (its hook {cache!r}), and the two do not mix: the model "
+                "runs without broadcasting. Take that cache off, or disable PAB.",
             )
             return self.compile_inner(gm, example_inputs)
         original = copy_of(gm)
@@ -150,7 +160,10 @@ class PABBackend:
             self._warn_of_nothing(regions)
             return self.compile_inner(gm, example_inputs)
         inputs = rewritten.graph.find_nodes(op="placeholder")
-        found = anchors(nodes_of, inputs, example_inputs)
+        # adapters are switched within a generation; what has been counted and kept goes on
+        adapters = {id(parameter) for module in around for parameter in _diffusers.adapter_parameters(module)}
+        lasting = [None if id(given) in adapters else given for given in example_inputs]
+        found = anchors(nodes_of, inputs, lasting)
         insert_conditions(rewritten, regions, _no_timestep, allocate=False)
         graph = BroadcastGraph(self, original, rewritten, found, example_inputs, len(names.enclosing) <= 1)
         self.graphs.append(graph)
@@ -243,6 +256,31 @@ class PABBackend:
         """Warn that in a whole call of the model of that class no attention was found."""
         self.warn_once("no attention", f"pab_fx: no attention was found in {name}, so nothing is reused.")
 
+    def warn_of_left_alone(self, known: int) -> None:
+        """Warn of attentions that the graphs compiled since there were `known` regions compute in every step.
+
+        What is known of them from before, as when the model was another one still, is forgotten.
+        """
+        new = self.regions[known:]
+        broadcast = {region.name for region in new if region.is_broadcast}
+        left = {region.name: region for region in new if region.unsafe and region.name not in broadcast}
+        if left:
+            self.regions[:known] = [region for region in self.regions[:known] if region.name not in left]
+            listed = ", ".join(left)
+            self.warn_once(
+                f"left alone: {listed}",
+                f"pab_fx: computed in every step, for the reason that report() gives: {listed}.",
+            )
+
+    def warn_of_no_graph(self, name: str) -> None:
+        """Warn that a model of that class, which was broadcast before, has run a call without it."""
+        self.warn_once(
+            "no graph",
+            f"pab_fx: {name} runs without broadcasting now. Dynamo compiles a changed model (other adapters, another "
+            f"shape) anew up to torch._dynamo.config.recompile_limit times ({torch._dynamo.config.recompile_limit}) "
+            "and then runs it as it is: raise that limit, or call torch.compiler.reset() between generations.",
+        )
+
     def _warn_of_nothing(self, regions: Sequence[Region]) -> None:
         idle = [region for region in regions if region.rule is None]
         if not idle or any(region.is_broadcast for region in self.regions):
@@ -325,6 +363,11 @@ def checked_config(config: Any) -> Any:
             f"config must be a PABConfig or diffusers' PyramidAttentionBroadcastConfig, got {config!r}.{hint}"
         )
     return config
+
+
+def _running_modules() -> list[nn.Module]:
+    """The outermost module that is running or being compiled, if any."""
+    return [*calling_modules()[-1:]] or [*compiled_frame().modules[:1]]
 
 
 def name_of_caller(roots: Sequence[nn.Module]) -> str | None:

@@ -15,7 +15,9 @@ import torch
 from diffusers import DiffusionPipeline, PyramidAttentionBroadcastConfig
 from torch import nn
 
+from . import _diffusers
 from ._diffusers import current_cache_context
+from ._torch import is_compiled_call
 from .backend import PABBackend
 from .clock import Session, Step, current_session, running, running_pipeline
 from .predicates import TIMESTEP_NAMES
@@ -29,9 +31,10 @@ _enabled: weakref.WeakKeyDictionary[nn.Module, PAB] = weakref.WeakKeyDictionary(
 
 @dataclass(frozen=True)
 class _Enabled:
-    """A model that PAB is on, and what to restore: the compiled calls that its modules had. Held weakly."""
+    """A model that PAB is on, its call, and what to restore: the compiled calls that its modules had. Held weakly."""
 
     model: weakref.ref[nn.Module]
+    call: weakref.ref[Any]
     calls: tuple[tuple[weakref.ref[nn.Module], Any], ...]
     hooks: PyramidAttentionBroadcastConfig | None
 
@@ -69,6 +72,7 @@ class PAB:
 
     def report(self) -> Report:
         """What is broadcast, what is left alone and why, what was computed and reused so far (or up to `disable`)."""
+        self._check_calls()
         return self._last_report or self.backend.report()
 
     def disable(self) -> None:
@@ -79,6 +83,8 @@ class PAB:
             model: Any = enabled.model()
             for reference, call in enabled.calls:
                 module: Any = reference()
+                if module is model and _is_replaced(enabled):
+                    continue  # by what the user compiled since
                 vars(module or nn.Module()).pop("_compiled_call_impl", None)
                 if module is not None and call is not None:
                     module._compiled_call_impl = call
@@ -95,6 +101,16 @@ class PAB:
     def __exit__(self, *exception: object) -> None:
         self.disable()
 
+    def _check_calls(self) -> None:
+        """Warn of models that were compiled by other means since, which takes the place of their call."""
+        for enabled in filter(_is_replaced, self._models):
+            name = type(enabled.model()).__name__
+            self.backend.warn_once(
+                f"replaced {name}",
+                f"pab_fx: {name} was compiled again since pab_fx.enable, by its compile(), and runs without "
+                "broadcasting. Call disable(), and enable() in place of compile(): it compiles the model too.",
+            )
+
     def _enable(
         self,
         model: Any,
@@ -105,7 +121,6 @@ class PAB:
         **compile_options: Any,
     ) -> None:
         calls = tuple((weakref.ref(module), module._compiled_call_impl) for module in (model, *blocks))
-        self._models.append(_Enabled(weakref.ref(model), calls, hooks))
         compiled: Callable[..., Any]
         if blocks:
             compiled = _RegionalCall(model, blocks, self.backend, compile_options)
@@ -114,8 +129,16 @@ class PAB:
         call = _stepping(model, compiled, self.backend, owner)
         # a torch.compile around the model has to run this call, not to trace into it
         model._compiled_call_impl = torch.compiler.disable(call) if is_wrapped else call
+        self._models.append(_Enabled(weakref.ref(model), weakref.ref(model._compiled_call_impl), calls, hooks))
         self.backend.roots.add(model)
         _enabled[model] = self
+
+
+def _is_replaced(enabled: _Enabled) -> bool:
+    """Whether the model's `compile()` has put another compiled call in the place of the one that `enable` gave it."""
+    model = enabled.model()
+    call = None if model is None else vars(model).get("_compiled_call_impl")
+    return call is not enabled.call() and is_compiled_call(call)
 
 
 class _RegionalCall:
@@ -262,7 +285,32 @@ def _hooks_config(model: Any) -> PyramidAttentionBroadcastConfig | None:
             f"{type(model).__name__} has another cache of diffusers enabled ({type(config).__name__}): "
             "call its disable_cache() first."
         )
+    other = _diffusers.other_cache(model) if config is None else None
+    if other is not None:
+        raise ValueError(
+            f"{type(model).__name__} has another cache of diffusers applied (its hook {other!r}): take it off first."
+        )
     return config
+
+
+def _refuse_cache(model: Any, config: Any) -> None:
+    """Listens to `model.enable_cache(config)`: two caches do not mix."""
+    if model in _enabled:
+        raise ValueError(
+            f"PAB is enabled on this {type(model).__name__} by pab_fx, and caches cannot be combined: call "
+            f"pab_fx.disable(...) on it before enable_cache({type(config).__name__}(...))."
+        )
+
+
+def _check_calls(pipeline: Any) -> None:
+    """Listens to the end of a pipeline's call."""
+    for model in vars(pipeline).values():
+        if isinstance(model, nn.Module) and model in _enabled:
+            _enabled[model]._check_calls()
+
+
+_diffusers.on_enable_cache.append(_refuse_cache)
+_diffusers.on_end.append(_check_calls)
 
 
 def _stepping(
@@ -276,6 +324,7 @@ def _stepping(
     The config's callback is about the pipeline that was enabled, the `owner`, if there was one.
     """
     reference, name = weakref.ref(model), type(model).__name__
+    has_broadcast = False
     parameters = list(inspect.signature(model.forward).parameters)
     positions = [parameters.index(each) for each in TIMESTEP_NAMES if each in parameters]
 
@@ -286,6 +335,8 @@ def _stepping(
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal has_broadcast
+        known, calls = len(backend.regions), backend.calls
         pipeline, caller = running_pipeline(), (id(reference()), current_cache_context.get())
         request = current_session() or pipeline
         step = Step(request)
@@ -298,6 +349,10 @@ def _stepping(
                 outputs = compiled(*args, **kwargs)
             if not backend.regions and not backend.warnings:
                 backend.warn_of_no_attention(name)
+            backend.warn_of_left_alone(known)
+            if has_broadcast and backend.calls == calls and not torch.is_grad_enabled():
+                backend.warn_of_no_graph(name)
+            has_broadcast = has_broadcast or backend.calls > calls
             return outputs
         except BaseException:
             model = reference()

@@ -89,6 +89,7 @@ class BroadcastGraph:
         self._compile_first(example_inputs)
 
     def __call__(self, *args: Any) -> Any:
+        self.backend.calls += 1
         step = current_step.get() or self._step_of_its_own()
         t = self._timestep(args) if step.t is None else step.t
         cells = self._cells(args, step)
