@@ -20,7 +20,7 @@ import zoo
 from diffusers import DiffusionPipeline
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from pipelines import PipelineEntry
 from pipelines.oracle import hooked_run
 from test_state import TIMESTEPS, Tiny, inputs
@@ -801,6 +801,7 @@ class Soak(RuleBasedStateMachine):
     pab: PAB
     generations = 0
     changed = 0
+    reused = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -907,9 +908,8 @@ class Soak(RuleBasedStateMachine):
         self.end_call(i, "cut off")
         self.pipes[i] = TinyPipeline(self.model, SCHEDULERS[self.schedulers[i]]())
 
-    @precondition(lambda self: all(request is None for request in self.requests))
     @invariant()
-    def pipelines_that_are_done_keep_nothing_after_the_next_step(self) -> None:
+    def nothing_is_kept_of_requests_that_are_gone(self) -> None:
         assert len(self.pab.backend.stores()) <= 1 + len(self.sessions) + len(self.pipes)
 
     def teardown(self) -> None:
@@ -917,6 +917,7 @@ class Soak(RuleBasedStateMachine):
             self.end_loop(i)
         for i in range(4):
             self.end_call(i, "cut off" if i % 2 else "finish")
+        Soak.reused += self.pab.report().reused
         self.sessions.clear()
         self.pipes.clear()
         gc.collect()
@@ -925,7 +926,7 @@ class Soak(RuleBasedStateMachine):
 
 
 def soak(runs: int, steps: int) -> None:
-    Soak.generations = Soak.changed = 0
+    Soak.generations = Soak.changed = Soak.reused = 0
     Soak.model = Tiny()
     with pab_fx.enable(Soak.model, config_of(), inner="eager", dynamic=True) as Soak.pab:
         run_state_machine_as_test(  # type: ignore[no-untyped-call]
@@ -940,6 +941,7 @@ def soak(runs: int, steps: int) -> None:
             ),
         )
         assert Soak.changed > 0
+        assert Soak.reused > 0
 
 
 def test_200_generations_on_one_model_are_each_as_if_alone() -> None:
@@ -948,6 +950,6 @@ def test_200_generations_on_one_model_are_each_as_if_alone() -> None:
 
 
 @pytest.mark.slow
-def test_5000_generations_on_one_model_are_each_as_if_alone() -> None:
-    soak(runs=150, steps=80)
-    assert Soak.generations >= 5000
+def test_1000_generations_on_one_model_are_each_as_if_alone() -> None:
+    soak(runs=60, steps=80)
+    assert Soak.generations >= 1000
