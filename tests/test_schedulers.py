@@ -223,7 +223,7 @@ def test_after_one_that_was_cut_off_a_generation_at_lower_timesteps_starts_afres
 # ----------------------------------------------------------------------------------- how the one before ended
 
 
-@pytest.mark.parametrize("name", [LATTE, CHROMA, *(pytest.param(name, marks=pytest.mark.slow) for name in (SD3, WAN))])
+@pytest.mark.parametrize("name", [LATTE, *(pytest.param(name, marks=pytest.mark.slow) for name in (SD3, WAN, CHROMA))])
 def test_a_generation_after_one_that_a_callback_cut_off_starts_afresh(enabled: Make, name: str) -> None:
     run = enabled(name)
     for step in (3, 0, 4):
