@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _diffusers
 from ._torch import calling_modules, compiled_frame, inductor_patches, lookup_backend
-from .clock import PipelineClock, current_session, running_pipeline
+from .clock import PipelineClock, request_of, running_pipeline
 from .config import PRESETS, PABConfig, check_diffusers_config
 from .constants import fix_numbers
 from .dataflow import is_number
@@ -121,6 +122,7 @@ class PABBackend:
         self.state = StateStore()
         self._stores: Any = WeakIdKeyDictionary()
         self._clocks: Any = WeakIdKeyDictionary()
+        self.counts: Counter[tuple[str, bool]] = Counter()  # of each role, and whether they reused
         self.graphs: list[BroadcastGraph] = []
         self.regions: list[Region] = []
         self._roles: Any = WeakIdKeyDictionary()
@@ -210,7 +212,7 @@ class PABBackend:
 
     def stores(self) -> list[StateStore]:
         """The state of every request, and what belongs to none."""
-        return [self.state, *self._stores.values()]
+        return [self.state, *self._stores.data.copy().values()]  # another thread may begin a request meanwhile
 
     def reset(self) -> None:
         """Start a new generation in every request: all counters are 0 and all caches are given back."""
@@ -220,7 +222,7 @@ class PABBackend:
     def reset_model(self, model: nn.Module) -> None:
         """`reset` for the modules of one model, in the request that runs, or in all if none does."""
         pipeline = running_pipeline()
-        request = current_session() or pipeline
+        request = request_of(pipeline)
         stores = self.stores() if request is None else [self.store(request)]
         for store in stores:
             store.reset([*model.parameters(), *model.modules()])
@@ -229,7 +231,7 @@ class PABBackend:
         """A pipeline's call is over: give back what its request keeps."""
         if pipeline in self._clocks:
             self.clock(pipeline).end()
-            self.store(current_session() or pipeline).reset()
+            self.store(request_of(pipeline)).reset()
 
     def report(self) -> Report:
         """What is broadcast, what is left alone and why, and what was computed and reused so far."""

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .schedule import END
 
@@ -79,6 +80,13 @@ class Session:
         True
     """
 
+    def __init__(self) -> None:
+        self._of_pipelines: Any = WeakIdKeyDictionary()
+
+    def of(self, pipeline: Any) -> Session:
+        """The request of a pipeline that runs in this session; the session itself for a loop of one's own."""
+        return self if pipeline is None else self._of_pipelines.setdefault(pipeline, Session())
+
     def __enter__(self) -> Session:
         _entered.set((*_entered.get(), self))
         return self
@@ -91,6 +99,12 @@ class Session:
 def current_session() -> Session | None:
     """The session around this call, `None` outside of one."""
     return next(reversed(_entered.get()), None)
+
+
+def request_of(pipeline: Any) -> Any:
+    """Whose state a call that a pipeline makes (`None`: that you make) reads and writes; `None` for the model's own."""
+    session = current_session()
+    return pipeline if session is None else session.of(pipeline)
 
 
 def running_pipeline() -> DiffusionPipeline | None:

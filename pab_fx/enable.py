@@ -19,7 +19,7 @@ from . import _diffusers
 from ._diffusers import current_cache_context
 from ._torch import is_compiled_call
 from .backend import PABBackend
-from .clock import Session, Step, current_session, running, running_pipeline
+from .clock import Session, Step, request_of, running, running_pipeline
 from .predicates import TIMESTEP_NAMES
 from .report import Report
 
@@ -338,7 +338,7 @@ def _stepping(
         nonlocal has_broadcast
         known, calls = len(backend.regions), backend.calls
         pipeline, caller = running_pipeline(), (id(reference()), current_cache_context.get())
-        request = current_session() or pipeline
+        request = request_of(pipeline)
         step = Step(request)
         if pipeline is not None:
             step = backend.clock(pipeline).tick(

@@ -99,6 +99,6 @@ def report_of(backend: PABBackend) -> Report:
             continue
         cells = [cell for _, cell in owned]
         held = sum(cache.numel() * cache.element_size() for cell in cells for cache in cell.caches or ())
-        computed, reused = sum(cell.computed for cell in cells), sum(cell.reused for cell in cells)
+        computed, reused = backend.counts[role, False], backend.counts[role, True]
         roles.append(RoleReport(role, len({owner for owner, _ in owned}) or len(names), computed, reused, held))
     return Report(tuple(roles), regions, graphs, backend.warnings)

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from . import _diffusers
 from ._torch import calling_argument, calling_modules, sizes_at, traced_shapes
-from .clock import Step, as_number, current_session, current_step, running_pipeline, timestep_from
+from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
 from .dataflow import value
 from .lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
 from .modules import joined
@@ -129,6 +129,7 @@ class BroadcastGraph:
             if not last:
                 next_t = t
             reuse, keeps[m] = cell.advance(t, has_cache[m], next_t)
+            self.backend.counts[cell.role, reuse] += cell.rule is not None
             has_cache[m] = True
             reuses.append(reuse)
         return tuple(reuses), keeps
@@ -185,7 +186,7 @@ class BroadcastGraph:
         pipeline = running_pipeline()
         if pipeline is not None:
             self.backend.clock(pipeline)  # so that the backend heeds the end of the pipeline's call
-        return Step(current_session() or pipeline)
+        return Step(request_of(pipeline))
 
     def _cells(self, args: Sequence[Any], step: Step) -> list[Cell]:
         store, context = self.backend.store(step.request), (_diffusers.current_cache_context.get(), step.branch)

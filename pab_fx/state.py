@@ -28,8 +28,6 @@ class Cell:
         t: timestep of the last call.
         until: last call that may reuse what is kept.
         caches: what is kept, one tensor per output; `None` for nothing.
-        computed: calls that computed, over all generations.
-        reused: calls that reused, over all generations.
         generation: number of the generation it is in, `None` where the timesteps alone tell.
     """
 
@@ -39,8 +37,6 @@ class Cell:
     t: float = NEVER
     until: float = NEVER
     caches: tuple[torch.Tensor, ...] | None = None
-    computed: int = 0
-    reused: int = 0
     generation: int | None = None
 
     def reset(self) -> None:
@@ -84,8 +80,6 @@ class Cell:
             self.until = self.n + rule.lifetime(t)
         keep = rule.keeps(self.n, t, self.until, next_t)
         self.n, self.t = self.n + 1, t
-        self.reused += reuse
-        self.computed += not reuse
         return reuse, keep
 
 

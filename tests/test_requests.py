@@ -561,12 +561,40 @@ def test_pipelines_in_one_session_start_afresh_after_one_that_was_cut_off(order:
     cut_off, whole = (pipes[i] for i in order)
     expected, plain = oracle(8, seed=1), tiny_pipeline()(8, seed=1)
     assert not torch.equal(expected, plain)
-    with pab_fx.enable(pipes[0], config_of(), inner="eager") as pab, pab.session():
-        with pytest.raises(CutOff):
-            cut_off(8, seed=2, callback=raising_at(2))
-        assert torch.equal(whole(8, seed=1), expected)
+    with pab_fx.enable(pipes[0], config_of(), inner="eager") as pab:
+        with pab.session():
+            with pytest.raises(CutOff):
+                cut_off(8, seed=2, callback=raising_at(2))
+            assert torch.equal(whole(8, seed=1), expected)
         assert pab.report().reused > 0
+        gc.collect()
         assert held(pab) == 0
+
+
+def test_a_pipeline_that_runs_inside_of_another_in_one_session_is_a_request_of_its_own() -> None:
+    outer = tiny_pipeline()
+    inner = sharing(outer)
+    found: list[torch.Tensor] = []
+
+    def callback(_: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if i == 2:
+            found.append(inner(8, seed=1))
+        return kwargs
+
+    with pab_fx.enable(outer, config_of(), inner="eager") as pab, pab.session():
+        assert torch.equal(outer(8, seed=2, callback=callback), oracle(8, seed=2))
+        assert torch.equal(*found, oracle(8, seed=1))
+        assert pab.report().reused > 0
+
+
+def test_counts_outlive_the_request_that_was_counted() -> None:
+    pipe = tiny_pipeline()
+    with pab_fx.enable(pipe, config_of(), inner="eager") as pab:
+        with pab.session():
+            pipe(8)
+        gc.collect()
+        assert len(pab.backend.stores()) == 1
+        assert pab.report().reused > 0
 
 
 @pytest.mark.parametrize("step", range(1, 5))
