@@ -1,0 +1,94 @@
+"""The scripts for released checkpoints run, with tiny components in place of the checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines import prompted
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+SMALL = ["--height", "64", "--width", "64", "--steps", "8"]
+SCRIPTS: dict[str, tuple[Any, Any, str, list[str]]] = {
+    "cogvideox": (diffusers.CogVideoXPipeline, prompted.cogvideox, "out.gif", [*SMALL, "--frames", "9"]),
+    "wan": (diffusers.WanPipeline, prompted.wan, "out.gif", [*SMALL, "--frames", "9"]),
+    "flux": (diffusers.FluxPipeline, prompted.flux, "out.png", SMALL),
+}
+scripts = pytest.mark.parametrize("name", SCRIPTS)
+
+
+def run_script(name: str, folder: Path, *options: str, **replaced: Any) -> np.ndarray:
+    """The pixels that a script writes, of all frames."""
+    _, _, output, sizes = SCRIPTS[name]
+    path = folder / output
+    arguments = ["--output", str(path), *sizes, "--inner", "eager", *options]
+    importlib.import_module(name).main(arguments, **replaced)
+    with Image.open(path) as image:
+        frames = []
+        for frame in range(getattr(image, "n_frames", 1)):
+            image.seek(frame)
+            frames.append(np.asarray(image.convert("RGB")))
+    path.unlink()
+    return np.stack(frames)
+
+
+@scripts
+@pytest.mark.parametrize("how", [[], pytest.param(["--regional"], marks=pytest.mark.slow)], ids=["whole", "regional"])
+def test_a_script_loads_generates_and_writes(
+    name: str, how: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cls, make, output, _ = SCRIPTS[name]
+    asked: list[tuple[str, Any]] = []
+
+    def from_pretrained(checkpoint: str, **kwargs: Any) -> Any:
+        asked.append((checkpoint, kwargs["torch_dtype"]))
+        return make()
+
+    monkeypatch.setattr(cls, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(diffusers.AutoencoderKLWan, "from_pretrained", lambda *args, **kwargs: None)
+    with_pab = run_script(name, tmp_path, *how)
+    printed = capsys.readouterr().out
+    assert len(with_pab) == (1 if output.endswith("png") else 9)
+    assert asked == [(asked[0][0], torch.bfloat16)]
+    assert printed.count("seconds") == 2
+    reused = {
+        line.split()[0]: int(line.split()[3]) for line in printed.splitlines() if line.startswith(("spat", "cro"))
+    }
+    assert set(reused) == ({"spatial", "cross"} if name == "wan" else {"spatial"})
+    assert all(reused.values())
+    assert f"written: {tmp_path / output}" in printed
+
+    without = run_script(name, tmp_path, *how, "--no-pab", "--rounds", "1")
+    printed = capsys.readouterr().out
+    assert (printed.count("seconds"), printed.count("reused")) == (1, 0)
+    assert with_pab.shape == without.shape
+    assert not np.array_equal(with_pab, without)
+
+
+@scripts
+@pytest.mark.slow
+def test_a_script_compiles_with_inductor(name: str, tmp_path: Path) -> None:
+    """As it does by default; the pipeline comes from a `load` of one's own."""
+    outputs = [
+        run_script(name, tmp_path, "--inner", inner, "--rounds", "1", load=lambda _: SCRIPTS[name][1]())
+        for inner in ("eager", "inductor")
+    ]
+    assert np.abs(outputs[0].astype(int) - outputs[1]).mean() < 1
+
+
+def test_prompt_and_seed_reach_the_pipeline(tmp_path: Path) -> None:
+    options = ["--rounds", "1", "--prompt", "a lighthouse"]
+    images = [
+        run_script("flux", tmp_path, *options, *more, load=lambda _: prompted.flux())
+        for more in ([], [], ["--seed", "1"], ["--prompt", "a mill"])
+    ]
+    same = [np.array_equal(images[0], image) for image in images]
+    assert same == [True, True, False, False]
