@@ -74,10 +74,9 @@ def hooked_run(entry: pipelines.PipelineEntry) -> torch.Tensor:
 
 def check(pipe: Any, pab: pab_fx.PAB, entry: pipelines.PipelineEntry) -> None:
     """The next generation is the hooks', for a pipeline in the state that `entry` builds; it reuses, and it shows."""
-    reused = pab.report().reused
     output = pipelines.run(pipe, entry)
     assert torch.equal(output, hooked_run(entry))
-    assert pab.report().reused > reused
+    assert pab.report().reused > 0  # what was counted for weights that are no more is not in it
     assert not torch.equal(output, pipelines.run(entry.build(), entry))
 
 
@@ -94,6 +93,7 @@ def before_and_between(change: Change, name: str = PIPELINE, undo: Change | None
     pipe = entry.build()
     with pab_fx.enable(pipe, config_of(None), inner="eager") as pab:
         check(pipe, pab, entry)
+    torch.compiler.reset()  # Dynamo counts compilations of a class, not of a model
     pipe = pipelines.BY_NAME[name].build()
     with pab_fx.enable(pipe, config_of(None), inner="eager") as pab:
         pipelines.run(pipe, pipelines.BY_NAME[name])
