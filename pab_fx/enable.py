@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +13,10 @@ from diffusers import DiffusionPipeline, PyramidAttentionBroadcastConfig
 from torch import nn
 
 from . import _diffusers
-from ._diffusers import current_cache_context
 from ._torch import is_compiled_call
 from .backend import PABBackend
-from .clock import Session, Step, request_of, running, running_pipeline
-from .predicates import TIMESTEP_NAMES
+from .call import RegionalCall, SteppingCall, repeated_blocks
+from .clock import Session
 from .report import Report
 
 logger = logging.getLogger(__name__)
@@ -123,10 +119,10 @@ class PAB:
         calls = tuple((weakref.ref(module), module._compiled_call_impl) for module in (model, *blocks))
         compiled: Callable[..., Any]
         if blocks:
-            compiled = _RegionalCall(model, blocks, self.backend, compile_options)
+            compiled = RegionalCall(model, blocks, self.backend, compile_options)
         else:
             compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
-        call = _stepping(model, compiled, self.backend, owner)
+        call = SteppingCall(model, compiled, self.backend, owner)
         # a torch.compile around the model has to run this call, not to trace into it
         model._compiled_call_impl = torch.compiler.disable(call) if is_wrapped else call
         self._models.append(_Enabled(weakref.ref(model), weakref.ref(model._compiled_call_impl), calls, hooks))
@@ -139,54 +135,6 @@ def _is_replaced(enabled: _Enabled) -> bool:
     model = enabled.model()
     call = None if model is None else vars(model).get("_compiled_call_impl")
     return call is not enabled.call() and is_compiled_call(call)
-
-
-class _RegionalCall:
-    """Calls a model whose blocks are compiled one by one; what lies between them runs as it is.
-
-    A block's graph does not show which axis is the video's frames, so the roles of a model that is given a video
-    are looked up in a capture of the whole model first, which compiles nothing.
-    """
-
-    def __init__(
-        self, model: Any, blocks: Sequence[Any], backend: PABBackend, compile_options: Mapping[str, Any]
-    ) -> None:
-        self._model = weakref.ref(model)
-        self._blocks = [weakref.ref(block) for block in blocks]
-        self._backend, self._options = backend, compile_options
-        self._is_prepared = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self._model()
-        if not self._is_prepared:
-            if any(isinstance(value, torch.Tensor) and value.dim() == 5 for value in (*args, *kwargs.values())):
-                self._backend.find_roles(model, args, kwargs)
-            for block in filter(None, (reference() for reference in self._blocks)):
-                block._compiled_call_impl = torch.compile(block._call_impl, backend=self._backend, **self._options)
-            self._is_prepared = True
-        return model._call_impl(*args, **kwargs)
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model that are worth compiling once for all: those of a class that occurs several times.
-
-    What diffusers lists for a class (`_repeated_blocks`, as in `compile_repeated_blocks`), else the entries of the
-    outermost `nn.ModuleList`s.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    listed = getattr(model, "_repeated_blocks", None)
-    if listed:
-        blocks = [module for module in model.modules() if type(module).__name__ in listed]
-    else:
-        lists = [module for module in model.children() if isinstance(module, nn.ModuleList)]
-        blocks = [block for each in lists for block in each]
-        classes = Counter(map(type, blocks))
-        blocks = [block for block in blocks if classes[type(block)] > 1]
-    if not blocks:
-        raise ValueError(f"regional=True: {type(model).__name__} has no repeated blocks; leave it out.")
-    return blocks
 
 
 def enable(
@@ -311,55 +259,3 @@ def _check_calls(pipeline: Any) -> None:
 
 _diffusers.on_enable_cache.append(_refuse_cache)
 _diffusers.on_end.append(_check_calls)
-
-
-def _stepping(
-    model: nn.Module,
-    compiled: Callable[..., Any],
-    backend: PABBackend,
-    owner: weakref.ref[DiffusionPipeline] | None,
-) -> Callable[..., Any]:
-    """The compiled call, which knows the step it belongs to; one that fails leaves no half-counted step behind.
-
-    The config's callback is about the pipeline that was enabled, the `owner`, if there was one.
-    """
-    reference, name = weakref.ref(model), type(model).__name__
-    has_broadcast = False
-    parameters = list(inspect.signature(model.forward).parameters)
-    positions = [parameters.index(each) for each in TIMESTEP_NAMES if each in parameters]
-
-    def timestep_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        by_name = next((kwargs[each] for each in TIMESTEP_NAMES if each in kwargs), None)
-        by_position = next((args[i] for i in positions if i < len(args)), None)
-        return by_position if by_name is None else by_name
-
-    @functools.wraps(compiled)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal has_broadcast
-        known, calls = len(backend.regions), backend.calls
-        pipeline, caller = running_pipeline(), (id(reference()), current_cache_context.get())
-        request = request_of(pipeline)
-        step = Step(request)
-        if pipeline is not None:
-            step = backend.clock(pipeline).tick(
-                pipeline, request, caller, timestep_of(args, kwargs), owner is None or pipeline is owner()
-            )
-        try:
-            with running(step):
-                outputs = compiled(*args, **kwargs)
-            if not backend.regions and not backend.warnings:
-                backend.warn_of_no_attention(name)
-            backend.warn_of_left_alone(known)
-            if has_broadcast and backend.calls == calls and not torch.is_grad_enabled():
-                backend.warn_of_no_graph(name)
-            has_broadcast = has_broadcast or backend.calls > calls
-            return outputs
-        except BaseException:
-            model = reference()
-            if model is not None:  # in this request alone: others are in the middle of theirs
-                backend.store(request).reset([*model.parameters(), *model.modules()])
-            if pipeline is not None:
-                backend.clock(pipeline).retract(caller)
-            raise
-
-    return call

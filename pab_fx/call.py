@@ -1,0 +1,131 @@
+"""What an enabled model runs in place of its own call."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ._diffusers import current_cache_context
+from .backend import PABBackend
+from .clock import Step, request_of, running, running_pipeline
+from .predicates import TIMESTEP_NAMES
+
+
+class SteppingCall:
+    """A model's compiled call, which knows the step it belongs to; one that fails leaves no half-counted step behind.
+
+    Args:
+        model: the model, which is held weakly: it holds this.
+        compiled: its call.
+        backend: what it is compiled with.
+        owner: the pipeline that was enabled, which the config's callback is about; `None` if it was a model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compiled: Callable[..., Any],
+        backend: PABBackend,
+        owner: weakref.ref[DiffusionPipeline] | None,
+    ) -> None:
+        self._model, self._compiled, self._backend, self._owner = weakref.ref(model), compiled, backend, owner
+        self._name, self._id = type(model).__name__, id(model)
+        parameters = list(inspect.signature(model.forward).parameters)
+        self._positions = [parameters.index(each) for each in TIMESTEP_NAMES if each in parameters]
+        self._has_broadcast = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        pipeline, caller = running_pipeline(), (self._id, current_cache_context.get())
+        step = self._step(pipeline, caller, args, kwargs)
+        known, calls = len(self._backend.regions), self._backend.calls
+        try:
+            with running(step):
+                outputs = self._compiled(*args, **kwargs)
+        except BaseException:
+            model = self._model()
+            if model is not None:  # in this request alone: others are in the middle of theirs
+                self._backend.store(step.request).reset([*model.parameters(), *model.modules()])
+            if pipeline is not None:
+                self._backend.clock(pipeline).retract(caller)
+            raise
+        self._warn(known, self._backend.calls > calls)
+        return outputs
+
+    def _step(self, pipeline: Any, caller: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
+        request = request_of(pipeline)
+        if pipeline is None:
+            return Step(request)
+        given = next((kwargs[name] for name in TIMESTEP_NAMES if name in kwargs), None)
+        if given is None:
+            given = next((args[i] for i in self._positions if i < len(args)), None)
+        is_owner = self._owner is None or pipeline is self._owner()
+        return self._backend.clock(pipeline).tick(pipeline, request, caller, given, is_owner)
+
+    def _warn(self, known: int, broadcasts: bool) -> None:
+        """Warn of a call that broadcast nothing, or of attentions that were left alone in it for the first time.
+
+        Args:
+            known: how many regions were known before the call.
+            broadcasts: whether the call ran a graph that broadcasts.
+        """
+        if not self._backend.regions and not self._backend.warnings:
+            self._backend.warn_of_no_attention(self._name)
+        self._backend.warn_of_left_alone(known)
+        if self._has_broadcast and not broadcasts and not torch.is_grad_enabled():
+            self._backend.warn_of_no_graph(self._name)
+        self._has_broadcast |= broadcasts
+
+
+class RegionalCall:
+    """Calls a model whose blocks are compiled one by one; what lies between them runs as it is.
+
+    A block's graph does not show which axis is the video's frames, so the roles of a model that is given a video
+    are looked up in a capture of the whole model first, which compiles nothing.
+    """
+
+    def __init__(
+        self, model: Any, blocks: Sequence[Any], backend: PABBackend, compile_options: Mapping[str, Any]
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._blocks = [weakref.ref(block) for block in blocks]
+        self._backend, self._options = backend, compile_options
+        self._is_prepared = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        if not self._is_prepared:
+            if any(isinstance(value, torch.Tensor) and value.dim() == 5 for value in (*args, *kwargs.values())):
+                self._backend.find_roles(model, args, kwargs)
+            for block in filter(None, (reference() for reference in self._blocks)):
+                block._compiled_call_impl = torch.compile(block._call_impl, backend=self._backend, **self._options)
+            self._is_prepared = True
+        return model._call_impl(*args, **kwargs)
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model that are worth compiling once for all: those of a class that occurs several times.
+
+    What diffusers lists for a class (`_repeated_blocks`, as in `compile_repeated_blocks`), else the entries of the
+    outermost `nn.ModuleList`s.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    listed = getattr(model, "_repeated_blocks", None)
+    if listed:
+        blocks = [module for module in model.modules() if type(module).__name__ in listed]
+    else:
+        lists = [module for module in model.children() if isinstance(module, nn.ModuleList)]
+        blocks = [block for each in lists for block in each]
+        classes = Counter(map(type, blocks))
+        blocks = [block for block in blocks if classes[type(block)] > 1]
+    if not blocks:
+        raise ValueError(f"regional=True: {type(model).__name__} has no repeated blocks; leave it out.")
+    return blocks
