@@ -88,14 +88,10 @@ def report_of(backend: PABBackend) -> Report:
     graphs = sum(len(graph.graphs) for graph in backend.graphs)
     roles = []
     for role in ROLES:
-        owned = [
-            (owner, cell)
-            for store in backend.stores()
-            for owner, cell in store.cells()
-            if cell.role == role and cell.rule
-        ]
+        found = [each for store in backend.stores() for each in store.cells() if each[1].role == role]
+        owned = [(owner, cell) for owner, cell in found if cell.rule]
         names = {region.name for region in backend.regions if region.is_broadcast and region.role == role}
-        if not names and not owned:
+        if not owned and (found or not names):  # blocks that share a graph may have a role that is left alone
             continue
         cells = [cell for _, cell in owned]
         held = sum(cache.numel() * cache.element_size() for cell in cells for cache in cell.caches or ())

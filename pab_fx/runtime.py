@@ -97,7 +97,7 @@ class BroadcastGraph:
         timesteps = step.timesteps or self.backend.known_timesteps()
         for cell, calls, specs in zip(cells, self._calls, expected, strict=True):
             cell.begin(t, cell.n // calls, timesteps, specs, step.generation)
-        if cells[0].n == 0:
+        if next((cell.n for cell in cells if cell.rule is not None), None) == 0:
             self._warn_of_schedule(t, timesteps)
         try:
             reuses, keeps = self._decide(cells, t, timesteps, step)
@@ -163,9 +163,9 @@ class BroadcastGraph:
     ) -> Any:
         lifted, compiled = self._graph("cond", args)
         predicates = [self._reuse if reuses[i] else self._compute for i in lifted.predicates]
-        caches = []
+        caches, reading = [], {m for m, reuse in zip(self._module_of, reuses, strict=True) if reuse}
         for m, i in (self._slot[name] for name in lifted.reads):
-            held = cells[m].caches
+            held = cells[m].caches if m in reading else None  # what is replaced is let go before
             caches.append(held[i] if held is not None else self.backend.unread(expected[m][i]))
         for cell in cells:
             cell.caches = None
