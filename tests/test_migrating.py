@@ -337,6 +337,18 @@ def test_any_config_of_videosys_reuses_in_the_same_steps_and_blocks(seed: int) -
     assert counts.steps == expected
 
 
+def test_blocks_of_a_role_that_is_left_alone_neither_warn_nor_have_a_line() -> None:
+    """Latte's spatial and temporal blocks are of one class: compiled alone, they share a graph."""
+    pipe = prompted.latte()
+    with pab_fx.enable(pipe, pab_fx.PABConfig(spatial_attention_block_skip_range=2), regional=True) as pab:
+        latents(pipe)
+        report = pab.report()
+    assert [role.role for role in report.roles] == ["spatial"]
+    assert report.roles[0].modules == 2
+    assert report.reused > 0
+    assert not report.warnings
+
+
 def test_feed_forwards_that_differ_in_space_and_time_are_refused(videosys: Any) -> None:
     from_videosys = run_block("videosys, any config")["from_videosys"]
     old = videosys.LattePABConfig(mlp_temporal_broadcast_config={720: {"block": [0], "skip_count": 1}})
