@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention, MochiAttention
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from .config import ATTENTION_ROLES
+from .config import ATTENTION_ROLES, PRESETS, PABConfig, check_diffusers_config
 
 current_cache_context: ContextVar[str | None] = ContextVar("pab_fx_cache_context", default=None)
 """Name of the cache context that the running denoising call belongs to: "cond", "uncond" or none."""
@@ -28,6 +28,29 @@ on_enable_cache: list[Callable[[Any, Any], None]] = []
 
 on_end: list[Callable[[Any], None]] = []
 """Called with a pipeline when it declares its generation to be over."""
+
+
+def checked_config(config: Any) -> Any:
+    """A `PABConfig` or diffusers' config, checked; the default one for `None`.
+
+    Raises:
+        ValueError: for anything else, with what was probably meant.
+    """
+    if config is None:
+        return PABConfig()
+    if isinstance(config, PyramidAttentionBroadcastConfig):
+        check_diffusers_config(config)
+        return config
+    if isinstance(config, PABConfig):
+        return config
+    hint = ""
+    if isinstance(config, str) and config in PRESETS:
+        hint = f" Did you mean PABConfig.preset({config!r})?"
+    elif isinstance(config, Mapping):
+        hint = " PABConfig.of(...) makes one from a mapping."
+    elif isinstance(config, type):
+        hint = f" That is the class: write {config.__name__}(...)."
+    raise ValueError(f"config must be a PABConfig or diffusers' PyramidAttentionBroadcastConfig, got {config!r}.{hint}")
 
 
 def is_attention(cls: type | None) -> bool:

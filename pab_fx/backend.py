@@ -19,10 +19,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import _diffusers
 from ._torch import calling_modules, compiled_frame, inductor_patches, lookup_backend
 from .clock import PipelineClock, request_of, running_pipeline
-from .config import PRESETS, PABConfig, check_diffusers_config
+from .config import PABConfig
 from .constants import fix_numbers
 from .dataflow import is_number
-from .modules import ModuleNames
+from .modules import ModuleNames, all_names
 from .report import Report, report_of
 from .rewrite import copy_of, insert_conditions
 from .runtime import BroadcastGraph, anchors, warn
@@ -71,7 +71,7 @@ class PABBackend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config = checked_config(config)
+        self.config = _diffusers.checked_config(config)
         if lowering not in LOWERINGS:
             raise ValueError(f"lowering={lowering!r} is unknown; it is one of {', '.join(map(repr, LOWERINGS))}.")
         if callable(passes) or not isinstance(passes, Iterable):
@@ -126,6 +126,7 @@ class PABBackend:
         self.graphs: list[BroadcastGraph] = []
         self.regions: list[Region] = []
         self._roles: Any = WeakIdKeyDictionary()
+        self._tied: Any = WeakIdKeyDictionary()
         self._warned: dict[str, str] = {}
         self._unread: dict[TensorSpec, torch.Tensor] = {}
         self.calls = 0  # of graphs that broadcast
@@ -205,6 +206,16 @@ class PABBackend:
     def name_of_caller(self) -> str | None:
         """Qualified name of the innermost module that runs now, `None` where none does."""
         return name_of_caller(tuple(self.roots))
+
+    def is_tied(self, parameter: Any) -> bool:
+        """Whether a parameter stands in several places of the model that runs now, and so does not tell which."""
+        if isinstance(parameter, nn.Parameter) and parameter not in self._tied:
+            parts = [part for model in calling_modules()[-1:] for _, part in all_names(model)]
+            places = [each for part in parts for each in part.parameters(recurse=False)]
+            counts = Counter(map(id, places))
+            for each in (parameter, *places):
+                self._tied[each] = counts[id(each)] > 1
+        return self._tied.get(parameter, False)
 
     def clock(self, pipeline: Any) -> PipelineClock:
         """The clock that follows a pipeline."""
@@ -346,25 +357,6 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, (str, int, float, tuple, list, dict, set, range, type(None))):
         return f"{type(value).__name__} {value!r}"
     return id(value)
-
-
-def checked_config(config: Any) -> Any:
-    """The config, checked; the default one for `None`."""
-    if config is None:
-        return PABConfig()
-    if isinstance(config, PyramidAttentionBroadcastConfig):
-        check_diffusers_config(config)
-        return config
-    if not isinstance(config, PABConfig):
-        hint = ""
-        if isinstance(config, str) and config in PRESETS:
-            hint = f" Did you mean PABConfig.preset({config!r})?"
-        elif isinstance(config, Mapping):
-            hint = " PABConfig.of(...) makes one from a mapping."
-        raise ValueError(
-            f"config must be a PABConfig or diffusers' PyramidAttentionBroadcastConfig, got {config!r}.{hint}"
-        )
-    return config
 
 
 def _running_modules() -> list[nn.Module]:

@@ -123,9 +123,16 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
         blocks = [module for module in model.modules() if type(module).__name__ in listed]
     else:
         lists = [module for module in model.children() if isinstance(module, nn.ModuleList)]
-        blocks = [block for each in lists for block in each]
+        blocks = [block for each in lists for block in _entries(each)]
         classes = Counter(map(type, blocks))
         blocks = [block for block in blocks if classes[type(block)] > 1]
     if not blocks:
         raise ValueError(f"regional=True: {type(model).__name__} has no repeated blocks; leave it out.")
     return blocks
+
+
+def _entries(container: nn.Module) -> list[nn.Module]:
+    """The modules in a container that are called, also where it holds containers, which are not."""
+    if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+        return [container]
+    return [entry for child in container.children() for entry in _entries(child)]

@@ -111,7 +111,6 @@ class PAB:
         self,
         model: Any,
         hooks: PyramidAttentionBroadcastConfig | None,
-        is_wrapped: bool,
         blocks: Sequence[Any],
         owner: weakref.ref[DiffusionPipeline] | None,
         **compile_options: Any,
@@ -124,7 +123,7 @@ class PAB:
             compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
         call = SteppingCall(model, compiled, self.backend, owner)
         # a torch.compile around the model has to run this call, not to trace into it
-        model._compiled_call_impl = torch.compiler.disable(call) if is_wrapped else call
+        model._compiled_call_impl = torch.compiler.disable(call)
         self._models.append(_Enabled(weakref.ref(model), weakref.ref(model._compiled_call_impl), calls, hooks))
         self.backend.roots.add(model)
         _enabled[model] = self
@@ -175,7 +174,6 @@ def enable(
         0 graphs compiled
     """
     models = [getattr(each, "_orig_mod", each) for each in _denoisers(model)]
-    wrapped = [each is not own for each, own in zip(_denoisers(model), models, strict=True)]
     for each in models:
         if each in _enabled:
             raise ValueError(f"PAB is enabled on this {type(each).__name__} already: call disable() on it first.")
@@ -186,11 +184,11 @@ def enable(
     backend = PABBackend.of({**options, "config": config})
     pab = PAB(backend)
     owner = weakref.ref(model) if isinstance(model, DiffusionPipeline) else None
-    for each, hooks, is_wrapped in zip(models, hooked, wrapped, strict=True):
+    for each, hooks in zip(models, hooked, strict=True):
         if hooks is not None:
             each.disable_cache()
             logger.info("took over from diffusers' PAB hooks on %s", type(each).__name__)
-        pab._enable(each, hooks, is_wrapped, blocks[each], owner, fullgraph=fullgraph, dynamic=dynamic)
+        pab._enable(each, hooks, blocks[each], owner, fullgraph=fullgraph, dynamic=dynamic)
     return pab
 
 

@@ -79,7 +79,7 @@ class ModuleNames:
             return None, ()
         own = self.enclosing[-1]
         prefix = self.by_id[id(own)][0]
-        if name != prefix and not name.startswith(prefix + "."):
+        if name != prefix and not name.startswith((prefix + ".", prefix + ":")):
             return None, ()
         relative = name.removeprefix(prefix).removeprefix(".")
         others = [n for n, module in self.by_id.values() if type(module) is type(own) and module is not own]
@@ -121,7 +121,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     """Further names of the modules to their first: `torch.export` copies a module that has two names."""
     first: dict[tuple[int, ...], str] = {}
     aliases: dict[str, str] = {}
-    for name, module in _all_names(model):
+    for name, module in all_names(model):
         parameters = tuple(id(parameter) for parameter in module.parameters(recurse=True))
         key = (len(list(module.children())), *parameters)
         if parameters:
@@ -129,19 +129,22 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _all_names(
-    module: nn.Module, name: str = "", around: tuple[nn.Module, ...] = ()
-) -> Iterator[tuple[str, nn.Module]]:
+def all_names(module: nn.Module, name: str = "", around: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
     """Every name of every module; `named_modules(remove_duplicate=False)` has no end where a part holds its whole."""
     yield name, module
     for key, child in module._modules.items():
         if child is not None and all(child is not outer for outer in (module, *around)):
-            yield from _all_names(child, joined(name, key), (module, *around))
+            yield from all_names(child, joined(name, key), (module, *around))
 
 
 def joined(prefix: str, relative: str) -> str:
-    """The qualified name of a part of a module; of the module itself for an empty `relative`."""
-    return ".".join(filter(None, (prefix, relative)))
+    """The qualified name of a part of a module; of the module itself for an empty `relative`.
+
+    Example:
+        >>> joined("blocks.0", "attn"), joined("blocks.0", ":sdpa"), joined("blocks.0", "")
+        ('blocks.0.attn', 'blocks.0:sdpa', 'blocks.0')
+    """
+    return prefix + relative if not prefix or not relative or relative.startswith(":") else f"{prefix}.{relative}"
 
 
 def qualified_name(path: str) -> str:

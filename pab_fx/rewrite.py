@@ -36,9 +36,8 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 
-from . import effects
+from . import _diffusers, effects
 from ._torch import cond_op, keep_persistence
-from .config import PABConfig
 from .dataflow import is_number, is_tensor, is_tuple, value
 from .modules import ModuleNames
 from .predicates import InGraphSchedule
@@ -115,7 +114,7 @@ def rewrite(
         >>> [node.meta["pab_conditional"].role for node in gm.graph.nodes if node.target is cond_op]
         ['spatial']
     """
-    config = PABConfig() if config is None else config
+    config = _diffusers.checked_config(config)
     if not isinstance(gm, fx.GraphModule):
         raise TypeError(f"rewrite takes a torch.fx.GraphModule, got {type(gm).__name__}: trace the model first.")
     if conditionals(gm):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .backend import PABBackend
 
 Compiled = Callable[..., Any]
+LIBRARIES = {"pab_fx", "torch", "diffusers", "contextlib"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class BroadcastGraph:
         self.conditionals = tuple(found.values())
         self.modules = tuple(dict.fromkeys(conditional.module_id for conditional in self.conditionals))
         self.anchors = tuple(anchors[module_id] for module_id in self.modules)
+        self._firsts = tuple(next(c for c in self.conditionals if c.module_id == each) for each in self.modules)
         self._module_of = tuple(self.modules.index(c.module_id) for c in self.conditionals)
         self._calls = tuple({c.module_id: c.calls for c in self.conditionals}.values())
         self._caches = _caches_of_modules(self.conditionals)
@@ -95,12 +99,15 @@ class BroadcastGraph:
         cells = self._cells(args, step)
         expected = self._expected_caches(args)
         timesteps = step.timesteps or self.backend.known_timesteps()
+        is_second = step.generation is None and cells[0].n > 0 and cells[0].t == t
         for cell, calls, specs in zip(cells, self._calls, expected, strict=True):
             cell.begin(t, cell.n // calls, timesteps, specs, step.generation)
         if next((cell.n for cell in cells if cell.rule is not None), None) == 0:
             self._warn_of_schedule(t, timesteps)
         try:
             reuses, keeps = self._decide(cells, t, timesteps, step)
+            if is_second and any(reuses) and _diffusers.current_cache_context.get() is None:
+                self._warn_of_second_call(t)
             if self.backend.lowering == "cond":
                 return self._run_conditional(args, cells, expected, reuses, keeps)
             if timesteps and not any(reuses) and not any(keeps):
@@ -196,14 +203,28 @@ class BroadcastGraph:
             if not anchor.positions and caller is None:
                 caller = next(iter(calling_modules()), self)
             owner, *others = [args[i] for i in anchor.positions] or [caller]
-            key = (anchor.occurrence, *map(id, others))
+            key: tuple[Hashable, ...] = (anchor.occurrence, *map(id, others))
+            if self.backend.is_tied(owner):
+                key = (*key, self._instance(m))
             cell = store.find(owner, key, context)
             cells.append(cell or store.add(owner, key, context, Cell(*self._assigned(m))))
         return cells
 
+    def _instance(self, m: int) -> Hashable:
+        """Tells an instance of a module from others that have its parameters."""
+        relative = self._firsts[m].relative
+        caller = next(iter(calling_modules()), None)
+        if relative is None or caller is None:
+            return self._firsts[m].name
+        path, _, node = relative.partition(":")
+        try:
+            return id(caller.get_submodule(path)), node
+        except AttributeError:
+            return id(caller), relative
+
     def _assigned(self, m: int) -> tuple[str, Rule | None]:
         """Role and rule of the instance of a module that runs now; by its name, where many blocks run this graph."""
-        conditional = next(c for c in self.conditionals if c.module_id == self.modules[m])
+        conditional = self._firsts[m]
         if conditional.relative is None or conditional.assign is None:
             return conditional.role, conditional.rule
         block = self.backend.name_of_caller()
@@ -247,6 +268,15 @@ class BroadcastGraph:
                 for names in self._caches
             )
         return self._expected[sizes]
+
+    def _warn_of_second_call(self, t: float) -> None:
+        """Warn, in a loop of one's own, of what may be guidance that would get the other branch's attention."""
+        self.backend.warn_once(
+            "second call",
+            f"pab_fx: the model is called twice in a row at timestep {t:g}, and the second call reuses attention of "
+            "the first. If these are branches of guidance, name them: with pab_fx.cache_context('cond'): ... If a "
+            "new generation begins there, call reset().",
+        )
 
     def _warn_of_schedule(self, t: float, timesteps: tuple[float, ...] | None) -> None:
         """Warn, at the start of a generation, of timesteps at which the config reuses nothing."""
@@ -344,5 +374,9 @@ def anchors(
 
 
 def warn(message: str) -> None:
-    """A `UserWarning` that points at the user's call."""
-    warnings.warn(message, UserWarning, stacklevel=3)
+    """A `UserWarning` that points at the user's call: the innermost one outside of the libraries."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level - 1 if frame is not None else 2)

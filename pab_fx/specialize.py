@@ -37,8 +37,8 @@ def specialize(
 
     Args:
         gm: from `rewrite`; it is not changed.
-        reuse: what reuses: roles ("spatial") or names of regions ("blocks.0.attn1"); a name stands for all
-            calls of that module, `name#1` for its second.
+        reuse: what reuses, one or several: roles ("spatial") or names of regions ("blocks.0.attn1"); a name
+            stands for all calls of that module, `name#1` for its second.
         compute: what computes; `None` for everything that is not in `reuse`. What is in neither stays
             conditional.
 
@@ -46,6 +46,7 @@ def specialize(
         A new GraphModule with the buffers of `gm`: it goes on counting and writing what it computes.
 
     Raises:
+        TypeError: if `gm` is no graph.
         ValueError: for a role or name that is none of the graph's, or that is in both.
 
     Example:
@@ -58,6 +59,10 @@ def specialize(
         >>> any("attention" in str(node.target) for node in reusing.graph.nodes)
         False
     """
+    if not isinstance(gm, fx.GraphModule):
+        raise TypeError(f"specialize takes a graph from rewrite, got {type(gm).__name__}.")
+    reuse = {reuse} if isinstance(reuse, str) else reuse
+    compute = {compute} if isinstance(compute, str) else compute
     result = copy_of(gm)
     found = conditionals(result)
     names = {name for conditional in found.values() for name in _names(conditional)}

@@ -601,3 +601,44 @@ def test_what_one_graph_keeps_has_the_strides_another_was_compiled_for(lowering:
         kwargs = {"hidden_states": inputs(number, 0)["hidden_states"], "timestep": torch.tensor(float(clock.t))}
         torch.testing.assert_close(compiled(**kwargs), oracle(**kwargs))
     assert backend.report().reused
+
+
+class Tied(nn.Module, CacheMixin):
+    """Two blocks whose attentions are modules of their own with the same parameters.
+
+    Args:
+        breaks: whether the graph breaks between them.
+    """
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        for name in ("to_q", "to_kv", "to_out"):
+            for own, other in zip(self.blocks[0].children(), self.blocks[1].children(), strict=True):
+                if hasattr(own, name):
+                    getattr(other, name).weight = getattr(own, name).weight
+                    getattr(other, name).bias = getattr(own, name).bias
+        self.breaks = breaks
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = hidden_states + 0.01 * timestep
+        for block in self.blocks:
+            x = block(x, text)
+            if self.breaks:
+                torch._dynamo.graph_break()
+        return x
+
+
+@lowerings
+@pytest.mark.parametrize(("breaks", "regional"), [(False, False), (True, False), (False, True)])
+def test_modules_that_share_their_parameters_do_not_share_their_state(
+    breaks: bool, regional: bool, lowering: str
+) -> None:
+    model = Tied(breaks).eval().requires_grad_(False)
+    clock = zoo.Clock()
+    plain = copy.deepcopy(model)
+    pab = pab_fx.enable(model, CONFIG(clock), inner="eager", lowering=lowering, regional=regional)
+    run = Run(plain, model, clock)
+    run.steps(TIMESTEPS).begin().steps(TIMESTEPS)
+    assert run.differs
+    assert pab.report().reused
