@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import _diffusers
 from ._torch import calling_modules, compiled_frame, inductor_patches, lookup_backend
 from .clock import PipelineClock, request_of, running_pipeline
-from .config import PABConfig
+from .config import ATTENTION_ROLES, PABConfig
 from .constants import fix_numbers
 from .dataflow import is_number
 from .modules import ModuleNames, all_names
@@ -293,6 +293,21 @@ class PABBackend:
             f"shape) anew up to torch._dynamo.config.recompile_limit times ({torch._dynamo.config.recompile_limit}) "
             "and then runs it as it is: raise that limit, or call torch.compiler.reset() between generations.",
         )
+
+    def warn_of_unmatched_roles(self, name: str) -> None:
+        """Warn of roles that the config gives a range while others are broadcast: `name` has no such attention."""
+        if not isinstance(self.config, PABConfig) or not self.counts:
+            return
+        found = {region.role for region in self.regions} | {role for role, _ in self.counts}
+        for role in ATTENTION_ROLES:
+            if self.config.skip_range(role) is not None and role not in found:
+                others = sorted({f"{region.name} ({region.role})" for region in self.regions})
+                shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+                self.warn_once(
+                    f"no {role}",
+                    f"pab_fx: no {role} attention was found in {name}, though the config has a range for it; found: "
+                    f"{shown}. If one of them is {role}, say so with {role}_attention_block_identifiers.",
+                )
 
     def _warn_of_nothing(self, regions: Sequence[Region]) -> None:
         idle = [region for region in regions if region.rule is None]

@@ -78,6 +78,8 @@ class SteppingCall:
         if not self._backend.regions and not self._backend.warnings:
             self._backend.warn_of_no_attention(self._name)
         self._backend.warn_of_left_alone(known)
+        if not self._has_broadcast:
+            self._backend.warn_of_unmatched_roles(self._name)
         if self._has_broadcast and not broadcasts and not torch.is_grad_enabled():
             self._backend.warn_of_no_graph(self._name)
         self._has_broadcast |= broadcasts

@@ -338,3 +338,14 @@ def test_a_part_that_holds_the_whole_model_is_no_obstacle() -> None:
     with pab_fx.enable(model, CONFIG, inner="eager") as pab:
         assert unequal(generation(model), expected) == 0
         assert pab.report().reused > 0
+
+
+def test_a_role_that_no_attention_has_warns_while_others_are_broadcast() -> None:
+    config = PABConfig(spatial_attention_block_skip_range=2, temporal_attention_block_skip_range=3)
+    model = ENTRY.build()
+    with (
+        pab_fx.enable(model, config, inner="eager") as pab,
+        pytest.warns(UserWarning, match="no temporal attention was found in PixArtTransformer2DModel"),
+    ):
+        generation(model)
+    assert pab.report().reused
