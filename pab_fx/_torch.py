@@ -193,6 +193,22 @@ def traced_shapes(gm: fx.GraphModule) -> Iterator[list[Any]]:
         ]
 
 
+def faked_for_compiler(recorded: torch.Tensor) -> torch.Tensor:
+    """A recorded fake tensor in the mode that a compiler expects inside of Dynamo's call; static sizes only.
+
+    torch 2.9 compiles a graph with another fake mode than it was traced with. `TracingContext` seen in 2.9 to 2.15.
+    """
+    from torch._guards import TracingContext
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if mode is None or not isinstance(recorded, FakeTensor) or recorded.fake_mode is mode:
+        return recorded
+    with mode:
+        return torch.empty_strided(recorded.shape, recorded.stride(), dtype=recorded.dtype, device=recorded.device)
+
+
 def belongs_to_model(placeholder: fx.Node) -> bool:
     """Whether an input of a Dynamo graph is a constant of the code or a module's attribute, not an argument.
 

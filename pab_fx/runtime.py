@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from . import _diffusers
-from ._torch import calling_argument, calling_modules, sizes_at, traced_shapes
+from ._torch import calling_argument, calling_modules, faked_for_compiler, sizes_at, traced_shapes
 from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
 from .dataflow import value
 from .lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
@@ -321,6 +321,8 @@ class BroadcastGraph:
     def _compile(self, key: Any, args: Sequence[Any]) -> None:
         lifted = self.lowered(key)
         further = [value(node) for node in lifted.gm.graph.find_nodes(op="placeholder")[len(args) :]]
+        if not self._symbols:
+            further = [faked_for_compiler(each) for each in further]
         self._compiled[key] = lifted, self.backend.compile_inner(lifted.gm, [*args, *further])
 
     def lowered(self, key: Any) -> Lifted:
