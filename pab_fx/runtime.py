@@ -215,7 +215,8 @@ class BroadcastGraph:
         relative = self._firsts[m].relative
         caller = next(iter(calling_modules()), None)
         if relative is None or caller is None:
-            return self._firsts[m].name
+            known = self._firsts[m].module_id  # Dynamo's: the module's id
+            return (int(known), "") if known.isdigit() else self._firsts[m].name
         path, _, node = relative.partition(":")
         try:
             return id(caller.get_submodule(path)), node
