@@ -3,18 +3,18 @@
     python examples/cogvideox.py --prompt "a panda playing a guitar in a bamboo forest" --output panda.mp4
     python examples/cogvideox.py --no-pab --output plain.mp4    # torch.compile alone, from the same noise
 
-It needs a CUDA device of some 30 GB, and `pip install transformers sentencepiece imageio-ffmpeg`. An output that ends
+It needs a CUDA device, and `pip install transformers sentencepiece imageio-ffmpeg`. An output that ends
 in .gif needs no ffmpeg. The settings of PAB are those of VideoSys.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from checkpoint import parser, timed_rounds
 from diffusers import CogVideoXPipeline
 from diffusers.utils import export_to_gif, export_to_video
 
@@ -30,10 +30,9 @@ def load(checkpoint: str) -> CogVideoXPipeline:
     return pipe.to("cuda")
 
 
-def generate(pipe: CogVideoXPipeline, args: argparse.Namespace) -> tuple[list[Any], float]:
-    """The frames of one video, and the seconds it took. The noise is drawn on the CPU: the same everywhere."""
-    start = time.perf_counter()
-    frames = pipe(
+def generate(pipe: CogVideoXPipeline, args: argparse.Namespace) -> list[Any]:
+    """The frames of one video; the noise is drawn on the CPU: the same everywhere."""
+    return pipe(
         args.prompt,
         height=args.height,
         width=args.width,
@@ -42,38 +41,22 @@ def generate(pipe: CogVideoXPipeline, args: argparse.Namespace) -> tuple[list[An
         guidance_scale=6.0,
         generator=torch.Generator().manual_seed(args.seed),
     ).frames[0]
-    return frames, time.perf_counter() - start
 
 
 def main(argv: Sequence[str] | None = None, load: Callable[[str], Any] = load) -> None:
     """Load, generate, and write the last video; `load` can be replaced by one that makes another pipeline."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="a panda playing a guitar in a bamboo forest")
-    parser.add_argument("--output", default="cogvideox.mp4", help="ends in .mp4 or .gif")
-    parser.add_argument("--checkpoint", default="THUDM/CogVideoX-5b")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=720)
-    parser.add_argument("--frames", type=int, default=49)
-    parser.add_argument("--rounds", type=int, default=2, help="videos to make; the first one includes compiling")
-    parser.add_argument("--no-pab", action="store_true", help="torch.compile alone, to compare with")
-    parser.add_argument("--regional", action="store_true", help="compile one block for all: starts sooner")
-    parser.add_argument("--inner", default="inductor", help='the compiler; "eager" compiles nothing')
-    args = parser.parse_args(argv)
-    pipe, pab = load(args.checkpoint), None
-    if not args.no_pab:
-        pab = pab_fx.enable(pipe, CONFIG, regional=args.regional, inner=args.inner)
-    elif args.regional:
-        for block in pipe.transformer.transformer_blocks:
-            block.compile(backend=args.inner)
-    else:
-        pipe.transformer.compile(backend=args.inner)
-    for turn in range(args.rounds):
-        frames, seconds = generate(pipe, args)
-        print(f"round {turn + 1}: {seconds:.1f} seconds")
-    if pab is not None:
-        print(pab.report())
+    options = parser(
+        __doc__,
+        prompt="a panda playing a guitar in a bamboo forest",
+        output="cogvideox.mp4",
+        checkpoint="THUDM/CogVideoX-5b",
+        steps=50,
+        height=480,
+        width=720,
+    )
+    options.add_argument("--frames", type=int, default=49)
+    args = options.parse_args(argv)
+    frames = timed_rounds(load(args.checkpoint), CONFIG, generate, args)
     write = export_to_gif if args.output.endswith(".gif") else export_to_video
     write(frames, args.output, fps=8)
     print(f"written: {args.output}")

@@ -201,7 +201,10 @@ class PABBackend:
 
     def store(self, request: Any) -> StateStore:
         """The state of a request (a session or a pipeline), or what belongs to none; it goes with the request."""
-        return self.state if request is None else self._stores.setdefault(request, StateStore())
+        if request is None:
+            return self.state
+        found = self._stores.get(request)
+        return self._stores.setdefault(request, StateStore()) if found is None else found
 
     def name_of_caller(self) -> str | None:
         """Qualified name of the innermost module that runs now, `None` where none does."""
@@ -219,7 +222,8 @@ class PABBackend:
 
     def clock(self, pipeline: Any) -> PipelineClock:
         """The clock that follows a pipeline."""
-        return self._clocks.setdefault(pipeline, PipelineClock(self.config.current_timestep_callback))
+        found = self._clocks.get(pipeline)
+        return found or self._clocks.setdefault(pipeline, PipelineClock(self.config.current_timestep_callback))
 
     def stores(self) -> list[StateStore]:
         """The state of every request, and what belongs to none."""
