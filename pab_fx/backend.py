@@ -17,15 +17,16 @@ from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _diffusers
-from ._torch import calling_modules, compiled_frame, inductor_patches, lookup_backend
+from ._torch import inductor_patches, lookup_backend
 from .clock import PipelineClock, request_of, running_pipeline
-from .config import ATTENTION_ROLES, PABConfig
+from .config import PABConfig
 from .constants import fix_numbers
 from .dataflow import is_number
-from .modules import ModuleNames, all_names
+from .notices import Notices
 from .report import Report, report_of
 from .rewrite import copy_of, insert_conditions
-from .runtime import BroadcastGraph, anchors, warn
+from .running import TiedParameters, module_names, running_modules
+from .runtime import BroadcastGraph, anchors
 from .state import StateStore, TensorSpec
 from .tag import Region, tag
 
@@ -126,8 +127,8 @@ class PABBackend:
         self.graphs: list[BroadcastGraph] = []
         self.regions: list[Region] = []
         self._roles: Any = WeakIdKeyDictionary()
-        self._tied: Any = WeakIdKeyDictionary()
-        self._warned: dict[str, str] = {}
+        self.tied = TiedParameters()
+        self.notices = Notices()
         self._unread: dict[TensorSpec, torch.Tensor] = {}
         self.calls = 0  # of graphs that broadcast
 
@@ -136,20 +137,12 @@ class PABBackend:
         for each in self.passes:
             gm = _applied(each, gm)
         if torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs):
-            self.warn_once(
-                "grad",
-                "pab_fx: PAB is for inference, and gradients are enabled for parameters that require them: the model "
-                "runs without broadcasting. Call it under torch.no_grad(), or model.requires_grad_(False).",
-            )
+            self.notices.warn_of_gradients()
             return self.compile_inner(gm, example_inputs)
-        around = _running_modules()
+        around = running_modules()
         cache = next(filter(None, map(_diffusers.other_cache, around)), None)
         if cache is not None:
-            self.warn_once(
-                "cache",
-                f"pab_fx: another cache of diffusers is on (its hook {cache!r}), and the two do not mix: the model "
-                "runs without broadcasting. Take that cache off, or disable PAB.",
-            )
+            self.notices.warn_of_other_cache(cache)
             return self.compile_inner(gm, example_inputs)
         original = copy_of(gm)
         rewritten = fix_numbers(copy_of(gm))
@@ -160,7 +153,8 @@ class PABBackend:
         self.regions += regions
         nodes_of = {region.module_id: region.nodes for region in regions if region.is_broadcast}
         if not nodes_of:
-            self._warn_of_nothing(regions)
+            if not any(region.is_broadcast for region in self.regions):
+                self.notices.warn_of_nothing(regions)
             return self.compile_inner(gm, example_inputs)
         inputs = rewritten.graph.find_nodes(op="placeholder")
         # adapters are switched within a generation; what has been counted and kept goes on
@@ -206,20 +200,6 @@ class PABBackend:
         found = self._stores.get(request)
         return self._stores.setdefault(request, StateStore()) if found is None else found
 
-    def name_of_caller(self) -> str | None:
-        """Qualified name of the innermost module that runs now, `None` where none does."""
-        return name_of_caller(tuple(self.roots))
-
-    def is_tied(self, parameter: Any) -> bool:
-        """Whether a parameter stands in several places of the model that runs now, and so does not tell which."""
-        if isinstance(parameter, nn.Parameter) and parameter not in self._tied:
-            parts = [part for model in calling_modules()[-1:] for _, part in all_names(model)]
-            places = [each for part in parts for each in part.parameters(recurse=False)]
-            counts = Counter(map(id, places))
-            for each in (parameter, *places):
-                self._tied[each] = counts[id(each)] > 1
-        return self._tied.get(parameter, False)
-
     def clock(self, pipeline: Any) -> PipelineClock:
         """The clock that follows a pipeline."""
         found = self._clocks.get(pipeline)
@@ -252,76 +232,23 @@ class PABBackend:
         """What is broadcast, what is left alone and why, and what was computed and reused so far."""
         return report_of(self)
 
-    def warn_once(self, key: str, message: str) -> None:
-        """Warn, the first time this backend has that to say."""
-        if key not in self._warned:
-            self._warned[key] = message
-            warn(message)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What this backend has warned of."""
-        return tuple(self._warned.values())
-
     def unread(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor to pass where a cache is demanded but not read; its values are arbitrary."""
         if spec not in self._unread:
             self._unread[spec] = spec.empty()
         return self._unread[spec]
 
-    def warn_of_no_attention(self, name: str) -> None:
-        """Warn that in a whole call of the model of that class no attention was found."""
-        self.warn_once("no attention", f"pab_fx: no attention was found in {name}, so nothing is reused.")
-
-    def warn_of_left_alone(self, known: int) -> None:
-        """Warn of attentions that the graphs compiled since there were `known` regions compute in every step.
+    def newly_left_alone(self, known: int) -> list[str]:
+        """Names of the attentions that the graphs compiled since there were `known` regions compute in every step.
 
         What is known of them from before, as when the model was another one still, is forgotten.
         """
         new = self.regions[known:]
         broadcast = {region.name for region in new if region.is_broadcast}
-        left = {region.name: region for region in new if region.unsafe and region.name not in broadcast}
+        left = {region.name: None for region in new if region.unsafe and region.name not in broadcast}
         if left:
             self.regions[:known] = [region for region in self.regions[:known] if region.name not in left]
-            listed = ", ".join(left)
-            self.warn_once(
-                f"left alone: {listed}",
-                f"pab_fx: computed in every step, for the reason that report() gives: {listed}.",
-            )
-
-    def warn_of_no_graph(self, name: str) -> None:
-        """Warn that a model of that class, which was broadcast before, has run a call without it."""
-        self.warn_once(
-            "no graph",
-            f"pab_fx: {name} runs without broadcasting now. Dynamo compiles a changed model (other adapters, another "
-            f"shape) anew up to torch._dynamo.config.recompile_limit times ({torch._dynamo.config.recompile_limit}) "
-            "and then runs it as it is: raise that limit, or call torch.compiler.reset() between generations.",
-        )
-
-    def warn_of_unmatched_roles(self, name: str) -> None:
-        """Warn of roles that the config gives a range while others are broadcast: `name` has no such attention."""
-        if not isinstance(self.config, PABConfig) or not self.counts:
-            return
-        found = {region.role for region in self.regions} | {role for role, _ in self.counts}
-        for role in ATTENTION_ROLES:
-            if self.config.skip_range(role) is not None and role not in found:
-                others = sorted({f"{region.name} ({region.role})" for region in self.regions})
-                shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
-                self.warn_once(
-                    f"no {role}",
-                    f"pab_fx: no {role} attention was found in {name}, though the config has a range for it; found: "
-                    f"{shown}. If one of them is {role}, say so with {role}_attention_block_identifiers.",
-                )
-
-    def _warn_of_nothing(self, regions: Sequence[Region]) -> None:
-        idle = [region for region in regions if region.rule is None]
-        if not idle or any(region.is_broadcast for region in self.regions):
-            return
-        found = "\n".join(f"  {region.name} ({region.role}): {region.why}" for region in idle)
-        kinds = "attentions and feed-forwards" if any(region.role == "mlp" for region in idle) else "attentions"
-        self.warn_once(
-            "nothing", f"pab_fx: the config matches none of the {kinds} found, so nothing is reused:\n{found}"
-        )
+        return list(left)
 
 
 def pab_backend(
@@ -376,41 +303,6 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, (str, int, float, tuple, list, dict, set, range, type(None))):
         return f"{type(value).__name__} {value!r}"
     return id(value)
-
-
-def _running_modules() -> list[nn.Module]:
-    """The outermost module that is running or being compiled, if any."""
-    return [*calling_modules()[-1:]] or [*compiled_frame().modules[:1]]
-
-
-def name_of_caller(roots: Sequence[nn.Module]) -> str | None:
-    """Qualified name of the innermost running module, in the one of `roots` around it or in the outermost model."""
-    callers = calling_modules()
-    around = [module for module in callers if any(part is callers[0] for part in module.modules())]
-    model = next((module for module in around if any(module is root for root in roots)), around[-1] if around else None)
-    return next((name for name, module in model.named_modules() if module is callers[0]), None) if model else None
-
-
-def module_names(roots: Sequence[nn.Module], roles: Any = None) -> ModuleNames:
-    """Names for the frame that Dynamo is compiling: in the one of `roots` around it, or in the outermost model.
-
-    Args:
-        roots: models that are known to be whole.
-        roles: for each of them, roles that are known by name.
-    """
-    frame, callers = compiled_frame(), calling_modules()
-    own, ends = frame.receiver, frame.ends
-    if not isinstance(own, nn.Module):
-        # a function: of a module that is being called (an attention's processor), or around a model
-        if not callers:
-            return ModuleNames.of(frame.modules[0]) if frame.modules else ModuleNames()
-        ends = ends and own is not None and own is getattr(callers[0], "processor", None)
-        own = callers[0]
-    around = [module for module in callers if any(part is own for part in module.modules())]
-    outermost = around[-1] if around else own
-    model = next((m for m in [own, *around] if any(m is root for root in roots)), outermost)
-    names = ModuleNames.of(model, dict.fromkeys([*reversed(around), own]), ends)
-    return dataclasses.replace(names, roles=(roles or {}).get(model, {}))
 
 
 def _inner_compiler(

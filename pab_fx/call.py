@@ -75,13 +75,15 @@ class SteppingCall:
             known: how many regions were known before the call.
             broadcasts: whether the call ran a graph that broadcasts.
         """
-        if not self._backend.regions and not self._backend.warnings:
-            self._backend.warn_of_no_attention(self._name)
-        self._backend.warn_of_left_alone(known)
+        backend, notices = self._backend, self._backend.notices
+        if not backend.regions and not notices.messages:
+            notices.warn_of_no_attention(self._name)
+        notices.warn_of_left_alone(backend.newly_left_alone(known))
         if not self._has_broadcast:
-            self._backend.warn_of_unmatched_roles(self._name)
+            called = {role for role, _ in list(backend.counts)}  # a list: another thread may count meanwhile
+            notices.warn_of_unmatched_roles(self._name, backend.config, backend.regions, called)
         if self._has_broadcast and not broadcasts and not torch.is_grad_enabled():
-            self._backend.warn_of_no_graph(self._name)
+            notices.warn_of_no_graph(self._name)
         self._has_broadcast |= broadcasts
 
 

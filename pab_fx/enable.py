@@ -101,7 +101,7 @@ class PAB:
         """Warn of models that were compiled by other means since, which takes the place of their call."""
         for enabled in filter(_is_replaced, self._models):
             name = type(enabled.model()).__name__
-            self.backend.warn_once(
+            self.backend.notices.warn_once(
                 f"replaced {name}",
                 f"pab_fx: {name} was compiled again since pab_fx.enable, by its compile(), and runs without "
                 "broadcasting. Call disable(), and enable() in place of compile(): it compiles the model too.",

@@ -97,4 +97,4 @@ def report_of(backend: PABBackend) -> Report:
         held = sum(cache.numel() * cache.element_size() for cell in cells for cache in cell.caches or ())
         computed, reused = backend.counts[role, False], backend.counts[role, True]
         roles.append(RoleReport(role, len({owner for owner, _ in owned}) or len(names), computed, reused, held))
-    return Report(tuple(roles), regions, graphs, backend.warnings)
+    return Report(tuple(roles), regions, graphs, backend.notices.messages)

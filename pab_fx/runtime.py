@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +19,7 @@ from .lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_o
 from .modules import joined
 from .predicates import TIMESTEP_NAMES, timestep_name
 from .rewrite import Conditional, conditionals, copy_of
+from .running import name_of_caller
 from .schedule import AfterTimesteps, Rule, SkipRange
 from .specialize import decide
 from .state import Cell, TensorSpec, next_timestep
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from .backend import PABBackend
 
 Compiled = Callable[..., Any]
-LIBRARIES = {"pab_fx", "torch", "diffusers", "contextlib"}
 
 
 @dataclass(frozen=True)
@@ -204,7 +201,7 @@ class BroadcastGraph:
                 caller = next(iter(calling_modules()), self)
             owner, *others = [args[i] for i in anchor.positions] or [caller]
             key: tuple[Hashable, ...] = (anchor.occurrence, *map(id, others))
-            if self.backend.is_tied(owner):
+            if owner in self.backend.tied:
                 key = (*key, self._instance(m))
             cell = store.find(owner, key, context)
             cells.append(cell or store.add(owner, key, context, Cell(*self._assigned(m))))
@@ -228,7 +225,7 @@ class BroadcastGraph:
         conditional = self._firsts[m]
         if conditional.relative is None or conditional.assign is None:
             return conditional.role, conditional.rule
-        block = self.backend.name_of_caller()
+        block = name_of_caller(tuple(self.backend.roots))
         if block is None:
             return conditional.role, None
         role, rule, _ = conditional.assign(joined(block, conditional.relative))
@@ -243,7 +240,7 @@ class BroadcastGraph:
             return as_number(args[self._timestep_input])
         given = calling_argument(TIMESTEP_NAMES)
         if given is None:
-            self.backend.warn_once(
+            self.backend.notices.warn_once(
                 "no timestep",
                 "pab_fx: no model around the attention takes an argument called timestep, so every step is computed. "
                 "Set current_timestep_callback, for example lambda: pipe.current_timestep.",
@@ -272,7 +269,7 @@ class BroadcastGraph:
 
     def _warn_of_second_call(self, t: float) -> None:
         """Warn, in a loop of one's own, of what may be guidance that would get the other branch's attention."""
-        self.backend.warn_once(
+        self.backend.notices.warn_once(
             "second call",
             f"pab_fx: the model is called twice in a row at timestep {t:g}, and the second call reuses attention of "
             "the first. If these are branches of guidance, name them: with pab_fx.cache_context('cond'): ... If a "
@@ -283,14 +280,14 @@ class BroadcastGraph:
         """Warn, at the start of a generation, of timesteps at which the config reuses nothing."""
         listed = {t for c in self.conditionals if isinstance(c.rule, AfterTimesteps) for t, _ in c.rule.skip_counts}
         if timesteps and listed and listed.isdisjoint(timesteps):
-            self.backend.warn_once(
+            self.backend.notices.warn_once(
                 "mlp timesteps",
                 f"pab_fx: none of the mlp timesteps {sorted(listed)} is among the generation's {list(timesteps)}, "
                 "so no feed-forward will be reused. List timesteps of the scheduler.",
             )
         windows = [c.rule.high for c in self.conditionals if isinstance(c.rule, SkipRange)]
         if t <= 1 and windows and max(windows) > 1:
-            self.backend.warn_once(
+            self.backend.notices.warn_once(
                 "scale",
                 f"pab_fx: the generation starts at timestep {t:g}, but the windows (up to {max(windows):g}) are on the "
                 "scheduler's scale, 0 to 1000: nothing will be reused. Set current_timestep_callback to a function "
@@ -374,12 +371,3 @@ def anchors(
         found[module_id] = Anchor(own, taken[own])
         taken[own] += 1
     return found
-
-
-def warn(message: str) -> None:
-    """A `UserWarning` that points at the user's call: the innermost one outside of the libraries."""
-    frame: FrameType | None = sys._getframe(1)
-    level = 2
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level - 1 if frame is not None else 2)

@@ -1,0 +1,117 @@
+"""What a backend tells its user while it runs: warnings, each of them once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from types import FrameType
+from typing import Any
+
+import torch
+
+from .config import ATTENTION_ROLES, PABConfig
+from .tag import Region
+
+LIBRARIES = {"pab_fx", "torch", "diffusers", "contextlib"}
+
+
+class Notices:
+    """What a backend has warned of. It warns of each thing once, also where many graphs and calls come upon it."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, str] = {}
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """The warnings so far, in order."""
+        return tuple(self._said.values())
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn, the first time there is that to say."""
+        if key not in self._said:
+            self._said[key] = message
+            warn(message)
+
+    def warn_of_gradients(self) -> None:
+        """Warn of a graph that is captured for training."""
+        self.warn_once(
+            "grad",
+            "pab_fx: PAB is for inference, and gradients are enabled for parameters that require them: the model "
+            "runs without broadcasting. Call it under torch.no_grad(), or model.requires_grad_(False).",
+        )
+
+    def warn_of_other_cache(self, hook: str) -> None:
+        """Warn of a model on which another of diffusers' caches, with a hook of that name, is on."""
+        self.warn_once(
+            "cache",
+            f"pab_fx: another cache of diffusers is on (its hook {hook!r}), and the two do not mix: the model "
+            "runs without broadcasting. Take that cache off, or disable PAB.",
+        )
+
+    def warn_of_nothing(self, regions: Sequence[Region]) -> None:
+        """Warn that of the regions of a graph, the first ones that were found, the config broadcasts none."""
+        idle = [region for region in regions if region.rule is None]
+        if not idle:
+            return
+        found = "\n".join(f"  {region.name} ({region.role}): {region.why}" for region in idle)
+        kinds = "attentions and feed-forwards" if any(region.role == "mlp" for region in idle) else "attentions"
+        self.warn_once(
+            "nothing", f"pab_fx: the config matches none of the {kinds} found, so nothing is reused:\n{found}"
+        )
+
+    def warn_of_no_attention(self, name: str) -> None:
+        """Warn that in a whole call of the model of that class no attention was found."""
+        self.warn_once("no attention", f"pab_fx: no attention was found in {name}, so nothing is reused.")
+
+    def warn_of_left_alone(self, names: Iterable[str]) -> None:
+        """Warn of attentions of these names, if any, that are computed in every step."""
+        listed = ", ".join(names)
+        if listed:
+            self.warn_once(
+                f"left alone: {listed}",
+                f"pab_fx: computed in every step, for the reason that report() gives: {listed}.",
+            )
+
+    def warn_of_no_graph(self, name: str) -> None:
+        """Warn that a model of that class, which was broadcast before, has run a call without it."""
+        self.warn_once(
+            "no graph",
+            f"pab_fx: {name} runs without broadcasting now. Dynamo compiles a changed model (other adapters, another "
+            f"shape) anew up to torch._dynamo.config.recompile_limit times ({torch._dynamo.config.recompile_limit}) "
+            "and then runs it as it is: raise that limit, or call torch.compiler.reset() between generations.",
+        )
+
+    def warn_of_unmatched_roles(
+        self, name: str, config: Any, regions: Sequence[Region], called: AbstractSet[str]
+    ) -> None:
+        """Warn of roles that the config gives a range while others are broadcast.
+
+        Args:
+            name: the model's class, which has no such attention.
+            config: a `PABConfig`; diffusers' config gives roles by names, and nothing is said of it.
+            regions: what was found.
+            called: the roles of what has been computed or reused; blocks of one graph differ in theirs.
+        """
+        if not isinstance(config, PABConfig) or not called:
+            return
+        found = {region.role for region in regions} | called
+        for role in ATTENTION_ROLES:
+            if config.skip_range(role) is not None and role not in found:
+                others = sorted({f"{region.name} ({region.role})" for region in regions})
+                shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+                self.warn_once(
+                    f"no {role}",
+                    f"pab_fx: no {role} attention was found in {name}, though the config has a range for it; found: "
+                    f"{shown}. If one of them is {role}, say so with {role}_attention_block_identifiers.",
+                )
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` that points at the user's call: the innermost one outside of the libraries."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level - 1 if frame is not None else 2)
