@@ -23,12 +23,13 @@ from .config import PABConfig
 from .constants import fix_numbers
 from .dataflow import is_number
 from .notices import Notices
+from .region import Region
 from .report import Report, report_of
 from .rewrite import copy_of, insert_conditions
 from .running import TiedParameters, module_names, running_modules
 from .runtime import BroadcastGraph, anchors
 from .state import StateStore, TensorSpec
-from .tag import Region, tag
+from .tag import tag
 
 logger = logging.getLogger(__name__)
 

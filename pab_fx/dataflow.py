@@ -94,6 +94,11 @@ def is_tuple(node: fx.Node) -> bool:
     return op_name(node) in TUPLES
 
 
+def takes_item(node: fx.Node) -> bool:
+    """Whether a node takes an item of a tuple, or indexes a tensor."""
+    return op_name(node) == "getitem"
+
+
 def is_state(node: fx.Node) -> bool:
     """Whether an input is a parameter, buffer or other attribute of the model, not data of the call."""
     if node.op == "get_attr":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .config import ATTENTION_ROLES, PABConfig
-from .tag import Region
+from .region import Region
 
 LIBRARIES = {"pab_fx", "torch", "diffusers", "contextlib"}
 

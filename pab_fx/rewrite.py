@@ -41,8 +41,9 @@ from ._torch import cond_op, keep_persistence
 from .dataflow import is_number, is_tensor, is_tuple, value
 from .modules import ModuleNames
 from .predicates import InGraphSchedule
+from .region import Assign, Region
 from .schedule import Rule
-from .tag import Assign, Region, tag
+from .tag import tag
 
 logger = logging.getLogger(__name__)
 
