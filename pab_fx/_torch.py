@@ -21,6 +21,14 @@ cond_op = torch.ops.higher_order.cond
 OpOverload = torch._ops.OpOverload
 
 
+def has_storage(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a storage that can be asked for: not a sparse one, nor one inside of `torch.vmap`.
+
+    `torch._C._has_storage`, seen in 2.9 to 2.15, where Inductor's passes ask it too.
+    """
+    return torch._C._has_storage(tensor)
+
+
 def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, held to the strides it is traced with. Inductor's `force_stride_order`, seen in 2.9 to 2.15."""
     from torch._inductor import inductor_prims

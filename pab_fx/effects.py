@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ._torch import OpOverload
+from ._torch import OpOverload, has_storage
 from .dataflow import is_tuple, leaf_module, op_name, value
 
 VIEWS = {
@@ -141,10 +141,9 @@ def storages(node: fx.Node) -> frozenset[StorageWeakRef] | None:
     if recorded is None:
         return None
     tensors = [leaf for leaf in _leaves(recorded) if isinstance(leaf, torch.Tensor)]
-    try:
-        return frozenset(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
-    except NotImplementedError:
+    if not all(map(has_storage, tensors)):
         return None
+    return frozenset(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
 
 
 def _leaves(recorded: Any) -> list[Any]:
