@@ -616,39 +616,36 @@ def test_freeing_the_hooks_of_one_pipeline_leaves_the_others_where_they_are(step
         assert pab.report().reused > 0
 
 
-def test_a_pipeline_that_runs_in_a_callback_of_another_leaves_it_where_it_is() -> None:
-    pipe = tiny_pipeline()
-    other = sharing(pipe)
-    expected, previewed = oracle(8), oracle(4, seed=1)
+def check_with_previews(pipe: Any, other: Any, steps: int) -> None:
+    """Assert that a pipeline, and another one that runs in its callback after each step, are both as if alone."""
     previews: list[torch.Tensor] = []
 
     def callback(_: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        previews.append(other(4, seed=1))
+        previews.append(other(steps, seed=1))
         return kwargs
 
+    assert torch.equal(pipe(8, callback=callback), oracle(8))
+    expected = oracle(steps, seed=1)
+    assert all(torch.equal(each, expected) for each in previews)
+
+
+def test_a_pipeline_that_runs_in_a_callback_of_another_leaves_it_where_it_is() -> None:
+    pipe = tiny_pipeline()
+    other = sharing(pipe)
     with pab_fx.enable(pipe, config_of(), inner="eager") as pab:
-        assert torch.equal(pipe(8, callback=callback), expected)
-        assert all(torch.equal(each, previewed) for each in previews)
+        check_with_previews(pipe, other, 4)
         assert pab.report().reused > 0
 
 
 def test_a_callback_of_one_pipeline_is_not_asked_for_the_timestep_of_another() -> None:
     pipe = tiny_pipeline()
     other = sharing(pipe)
-    expected, previewed = oracle(8), oracle(6, seed=1)
-    previews: list[torch.Tensor] = []
-
-    def callback(_: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        previews.append(other(6, seed=1))
-        return kwargs
-
     with pab_fx.enable(pipe, config_of(lambda: pipe.current_timestep), inner="eager") as pab:
-        assert torch.equal(other(6, seed=1), previewed)  # the first one does not run
-        assert torch.equal(pipe(8, callback=callback), expected)
-        assert all(torch.equal(each, previewed) for each in previews)
+        assert torch.equal(other(6, seed=1), oracle(6, seed=1))  # the first one does not run
+        check_with_previews(pipe, other, 6)
         assert pab.report().reused > 0
-    assert not torch.equal(other(6, seed=1), previewed)
-    assert not torch.equal(pipe(8), expected)
+    assert not torch.equal(other(6, seed=1), oracle(6, seed=1))
+    assert not torch.equal(pipe(8), oracle(8))
 
 
 @pytest.mark.parametrize("end", ["interrupted", "cut off"])
