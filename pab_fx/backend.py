@@ -22,8 +22,10 @@ from .clock import PipelineClock, request_of, running_pipeline
 from .config import PABConfig
 from .constants import fix_numbers
 from .dataflow import is_number
+from .modules import ModuleNames, repeated_blocks
 from .notices import Notices
 from .region import Region
+from .regional import Compiler, RegionalCompiler
 from .report import Report, report_of
 from .rewrite import copy_of, insert_conditions
 from .running import TiedParameters, module_names, running_modules
@@ -54,6 +56,7 @@ class PABBackend:
             reuses, and a step that neither reuses nor keeps runs the original graph.
         mode: passed to Inductor, as in `torch.compile(mode=...)`.
         options: passed to Inductor, as in `torch.compile(options=...)`.
+        regional: compile each repeated block once for all its siblings.
 
     Raises:
         ValueError: for a bad config, an unknown lowering, or an inner backend that is not registered.
@@ -72,6 +75,7 @@ class PABBackend:
         timesteps: Iterable[float] | torch.Tensor | Callable[[], Any] | None = None,
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
+        regional: bool = False,
     ) -> None:
         self.config = _diffusers.checked_config(config)
         if lowering not in LOWERINGS:
@@ -86,6 +90,7 @@ class PABBackend:
         self.timesteps = timesteps if callable(timesteps) or timesteps is None else _numbers(timesteps)
         self.inner = inner
         self._inner = _inner_compiler(inner, mode, options)
+        self.regional = regional
         self.runs_eagerly = inner == "eager"
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.clear()
@@ -127,7 +132,6 @@ class PABBackend:
         self.counts: Counter[tuple[str, bool]] = Counter()  # of each role, and whether they reused
         self.graphs: list[BroadcastGraph] = []
         self.regions: list[Region] = []
-        self._roles: Any = WeakIdKeyDictionary()
         self.tied = TiedParameters()
         self.notices = Notices()
         self._unread: dict[TensorSpec, torch.Tensor] = {}
@@ -147,7 +151,7 @@ class PABBackend:
             return self.compile_inner(gm, example_inputs)
         original = copy_of(gm)
         rewritten = fix_numbers(copy_of(gm))
-        names = module_names(tuple(self.roots), self._roles)
+        names = module_names(tuple(self.roots))
         regions = tag(rewritten, self.config, names)
         if self.lowering == "cond":
             regions = tuple(_without_numbers(region) for region in regions)
@@ -156,32 +160,24 @@ class PABBackend:
         if not nodes_of:
             if not any(region.is_broadcast for region in self.regions):
                 self.notices.warn_of_nothing(regions)
-            return self.compile_inner(gm, example_inputs)
+            return self._compiler(names)(gm, example_inputs)
         inputs = rewritten.graph.find_nodes(op="placeholder")
         # adapters are switched within a generation; what has been counted and kept goes on
         adapters = {id(parameter) for module in around for parameter in _diffusers.adapter_parameters(module)}
         lasting = [None if id(given) in adapters else given for given in example_inputs]
         found = anchors(nodes_of, inputs, lasting)
         insert_conditions(rewritten, regions, _no_timestep, allocate=False)
-        graph = BroadcastGraph(self, original, rewritten, found, example_inputs, len(names.enclosing) <= 1)
+        compiler = self._compiler(names)
+        graph = BroadcastGraph(self, compiler, original, rewritten, found, example_inputs, len(names.enclosing) <= 1)
         self.graphs.append(graph)
         return graph
 
-    def find_roles(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Find the roles of a model's attentions in a capture of the whole, for graphs of its blocks.
-
-        The model runs once, uncompiled, on these inputs. diffusers' config needs none of it: it goes by names.
-        """
-        if not isinstance(self.config, PABConfig):
-            return
-        roles: dict[str, str] = {}
-
-        def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            roles.update({region.name: region.role for region in tag(gm, self.config, module_names((model,)))})
-            return gm.forward
-
-        torch.compile(model._call_impl, backend=capture)(*args, **kwargs)
-        self._roles[model] = roles
+    def _compiler(self, names: ModuleNames) -> Compiler:
+        """What compiles the lowered graphs of one frame."""
+        if not self.regional or names.model is None:
+            return self.compile_inner
+        classes = {type(block).__name__ for block in repeated_blocks(names.model)}
+        return RegionalCompiler(self.compile_inner, classes, fix_strides=not self.runs_eagerly)
 
     def compile_inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a lowered graph with the inner compiler."""

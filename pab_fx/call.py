@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -85,58 +84,3 @@ class SteppingCall:
         if self._has_broadcast and not broadcasts and not torch.is_grad_enabled():
             notices.warn_of_no_graph(self._name)
         self._has_broadcast |= broadcasts
-
-
-class RegionalCall:
-    """Calls a model whose blocks are compiled one by one; what lies between them runs as it is.
-
-    A block's graph does not show which axis is the video's frames, so the roles of a model that is given a video
-    are looked up in a capture of the whole model first, which compiles nothing.
-    """
-
-    def __init__(
-        self, model: Any, blocks: Sequence[Any], backend: PABBackend, compile_options: Mapping[str, Any]
-    ) -> None:
-        self._model = weakref.ref(model)
-        self._blocks = [weakref.ref(block) for block in blocks]
-        self._backend, self._options = backend, compile_options
-        self._is_prepared = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self._model()
-        if not self._is_prepared:
-            if any(isinstance(value, torch.Tensor) and value.dim() == 5 for value in (*args, *kwargs.values())):
-                self._backend.find_roles(model, args, kwargs)
-            for block in filter(None, (reference() for reference in self._blocks)):
-                block._compiled_call_impl = torch.compile(block._call_impl, backend=self._backend, **self._options)
-            self._is_prepared = True
-        return model._call_impl(*args, **kwargs)
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model that are worth compiling once for all: those of a class that occurs several times.
-
-    What diffusers lists for a class (`_repeated_blocks`, as in `compile_repeated_blocks`), else the entries of the
-    outermost `nn.ModuleList`s.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    listed = getattr(model, "_repeated_blocks", None)
-    if listed:
-        blocks = [module for module in model.modules() if type(module).__name__ in listed]
-    else:
-        lists = [module for module in model.children() if isinstance(module, nn.ModuleList)]
-        blocks = [block for each in lists for block in _entries(each)]
-        classes = Counter(map(type, blocks))
-        blocks = [block for block in blocks if classes[type(block)] > 1]
-    if not blocks:
-        raise ValueError(f"regional=True: {type(model).__name__} has no repeated blocks; leave it out.")
-    return blocks
-
-
-def _entries(container: nn.Module) -> list[nn.Module]:
-    """The modules in a container that are called, also where it holds containers, which are not."""
-    if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
-        return [container]
-    return [entry for child in container.children() for entry in _entries(child)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import nn
 from . import _diffusers
 from ._torch import is_compiled_call
 from .backend import PABBackend
-from .call import RegionalCall, SteppingCall, repeated_blocks
+from .call import SteppingCall
 from .clock import Session
+from .modules import repeated_blocks
 from .report import Report
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,11 @@ _enabled: weakref.WeakKeyDictionary[nn.Module, PAB] = weakref.WeakKeyDictionary(
 
 @dataclass(frozen=True)
 class _Enabled:
-    """A model that PAB is on, its call, and what to restore: the compiled calls that its modules had. Held weakly."""
+    """A model that PAB is on, held weakly, its call, and what to restore: the compiled call that it had before."""
 
     model: weakref.ref[nn.Module]
     call: weakref.ref[Any]
-    calls: tuple[tuple[weakref.ref[nn.Module], Any], ...]
+    before: Any
     hooks: PyramidAttentionBroadcastConfig | None
 
 
@@ -77,15 +77,12 @@ class PAB:
         while self._models:
             enabled = self._models.pop()
             model: Any = enabled.model()
-            for reference, call in enabled.calls:
-                module: Any = reference()
-                if module is model and _is_replaced(enabled):
-                    continue  # by what the user compiled since
-                vars(module or nn.Module()).pop("_compiled_call_impl", None)
-                if module is not None and call is not None:
-                    module._compiled_call_impl = call
             if model is None:
                 continue
+            if not _is_replaced(enabled):  # by what the user compiled since
+                vars(model).pop("_compiled_call_impl", None)
+                if enabled.before is not None:
+                    model._compiled_call_impl = enabled.before
             _enabled.pop(model, None)
             if enabled.hooks is not None:
                 model.enable_cache(enabled.hooks)
@@ -111,20 +108,15 @@ class PAB:
         self,
         model: Any,
         hooks: PyramidAttentionBroadcastConfig | None,
-        blocks: Sequence[Any],
         owner: weakref.ref[DiffusionPipeline] | None,
         **compile_options: Any,
     ) -> None:
-        calls = tuple((weakref.ref(module), module._compiled_call_impl) for module in (model, *blocks))
-        compiled: Callable[..., Any]
-        if blocks:
-            compiled = RegionalCall(model, blocks, self.backend, compile_options)
-        else:
-            compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
+        before = model._compiled_call_impl
+        compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
         call = SteppingCall(model, compiled, self.backend, owner)
         # a torch.compile around the model has to run this call, not to trace into it
         model._compiled_call_impl = torch.compiler.disable(call)
-        self._models.append(_Enabled(weakref.ref(model), weakref.ref(model._compiled_call_impl), calls, hooks))
+        self._models.append(_Enabled(weakref.ref(model), weakref.ref(model._compiled_call_impl), before, hooks))
         self.backend.roots.add(model)
         _enabled[model] = self
 
@@ -177,18 +169,19 @@ def enable(
     for each in models:
         if each in _enabled:
             raise ValueError(f"PAB is enabled on this {type(each).__name__} already: call disable() on it first.")
-    blocks = {each: repeated_blocks(each) if regional else () for each in models}
+    for each in models if regional else ():
+        repeated_blocks(each)  # raises where there are none
     hooked = [_hooks_config(each) for each in models]
     if config is None:
         config = next((each for each in hooked if each is not None), None)
-    backend = PABBackend.of({**options, "config": config})
+    backend = PABBackend.of({**options, "config": config, "regional": regional})
     pab = PAB(backend)
     owner = weakref.ref(model) if isinstance(model, DiffusionPipeline) else None
     for each, hooks in zip(models, hooked, strict=True):
         if hooks is not None:
             each.disable_cache()
             logger.info("took over from diffusers' PAB hooks on %s", type(each).__name__)
-        pab._enable(each, hooks, blocks[each], owner, fullgraph=fullgraph, dynamic=dynamic)
+        pab._enable(each, hooks, owner, fullgraph=fullgraph, dynamic=dynamic)
     return pab
 
 

@@ -122,12 +122,14 @@ def fix_cache_strides(lifted: Lifted) -> Lifted:
             node.meta["example_value"] = in_order(value(node), stride_order(value(node)))
     output = graph.output_node()
     outputs, written = list(output.args[0]), len(lifted.writes)  # type: ignore[arg-type]
-    with graph.inserting_before(output):
-        for i in range(len(outputs) - written, len(outputs)):
-            recorded = value(outputs[i])
-            kept = graph.call_function(in_order, (outputs[i], stride_order(recorded)))
-            kept.meta["example_value"] = in_order(recorded, stride_order(recorded))
-            outputs[i] = kept
+    for i in range(len(outputs) - written, len(outputs)):
+        found = outputs[i]
+        recorded = value(found)
+        with graph.inserting_after(found):
+            kept = graph.call_function(in_order, (found, stride_order(recorded)))
+        # a part of the module that it is computed in: `regional` keeps the two together
+        kept.meta = {**found.meta, "example_value": in_order(recorded, stride_order(recorded))}
+        outputs[i] = kept
     output.args = (tuple(outputs),)
     lifted.gm.recompile()
     return lifted

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -43,14 +44,12 @@ class ModuleNames:
         enclosing: the modules around the traced frame, outermost first, the frame's own module last.
         ends: whether the graph runs to the end of that module's call, not to a graph break.
         aliases: for a module that has several names, each further one to the first.
-        roles: roles that were found in a capture of the whole model, by name.
     """
 
     by_id: Mapping[int, tuple[str, nn.Module]] = field(default_factory=dict)
     enclosing: tuple[nn.Module, ...] = ()
     ends: bool = True
     aliases: Mapping[str, str] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, enclosing: Iterable[nn.Module] = (), ends: bool = True) -> ModuleNames:
@@ -62,6 +61,11 @@ class ModuleNames:
     def of_graph(cls, gm: fx.GraphModule) -> ModuleNames:
         """The names that a graph tells by itself: modules with the same parameters are one module."""
         return cls(aliases=_aliases(gm))
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The outermost model, `None` where it is not known."""
+        return next((module for name, module in self.by_id.values() if not name), None)
 
     def siblings(self, name: str) -> tuple[str | None, tuple[str, ...]]:
         """What a part of the traced frame's module is called within it, and in the others of that module's class.
@@ -185,3 +189,32 @@ def call_sites(graph: fx.Graph, names: ModuleNames) -> dict[ModuleCall, list[fx.
         for call in names.stack(node):
             sites.setdefault(call, []).append(node)
     return sites
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model that are worth compiling once for all: those of a class that occurs several times.
+
+    What diffusers lists for a class (`_repeated_blocks`, as in `compile_repeated_blocks`), else the entries of the
+    outermost `nn.ModuleList`s.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    listed = getattr(model, "_repeated_blocks", None)
+    if listed:
+        blocks = [module for module in model.modules() if type(module).__name__ in listed]
+    else:
+        lists = [module for module in model.children() if isinstance(module, nn.ModuleList)]
+        blocks = [block for each in lists for block in _entries(each)]
+        classes = Counter(map(type, blocks))
+        blocks = [block for block in blocks if classes[type(block)] > 1]
+    if not blocks:
+        raise ValueError(f"regional=True: {type(model).__name__} has no repeated blocks; leave it out.")
+    return blocks
+
+
+def _entries(container: nn.Module) -> list[nn.Module]:
+    """The modules in a container that are called, also where it holds containers, which are not."""
+    if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+        return [container]
+    return [entry for child in container.children() for entry in _entries(child)]

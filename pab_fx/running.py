@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -27,12 +26,11 @@ def name_of_caller(roots: Sequence[nn.Module]) -> str | None:
     return next((name for name, module in model.named_modules() if module is callers[0]), None) if model else None
 
 
-def module_names(roots: Sequence[nn.Module], roles: Mapping[nn.Module, Mapping[str, str]] | None = None) -> ModuleNames:
+def module_names(roots: Sequence[nn.Module]) -> ModuleNames:
     """Names for the frame that Dynamo is compiling: in the one of `roots` around it, or in the outermost model.
 
     Args:
         roots: models that are known to be whole.
-        roles: for each of them, roles that are known by name.
     """
     frame, callers = compiled_frame(), calling_modules()
     own, ends = frame.receiver, frame.ends
@@ -45,8 +43,7 @@ def module_names(roots: Sequence[nn.Module], roles: Mapping[nn.Module, Mapping[s
     around = [module for module in callers if any(part is own for part in module.modules())]
     outermost = around[-1] if around else own
     model = next((m for m in [own, *around] if any(m is root for root in roots)), outermost)
-    names = ModuleNames.of(model, dict.fromkeys([*reversed(around), own]), ends)
-    return dataclasses.replace(names, roles=(roles or {}).get(model, {}))
+    return ModuleNames.of(model, dict.fromkeys([*reversed(around), own]), ends)
 
 
 class TiedParameters:

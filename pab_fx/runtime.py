@@ -26,6 +26,7 @@ from .state import Cell, TensorSpec, next_timestep
 
 if TYPE_CHECKING:
     from .backend import PABBackend
+    from .regional import Compiler
 
 Compiled = Callable[..., Any]
 
@@ -60,6 +61,7 @@ class BroadcastGraph:
     def __init__(
         self,
         backend: PABBackend,
+        compiler: Compiler,
         original: fx.GraphModule,
         rewritten: fx.GraphModule,
         anchors: dict[str, Anchor],
@@ -67,6 +69,7 @@ class BroadcastGraph:
         is_model: bool,
     ) -> None:
         self.backend = backend
+        self._compiler = compiler
         self.original = original
         self.rewritten = rewritten
         found = conditionals(rewritten)
@@ -311,7 +314,7 @@ class BroadcastGraph:
             if self._symbols:
                 lifted = self.lowered(key)
                 with traced_shapes(lifted.gm) as inputs:
-                    self._compiled[key] = lifted, self.backend.compile_inner(lifted.gm, inputs)
+                    self._compiled[key] = lifted, self._compiler(lifted.gm, inputs)
             else:
                 self._compile(key, args)
         return self._compiled[key]
@@ -321,7 +324,7 @@ class BroadcastGraph:
         further = [value(node) for node in lifted.gm.graph.find_nodes(op="placeholder")[len(args) :]]
         if not self._symbols:
             further = [faked_for_compiler(each) for each in further]
-        self._compiled[key] = lifted, self.backend.compile_inner(lifted.gm, [*args, *further])
+        self._compiled[key] = lifted, self._compiler(lifted.gm, [*args, *further])
 
     def lowered(self, key: Any) -> Lifted:
         """The lowered graph for a tuple of decisions, "cond" for all conditions, `None` for the original."""

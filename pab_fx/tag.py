@@ -8,7 +8,6 @@ hooks would give. Given a `PABConfig`, they are found in the dataflow (see `data
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -138,7 +137,7 @@ def _by_dataflow(gm: fx.GraphModule, config: PABConfig, names: ModuleNames) -> l
     regions = []
     for key, (call, nodes, inside) in grouped.items():
         name, module_id = (call.name, call.module_id) if call else (_unnamed(key, inside, names), key)
-        assign = partial(_assigned_by_dataflow, config, names.roles, *_role_by_dataflow(inside, acts, cores, axes))
+        assign = partial(_assigned_by_dataflow, config, *_role_by_dataflow(inside, acts, cores, axes))
         role, rule, why = assign(name)
         unsafe = _uncallable(call, names) if call is not None else None
         if len(names.enclosing) > 1 and not any(_has_projections(core, acts) for core in inside):
@@ -157,16 +156,12 @@ def _role_by_dataflow(
     return "spatial", "queries, keys and values come from one sequence"
 
 
-def _assigned_by_dataflow(
-    config: PABConfig, roles: Mapping[str, str], role: str, why: str, name: str
-) -> tuple[str, Rule | None, str]:
-    """The role that the dataflow gives, in the whole model if that was seen, unless an identifier matches the name."""
+def _assigned_by_dataflow(config: PABConfig, role: str, why: str, name: str) -> tuple[str, Rule | None, str]:
+    """The role that the dataflow gives, unless an identifier matches the name."""
     for other in ATTENTION_ROLES:
         for identifier in config.identifiers(other):
             if re.search(identifier, name):
                 return other, _attention_rule(config, other), f"its name matches {identifier!r}"
-    if name in roles:
-        role, why = roles[name], "so the dataflow of the whole model"
     return role, _attention_rule(config, role), why
 
 
