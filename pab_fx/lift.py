@@ -85,6 +85,7 @@ def fix_operand_strides(gm: fx.GraphModule) -> fx.GraphModule:
                 continue
             with gm.graph.inserting_before(cond):
                 operands[i] = gm.graph.call_function(hold_strides, (operand,))
+            operands[i].meta = {**cond.meta, "example_value": recorded}  # a part of the module that attends
         cond.args = (*cond.args[:3], tuple(operands))
     gm.recompile()
     return gm
