@@ -29,6 +29,33 @@ def has_storage(tensor: torch.Tensor) -> bool:
     return torch._C._has_storage(tensor)
 
 
+def wrapped(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], Any]:
+    """What a tensor is made of, such as the data and the scale of a quantised weight, and what else is known of it.
+
+    `is_traceable_wrapper_subclass` seen in 2.9 to 2.15; `__tensor_flatten__` is the documented protocol.
+    """
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        return {}, None
+    names, context = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}, context
+
+
+def boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    """A compiled graph that takes its inputs as a list, and lets go of each as soon as it has read it.
+
+    What AOTAutograd compiles takes them so, inside of a function that takes them one by one and holds on to them:
+    `simple_wraps` seen in 2.13 and 2.15. Without it (2.9, other compilers) they are held for the whole call.
+    """
+    function: Any = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+    inside = getattr(function, "__wrapped__", None)
+    is_from_aot = all(hasattr(function, name) for name in ("zero_grad", "named_parameters", "named_buffers"))
+    if inside is None or not is_from_aot or any(function.named_parameters()) or any(function.named_buffers()):
+        return lambda inputs: compiled(*inputs)
+    return torch.compiler.disable(inside)  # type: ignore[no-any-return]
+
+
 def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, held to the strides it is traced with. Inductor's `force_stride_order`, seen in 2.9 to 2.15."""
     from torch._inductor import inductor_prims

@@ -22,10 +22,11 @@ from .clock import PipelineClock, request_of, running_pipeline
 from .config import PABConfig
 from .constants import fix_numbers
 from .dataflow import is_number
+from .lowering import Compiler, Lowerings
 from .modules import ModuleNames, repeated_blocks
 from .notices import Notices
 from .region import Region
-from .regional import Compiler, RegionalCompiler
+from .regional import RegionalCompiler
 from .report import Report, report_of
 from .rewrite import copy_of, insert_conditions
 from .running import TiedParameters, module_names, running_modules
@@ -53,7 +54,7 @@ class PABBackend:
         passes: functions `gm -> gm` that run on the captured graph before it is tagged.
         timesteps: the timesteps of the generation, in order, or a function that returns them
             (`lambda: scheduler.timesteps`). Where they are known, nothing is kept that no later step
-            reuses, and a step that neither reuses nor keeps runs the original graph.
+            reuses.
         mode: passed to Inductor, as in `torch.compile(mode=...)`.
         options: passed to Inductor, as in `torch.compile(options=...)`.
         regional: compile each repeated block once for all its siblings.
@@ -149,7 +150,6 @@ class PABBackend:
         if cache is not None:
             self.notices.warn_of_other_cache(cache)
             return self.compile_inner(gm, example_inputs)
-        original = copy_of(gm)
         rewritten = fix_numbers(copy_of(gm))
         names = module_names(tuple(self.roots))
         regions = tag(rewritten, self.config, names)
@@ -167,8 +167,12 @@ class PABBackend:
         lasting = [None if id(given) in adapters else given for given in example_inputs]
         found = anchors(nodes_of, inputs, lasting)
         insert_conditions(rewritten, regions, _no_timestep, allocate=False)
-        compiler = self._compiler(names)
-        graph = BroadcastGraph(self, compiler, original, rewritten, found, example_inputs, len(names.enclosing) <= 1)
+        lowerings = Lowerings(rewritten, self._compiler(names), fix_strides=not self.runs_eagerly)
+        # inside of Dynamo's call, the graph that the first step runs
+        is_conditional = self.lowering == "cond"
+        first = "cond" if is_conditional else (False,) * len(lowerings.conditionals)
+        lowerings.compile_as_captured(first, example_inputs)
+        graph = BroadcastGraph(self, lowerings, found, is_model=len(names.enclosing) <= 1)
         self.graphs.append(graph)
         return graph
 

@@ -88,8 +88,8 @@ def report_of(backend: PABBackend) -> Report:
     graphs = sum(len(graph.graphs) for graph in backend.graphs)
     roles = []
     for role in ROLES:
-        found = [each for store in backend.stores() for each in store.cells() if each[1].role == role]
-        owned = [(owner, cell) for owner, cell in found if cell.rule]
+        found = [each for store in backend.stores() for each in store.cells() if each[2].role == role]
+        owned = [(owner, cell) for owner, _, cell in found if cell.rule]
         names = {region.name for region in backend.regions if region.is_broadcast and region.role == role}
         if not owned and (found or not names):  # blocks that share a graph may have a role that is left alone
             continue

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -17,70 +18,71 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .schedule import END, NEVER, Rule
 
 
-@dataclass
+class Count(NamedTuple):
+    """How far a module is in a generation. Those that go through it together share one.
+
+    Args:
+        n: calls since the last reset.
+        t: timestep of the last call.
+        until: last call that may reuse what is kept.
+        generation: number of the generation it is in, `None` where the timesteps alone tell.
+    """
+
+    n: int = 0
+    t: float = NEVER
+    until: float = NEVER
+    generation: int | None = None
+
+    def begun(self, t: float, step: int, timesteps: Sequence[float] | None, generation: int | None) -> Count:
+        """The count at the begin of a call at timestep `t`: a new one if that starts a new generation.
+
+        Where no pipeline tells the `generation`: timesteps never rise within one. Where all timesteps are known, one
+        that is not due at this `step`, but is the first, starts over too.
+        """
+        if generation is not None or self.generation is not None:  # a loop of one's own may follow a pipeline's
+            return self if generation == self.generation else Count(generation=generation)
+        starts = self.n > 0 and t > self.t
+        if timesteps and step > 0 and t == timesteps[0]:
+            starts |= not (step < len(timesteps) and timesteps[step] == t)
+        return FRESH if starts else self
+
+    def advanced(self, rule: Rule, t: float, has_cache: bool, next_t: float | None) -> tuple[Count, bool, bool]:
+        """The count after one call, whether that call reuses, and whether what it leaves may be reused."""
+        reuse = has_cache and rule.reuses(self.n, t, self.until)
+        until = self.until if reuse else self.n + rule.lifetime(t)
+        return Count(self.n + 1, t, until, self.generation), reuse, rule.keeps(self.n, t, until, next_t)
+
+
+FRESH = Count()
+
+
+@dataclass(slots=True, eq=False)
 class Cell:
     """State of one attention or feed-forward in one cache context.
 
     Args:
         role: the role it has.
         rule: when it reuses; `None` for never.
-        n: calls since the last reset.
-        t: timestep of the last call.
-        until: last call that may reuse what is kept.
-        caches: what is kept, one tensor per output; `None` for nothing.
-        generation: number of the generation it is in, `None` where the timesteps alone tell.
+        count: how far it is in the generation.
+        caches: what is kept; `None` for nothing.
+        specs: what `caches` look like, as the graph that kept them has it.
     """
 
     role: str
     rule: Rule | None
-    n: int = 0
-    t: float = NEVER
-    until: float = NEVER
-    caches: tuple[torch.Tensor, ...] | None = None
-    generation: int | None = None
+    count: Count = FRESH
+    caches: tuple[Any, ...] | None = None
+    specs: Sequence[TensorSpec] = ()
 
     def reset(self) -> None:
         """Forget the generation: the next call is the first of a new one."""
-        self.n, self.t, self.until, self.caches = 0, NEVER, NEVER, None
+        self.count, self.caches = FRESH, None
 
-    def begin(
-        self,
-        t: float,
-        step: int,
-        timesteps: Sequence[float] | None,
-        expected: Sequence[TensorSpec],
-        generation: int | None = None,
-    ) -> None:
-        """Reset if a call at timestep `t`, for outputs like `expected`, starts a new generation.
-
-        Where no pipeline tells the `generation`: timesteps never rise within one, and its tensors keep shape,
-        dtype and device. Where all timesteps are known, one that is not due at this `step`, but is the first,
-        starts over too.
-        """
-        if generation is not None or self.generation is not None:  # a loop of one's own may follow a pipeline's
-            rises = generation != self.generation
-            self.generation = generation
-        else:
-            rises = self.n > 0 and t > self.t
-            if timesteps and step > 0 and t == timesteps[0]:
-                rises |= not (step < len(timesteps) and timesteps[step] == t)
-        changed = self.caches is not None and any(
-            not spec.matches(cache) for spec, cache in zip(expected, self.caches, strict=True)
-        )
-        if rises or changed:
-            self.reset()
-
-    def advance(self, t: float, has_cache: bool, next_t: float | None) -> tuple[bool, bool]:
-        """Count one call and decide it: (whether it reuses, whether what it leaves may be reused)."""
-        rule = self.rule
-        if rule is None:
-            return False, False
-        reuse = has_cache and rule.reuses(self.n, t, self.until)
-        if not reuse:
-            self.until = self.n + rule.lifetime(t)
-        keep = rule.keeps(self.n, t, self.until, next_t)
-        self.n, self.t = self.n + 1, t
-        return reuse, keep
+    def fits(self, expected: Sequence[TensorSpec]) -> bool:
+        """Whether what is kept, if anything is, has that shape, dtype and device: within a generation it does."""
+        if self.caches is None or self.specs is expected:
+            return True
+        return all(spec.matches(kept) for spec, kept in zip(expected, self.specs, strict=True))
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,12 @@ class TensorSpec:
     device: torch.device
     order: tuple[int, ...]
 
-    def matches(self, tensor: torch.Tensor) -> bool:
-        sizes = len(tensor.shape) == len(self.shape) and all(
-            size in (-1, found) for size, found in zip(self.shape, tensor.shape, strict=True)
+    def matches(self, other: TensorSpec) -> bool:
+        """Whether a tensor of one may be read in place of one of the other, apart from its strides."""
+        sizes = len(other.shape) == len(self.shape) and all(
+            size == found or -1 in (size, found) for size, found in zip(self.shape, other.shape, strict=True)
         )
-        return sizes and tensor.dtype == self.dtype and tensor.device == self.device
+        return sizes and other.dtype == self.dtype and other.device == self.device
 
     def empty(self) -> torch.Tensor:
         """Such a tensor, with arbitrary values."""
@@ -104,11 +107,16 @@ class TensorSpec:
         return torch.empty_permuted(shape, self.order, dtype=self.dtype, device=self.device)
 
 
-@dataclass
+@dataclass(eq=False)
 class StateStore:
-    """All cells of a backend, by owner: a parameter or a module, held weakly."""
+    """All cells of a backend in one request, by owner: a parameter or a module, held weakly.
+
+    Args:
+        found: for each graph, the cells that its modules had, by cache context, to spare the look-up.
+    """
 
     _cells: Any = field(default_factory=WeakIdKeyDictionary)
+    found: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
 
     def find(self, owner: Any, occurrence: Hashable, context: Hashable) -> Cell | None:
         """The cell of an owner's `occurrence`-th module in a cache context, if there is one yet."""
@@ -119,11 +127,11 @@ class StateStore:
         self._cells.setdefault(owner, {})[occurrence, context] = cell
         return cell
 
-    def cells(self) -> Iterator[tuple[Hashable, Cell]]:
-        """Every cell, with a key that tells its module from others."""
+    def cells(self) -> Iterator[tuple[Hashable, Hashable, Cell]]:
+        """Every cell, with a key that tells its module from others, and its cache context."""
         for owner, cells in self._owned():
-            for (occurrence, _), cell in list(cells.items()):
-                yield (id(owner), occurrence), cell
+            for (occurrence, context), cell in list(cells.items()):
+                yield (id(owner), occurrence), context, cell
 
     def reset(self, owners: Iterable[Any] | None = None) -> None:
         """Reset every cell, or those of the given owners."""

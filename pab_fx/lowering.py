@@ -1,0 +1,143 @@
+"""Lower a rewritten graph, once for each set of decisions that occurs, and have it compiled.
+
+    specialize    the conditions are decided, what is dead is dropped: one graph for each set of reusing regions
+    cond          the conditions stay, as inputs: one graph
+
+Either way the state is lifted out (see `lift`): caches come in as inputs and leave as outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ._torch import boxed, faked_for_compiler, sizes_at, traced_shapes
+from .dataflow import value
+from .lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
+from .rewrite import Conditional, conditionals, copy_of
+from .specialize import decide
+from .state import TensorSpec
+
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+"""What an inner compiler is: `(gm, example_inputs) -> callable`."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A lowered graph and what the inner compiler made of it.
+
+    Args:
+        lifted: the graph.
+        run: takes its inputs as a list, which it may empty, and returns its outputs.
+        reads: of each cache it takes, the module's number and the cache's among that module's.
+        writes: of each module whose caches it returns, the module's number and their positions among the outputs.
+    """
+
+    lifted: Lifted
+    run: Callable[[list[Any]], Sequence[Any]]
+    reads: tuple[tuple[int, int], ...]
+    writes: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+class Lowerings:
+    """A rewritten graph in all the ways it was lowered so far.
+
+    Args:
+        rewritten: the captured graph with its conditionals, from `insert_conditions(..., allocate=False)`.
+        compiler: compiles a lowered graph.
+        fix_strides: hold caches and operands of conditions to one layout, as a compiler needs that is free to choose.
+    """
+
+    def __init__(self, rewritten: fx.GraphModule, compiler: Compiler, fix_strides: bool) -> None:
+        self.rewritten, self._compiler, self._fix_strides = rewritten, compiler, fix_strides
+        found = conditionals(rewritten)
+        self.conditionals = tuple(found.values())
+        of_module: dict[str, list[Conditional]] = {}
+        for conditional in self.conditionals:
+            of_module.setdefault(conditional.module_id, []).append(conditional)
+        self.modules = tuple(map(tuple, of_module.values()))
+        self.inputs = rewritten.graph.find_nodes(op="placeholder")
+        self.outputs = len(rewritten.graph.output_node().args[0])  # type: ignore[arg-type]
+        self._caches = tuple(calls[0].caches for calls in self.modules)
+        self._recorded = _recorded_outputs(found)
+        self._symbols = [
+            (i, value(node)) for i, node in enumerate(self.inputs) if isinstance(value(node), torch.SymInt)
+        ]
+        self._expected: dict[tuple[int, ...], tuple[tuple[TensorSpec, ...], ...]] = {}
+        self._compiled: dict[Any, Compiled] = {}
+
+    @property
+    def graphs(self) -> dict[Any, Lifted]:
+        """The graphs compiled so far, by their key."""
+        return {key: compiled.lifted for key, compiled in self._compiled.items()}
+
+    def lowered(self, key: Any) -> Lifted:
+        """The graph lowered for a key: whether each conditional reuses, or "cond"."""
+        gm = copy_of(self.rewritten)
+        lifted = lift(gm if key == "cond" else decide(gm, dict(enumerate(key))))
+        if self._fix_strides:
+            fix_operand_strides(gm)
+            fix_cache_strides(lifted)
+        return lifted
+
+    def compiled(self, key: Any, args: Sequence[Any]) -> Compiled:
+        """The compiled graph for a key; compiled when it is first needed, for inputs like these.
+
+        Args:
+            key: as for `lowered`.
+            args: inputs of the captured graph.
+        """
+        if key not in self._compiled:
+            if self._symbols:
+                lifted = self.lowered(key)
+                with traced_shapes(lifted.gm) as inputs:
+                    self._compiled[key] = self._with_caches(lifted, self._compiler(lifted.gm, inputs))
+            else:
+                self.compile_as_captured(key, args)
+        return self._compiled[key]
+
+    def compile_as_captured(self, key: Any, example_inputs: Sequence[Any]) -> None:
+        """Compile the graph for a key, inside of Dynamo's call or for static shapes."""
+        lifted = self.lowered(key)
+        further = [value(node) for node in lifted.gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]]
+        if not self._symbols:
+            further = [faked_for_compiler(each) for each in further]
+        self._compiled[key] = self._with_caches(lifted, self._compiler(lifted.gm, [*example_inputs, *further]))
+
+    def expected_caches(self, args: Sequence[Any]) -> tuple[tuple[TensorSpec, ...], ...]:
+        """What each module's caches look like in a call with inputs of these sizes; the same object for the same."""
+        sizes = tuple([args[i] for i, _ in self._symbols])
+        if sizes not in self._expected:
+            known = [(symbol, size) for (_, symbol), size in zip(self._symbols, sizes, strict=True)]
+            self._expected[sizes] = tuple(
+                tuple(_spec(self._recorded[name], known) for name in names) for names in self._caches
+            )
+        return self._expected[sizes]
+
+    def _with_caches(self, lifted: Lifted, run: Callable[..., Any]) -> Compiled:
+        """A compiled graph, with whose caches it takes and returns."""
+        place = {name: (m, i) for m, names in enumerate(self._caches) for i, name in enumerate(names)}
+        output_of = {name: self.outputs + i for i, name in enumerate(lifted.writes)}
+        writes = [
+            (m, tuple(output_of[name] for name in names))
+            for m, names in enumerate(self._caches)
+            if all(name in output_of for name in names)
+        ]
+        return Compiled(lifted, boxed(run), tuple(place[name] for name in lifted.reads), tuple(writes))
+
+
+def _spec(recorded: torch.Tensor, known: Sequence[tuple[torch.SymInt, int]]) -> TensorSpec:
+    return TensorSpec(sizes_at(recorded.shape, known), recorded.dtype, recorded.device, stride_order(recorded))
+
+
+def _recorded_outputs(found: dict[fx.Node, Conditional]) -> dict[str, torch.Tensor]:
+    """The fake tensor recorded for what each cache holds."""
+    recorded: dict[str, torch.Tensor] = {}
+    for cond, conditional in found.items():
+        for item in cond.users:
+            recorded[conditional.caches[item.args[1]]] = value(item)  # type: ignore[index]
+    return recorded
