@@ -48,6 +48,74 @@ def demo(
     console.print(f"The clips, side by side: {output}", soft_wrap=True)
 
 
+@app.command()
+def bench(
+    context: typer.Context,
+    model: Annotated[list[str] | None, typer.Option(help="cogvideox, latte, flux or wan; repeatable. All.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the real sizes in bf16.")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed generations of each column.")] = 5,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a generation. 20; fewer on cuda.")] = None,
+    columns: Annotated[
+        str, typer.Option(help="Which, of eager,hooks,compile,specialize,cond,regional,bound,both (hooks + compile).")
+    ] = "eager,hooks,compile,specialize,cond,regional,bound,both",
+    config: Annotated[
+        str | None, typer.Option(help="cogvideox, latte, open-sora, or like spatial=2,cross=6,window=100:800.")
+    ] = None,
+    inner: Annotated[str, typer.Option(help="The compiler of all columns: inductor, eager, ...")] = "inductor",
+    plan: Annotated[bool, typer.Option(help="Tell pab_fx the timesteps, as a pipeline's scheduler does.")] = True,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time for a model; what does not fit is left out. 8 on cuda, else no limit.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Write a bar chart: .png, .svg or .pdf.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables in Markdown.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny models: shows that it runs, and no more.")] = False,
+) -> None:
+    """Time generations under hooks, torch.compile and pab_fx, in turns, and how near they are to the lower bound."""
+    from .bench.run import run_bench
+    from .bench.settings import Settings, columns_of, config_of, default_minutes
+    from .bench.write import check_paths, show, write
+
+    console = Console()
+    try:
+        check_paths(json, chart, markdown)
+        settings = Settings(
+            models=tuple(dict.fromkeys(model or Settings.models)),
+            columns=columns_of(columns),
+            device=device,
+            size="quick" if quick else device,
+            rounds=rounds,
+            steps=steps,
+            pab=None if config is None else config_of(config),
+            inner=inner,
+            tell_timesteps=plan,
+            minutes=default_minutes(device) if minutes is None else minutes,
+            command=_command_of(context, "json", "chart", "markdown"),
+        )
+        with console.status("") as status:
+            result = run_bench(settings, status.update)
+    except (ValueError, RuntimeError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    show(result, console)
+    write(result, json, chart, markdown)
+
+
+def _command_of(context: typer.Context, *left_out: str) -> str:
+    """The command as it was given, less some options: without them it measures the same."""
+    parts = ["python -m pab_fx", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        given = context.params.get(name)
+        source = context.get_parameter_source(name)
+        if name in left_out or source is None or source.name != "COMMANDLINE":
+            continue
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            option = parameter.opts[0] if value is not False else parameter.secondary_opts[0]
+            parts.append(option if isinstance(value, bool) else f"{option} {value}")
+    return " ".join(parts)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

@@ -1,0 +1,150 @@
+"""Contenders for one model: set up one by one and checked, then run in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from ._torch import captured_frames, cold_compiler
+from .contenders import Contender, LowerBound, Setting, contender
+from .measure import Generation, Spread, Trajectory, by_kind, distance, ratios
+from .results import ColumnResult
+from .settings import Settings
+
+Say = Callable[[str], None]
+"""Tells what happens, for people who wait."""
+
+PLAIN = ("eager", "compile")
+"""Columns that reuse nothing."""
+
+
+class BenchError(RuntimeError):
+    """What was measured means nothing: a contender did not do what it is compared for."""
+
+
+class Entrant:
+    """A contender and what was seen of it."""
+
+    def __init__(self, column: str, runs: Contender) -> None:
+        self.column, self.contender = column, runs
+        self.captures = self.late_captures = self.peak_bytes = self.reused = 0
+        self.cold = Generation(0.0, ())
+        self.rounds: list[Generation] = []
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Of each round."""
+        return tuple(each.seconds for each in self.rounds)
+
+
+class Race:
+    """One model and all that run it.
+
+    Args:
+        setting: what contenders are set up from.
+        trajectory: what they run.
+        settings: of the benchmark.
+        tolerance: how far apart equal outputs may be.
+        say: is told what happens.
+    """
+
+    def __init__(
+        self, setting: Setting, trajectory: Trajectory, settings: Settings, tolerance: float, say: Say
+    ) -> None:
+        self.setting, self.trajectory, self.settings, self.say = setting, trajectory, settings, say
+        self.tolerance = tolerance
+        self.entrants: dict[str, Entrant] = {}
+        self.notes: list[str] = []
+        self._start = time.monotonic()
+        self.reference = trajectory.run(contender("hooks", setting), watch=True).outputs
+
+    def seconds(self, column: str) -> tuple[float, ...]:
+        """Of each round of a column; none if it does not run."""
+        return self.entrants[column].seconds if column in self.entrants else ()
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds that are left of a share of the time."""
+        limit = self.settings.minutes
+        return float("inf") if limit is None else 60 * limit * share - (time.monotonic() - self._start)
+
+    def enter(self, columns: Sequence[str]) -> None:
+        """Set columns up, one after the other: a first generation with cold caches, checked, and one for memory."""
+        for column in columns:
+            if self.left(share=0.6) < 0:
+                self.notes.append(f"{column} was left out: {self.settings.minutes:g} minutes do not suffice")
+                continue
+            self.say(f"{column}: first generation")
+            with cold_compiler():
+                entrant = Entrant(column, contender(column, self.setting))
+                if isinstance(entrant.contender, LowerBound) and "compile" in self.entrants:
+                    entrant.contender.use(self.entrants["compile"].contender.call)
+                entrant.cold = self._counted(entrant, partial(self.trajectory.run, watch=True))
+            self._check(entrant)
+            self.say(f"{column}: memory")
+            entrant.peak_bytes = self._counted(entrant, self.trajectory.peak_bytes)
+            self.entrants[column] = entrant
+
+    def take_turns(self, columns: Sequence[str]) -> None:
+        """The timed rounds of the given columns, each of which runs once in each."""
+        running = [self.entrants[column] for column in columns if column in self.entrants]
+        for entrant in running:
+            entrant.rounds.clear()
+        longest = 0.0
+        for turn in range(self.settings.rounds if running else 0):
+            if turn and self.left() < longest:
+                self.notes.append(
+                    f"{turn} of {self.settings.rounds} rounds: {self.settings.minutes:g} minutes are over"
+                )
+                return
+            start = time.monotonic()
+            for entrant in running:
+                self.say(f"round {turn + 1} of {self.settings.rounds}: {entrant.column}")
+                entrant.rounds.append(self._counted(entrant, self.trajectory.run))
+            longest = max(longest, time.monotonic() - start)
+
+    def _counted(self, entrant: Entrant, run: Callable[[Contender], Any]) -> Any:
+        before = captured_frames()
+        result = run(entrant.contender)
+        captures = captured_frames() - before
+        entrant.late_captures += captures if entrant.captures else 0
+        entrant.captures += captures
+        return result
+
+    def _check(self, entrant: Entrant) -> None:
+        """Refuse a contender that reuses something else than the schedule says, or whose outputs are not the hooks'."""
+        entrant.reused = entrant.contender.reused
+        broadcasts = entrant.column not in PLAIN
+        expected = self.setting.plan.reused if broadcasts else 0
+        if entrant.reused != expected:
+            raise BenchError(
+                f"{entrant.column} reused {entrant.reused} attentions in a generation; the schedule says {expected}."
+            )
+        found = distance(entrant.cold.outputs, self.reference)
+        if broadcasts and entrant.column != "lower bound" and not found <= self.tolerance:
+            raise BenchError(
+                f"the outputs of {entrant.column} are {found:.1e} from those of the hooks, which is more than "
+                f"rounding ({self.tolerance:.0e})."
+            )
+
+    def result(self, column: str, compiled: Sequence[float], bound: Sequence[float]) -> ColumnResult:
+        """What was seen of a column, against the rounds of `compile` and of the lower bound, if there are any."""
+        entrant = self.entrants[column]
+        seconds = entrant.seconds
+        is_cold = column not in ("eager", "hooks", "lower bound")  # the bound runs what `compile` has compiled
+        return ColumnResult(
+            column=column,
+            seconds=seconds,
+            generation=Spread.of(seconds),
+            speedup=Spread.of(ratios(compiled, seconds)) if compiled else None,
+            of_bound=Spread.of(ratios(seconds, bound)) if bound else None,
+            step_seconds=by_kind(self.setting.plan.kinds, [each.steps for each in entrant.rounds]),
+            cold_start=entrant.cold.seconds - Spread.of(seconds).median if is_cold else None,
+            captures=entrant.captures,
+            graphs=entrant.contender.compiler.graphs,
+            late_captures=entrant.late_captures,
+            peak_bytes=entrant.peak_bytes,
+            distance=None if column == "lower bound" else distance(entrant.cold.outputs, self.reference),
+            reused=entrant.reused,
+        )

@@ -1,0 +1,208 @@
+"""What the benchmark reports: plain data, as JSON and as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from rich import box
+from rich.table import Table
+
+from .measure import Spread
+
+SCHEMA = 1
+"""Of the JSON; grows when a field changes its meaning or goes."""
+
+
+@dataclass(frozen=True)
+class ColumnResult:
+    """What one contender did.
+
+    Args:
+        column: its name.
+        seconds: of each round's generation.
+        generation: seconds of a generation.
+        speedup: over `compile` in the same round; `None` without that column.
+        of_bound: time as a multiple of the lower bound's in the same round; `None` without that column.
+        step_seconds: of a step, by what the schedule reuses in it: "computing" (nothing), "partly", "reusing" (all).
+        cold_start: seconds of the first generation, with empty caches, less the median one; `None` if nothing compiles.
+        captures: graphs that Dynamo captured, over all generations.
+        graphs: graphs that the inner compiler was given.
+        late_captures: those of `captures` after the first generation.
+        peak_bytes: held at once in a generation, less the weights.
+        distance: relative L2 distance of all outputs from those of the hooks; `None` for the bound, whose mean nothing.
+        reused: calls of attentions that were answered from a cache in a generation.
+    """
+
+    column: str
+    seconds: tuple[float, ...]
+    generation: Spread
+    speedup: Spread | None
+    of_bound: Spread | None
+    step_seconds: Mapping[str, float]
+    cold_start: float | None
+    captures: int
+    graphs: int
+    late_captures: int
+    peak_bytes: int
+    distance: float | None
+    reused: int
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """All columns of one model.
+
+    Args:
+        model: its name.
+        title: what it is, for people.
+        cls: its class in diffusers.
+        parameters: how many numbers its weights are.
+        dtype: of its weights.
+        steps: of a generation.
+        broadcast: what the config says, for people.
+        kinds: how many steps are "computing", "partly" and "reusing".
+        columns: in the order in which they ran.
+        notes: what was left out, and why.
+    """
+
+    model: str
+    title: str
+    cls: str
+    parameters: int
+    dtype: str
+    steps: int
+    broadcast: str
+    kinds: Mapping[str, int]
+    columns: tuple[ColumnResult, ...]
+    notes: tuple[str, ...] = ()
+
+    def column(self, name: str) -> ColumnResult | None:
+        """A column by its name, `None` if it did not run."""
+        return next((each for each in self.columns if each.column == name), None)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """A run of the benchmark.
+
+    Args:
+        command: that was given.
+        machine: processor or GPU, and how many cores.
+        versions: of what matters.
+        models: one after the other.
+    """
+
+    command: str
+    machine: str
+    versions: Mapping[str, str]
+    models: tuple[ModelResult, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, with the version of its form under `schema`."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+
+def machine_of(device: torch.device) -> str:
+    """What it runs on.
+
+    Example:
+        >>> "thread" in machine_of(torch.device("cpu"))
+        True
+    """
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    name = platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' if threads > 1 else ''}"
+
+
+def versions() -> dict[str, str]:
+    """Of torch, diffusers and Python."""
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+
+
+TIMES = ("", "generation, s", "over compile", "of the bound")
+COSTS = ("computing, ms", "partly, ms", "reusing, ms", "cold start, s", "captured", "compiled", "MiB", "distance")
+
+NARROW = {
+    "computing, ms": "comput-\ning, ms",
+    "partly, ms": "partly,\nms",
+    "reusing, ms": "reusing,\nms",
+    "cold start, s": "cold\nstart, s",
+    "captured": "cap-\ntured",
+    "compiled": "com-\npiled",
+    "distance": "dis-\ntance",
+}
+"""Headers in a terminal."""
+
+
+def rows_of(result: ModelResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of a model's table; a kind of step that does not occur has no column."""
+    header, rows = TIMES + COSTS, [_row(column) for column in result.columns]
+    shown = [i for i, name in enumerate(header) if name != "partly, ms" or any(row[i] for row in rows)]
+    return tuple(header[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
+
+
+def _row(column: ColumnResult) -> tuple[str, ...]:
+    steps = [column.step_seconds.get(kind) for kind in ("computing", "partly", "reusing")]
+    late = f" ({column.late_captures} late)" if column.late_captures else ""
+    return (
+        column.column,
+        f"{column.generation.median:.2f}",
+        _spread(column.speedup, 2),
+        _spread(column.of_bound, 3),
+        *("" if seconds is None else f"{1000 * seconds:.0f}" for seconds in steps),
+        "" if column.cold_start is None else f"{column.cold_start:.1f}",
+        f"{column.captures}{late}",
+        str(column.graphs),
+        f"{column.peak_bytes / 2**20:.1f}",
+        "" if column.distance is None else f"{column.distance:.0e}",
+    )
+
+
+def _spread(spread: Spread | None, digits: int) -> str:
+    if spread is None:
+        return ""
+    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f} to {spread.high:.{digits}f})"
+
+
+def caption_of(result: ModelResult) -> str:
+    """What was run, in a sentence."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
+    rounds = len(result.columns[0].seconds)
+    return (
+        f"{result.title}: {result.parameters / 1e6:.1f} M parameters, {result.dtype}, {result.steps} steps ({kinds}), "
+        f"{result.broadcast}; {rounds} round{'s' if rounds > 1 else ''}"
+    )
+
+
+def tables_of(result: ModelResult) -> list[Table]:
+    """The table of a model for a terminal, in two parts, since a terminal is narrow."""
+    header, rows = rows_of(result)
+    tables = []
+    for part in (slice(1, len(TIMES)), slice(len(TIMES), None)):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("", min_width=10)
+        for name in header[part]:
+            table.add_column(NARROW.get(name, name), justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(row[0], *row[part])
+        tables.append(table)
+    return tables
+
+
+def markdown_of(result: BenchResult) -> str:
+    """All tables in Markdown, under the command and the machine."""
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    parts = [f"`{result.command}` on {result.machine}; {versions}."]
+    for model in result.models:
+        header, rows = rows_of(model)
+        lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+        parts += [f"{caption_of(model)}.", "\n".join(lines), *(f"{note}." for note in model.notes)]
+    return "\n\n".join(parts) + "\n"
