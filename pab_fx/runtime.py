@@ -6,7 +6,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,16 +49,19 @@ class Plan:
     Args:
         compiled: the graph that it runs.
         predicates: the graph's conditions, in the order of its inputs.
-        reads: of each cache that the graph takes, its cell, the module's number and the cache's among that module's.
+        reads: of each cache that the graph reads, its position among those it takes, its cell and its number in that.
         drops: cells whose caches are not kept on, or are to be replaced.
         writes: of each module whose caches are to be kept, its cell, its number and their positions among the outputs.
+        takes: what the graph takes after its own inputs: its conditions, and caches, of which those that it reads
+            are yet to be filled in; by the identity of what caches are expected to look like.
     """
 
     compiled: Compiled
     predicates: tuple[torch.Tensor, ...]
-    reads: tuple[tuple[Cell, int, int], ...]
+    reads: tuple[tuple[int, Cell, int], ...]
     drops: tuple[Cell, ...]
     writes: tuple[tuple[Cell, int, tuple[int, ...]], ...]
+    takes: dict[int, list[torch.Tensor | None]] = field(default_factory=dict)
 
 
 class BroadcastGraph:
@@ -111,9 +114,19 @@ class BroadcastGraph:
         What a step replaces, or is the last to read, is let go before: by the cells here, by the compiled graph as soon
         as it has read it.
         """
-        inputs = [*args, *plan.predicates]
-        for cell, m, i in plan.reads:
-            inputs.append(self.backend.unread(expected[m][i]) if cell.caches is None else cell.caches[i])
+        takes = plan.takes.get(id(expected))
+        if takes is None:
+            reads = {position for position, _, _ in plan.reads}
+            takes = plan.takes[id(expected)] = [
+                *plan.predicates,
+                *(
+                    None if p in reads else self.backend.unread(expected[m][i])
+                    for p, (m, i) in enumerate(plan.compiled.reads)
+                ),
+            ]
+        inputs, first = [*args, *takes], len(args) + len(plan.predicates)
+        for position, cell, i in plan.reads:
+            inputs[first + position] = cell.caches[i]  # type: ignore[index]
         for cell in plan.drops:
             cell.caches = None
         outputs = plan.compiled.run(inputs)
@@ -142,7 +155,7 @@ class BroadcastGraph:
         return Plan(
             compiled,
             tuple(self._reuse if reuses[i] else self._compute for i in compiled.lifted.predicates),
-            tuple((cells[m], m, i) for m, i in compiled.reads),
+            tuple((p, cells[m], i) for p, (m, i) in enumerate(compiled.reads) if of_module[m].reuses[0]),
             tuple(cell for d in decisions if not lasting.get(id(d)) for cell in d.group.cells),
             tuple(
                 (cells[m], m, positions)
