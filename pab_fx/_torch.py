@@ -56,6 +56,59 @@ def boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     return torch.compiler.disable(inside)  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def operands_freed_in_both_branches() -> Iterator[None]:
+    """Compile conditions so that what is read last in one is freed in either branch.
+
+    Inductor emits the `del`s into the true branch alone (seen in 2.9 and 2.13), so that where the false one runs its
+    operands live to the end of the graph: every cache, and every input of an attention. Here they go before the `if`:
+
+        if predicate:                            args = [a, b]; decided = predicate; del a, b
+            args = [a, b]; del a, b        ->    if decided:
+            out = true_graph(args)                   out = true_graph(args)
+        else:                                    else:
+            args = [a, b]                            out = false_graph(args)
+            out = false_graph(args)
+
+    Private are the wrapper's methods; where they are not those that were seen (2.15), nothing is changed.
+    """
+    from torch._inductor.codegen.wrapper import EnterSubgraphLine, ExitSubgraphLine, PythonWrapperCodegen
+    from torch._inductor.ir import ShapeAsConstantBuffer
+    from torch._inductor.virtualized import V
+
+    if not all(hasattr(PythonWrapperCodegen, name) for name in ("codegen_conditional", "codegen_subgraph_common")):
+        yield
+        return
+    before = PythonWrapperCodegen.codegen_conditional
+
+    def codegen_conditional(self: Any, conditional: Any) -> None:
+        if V.graph.aot_mode or type(self).codegen_conditional is not codegen_conditional:
+            return before(self, conditional)
+        name = conditional.get_name()
+        operands = ", ".join(operand.codegen_reference() for operand in conditional.operands)
+        predicate = conditional.predicate.codegen_reference()
+        if not isinstance(conditional.predicate, ShapeAsConstantBuffer):
+            predicate = f"{predicate}.item()"
+        self.writeline(f"{name} = [None] * {len(conditional.outputs)}")
+        self.writeline(f"{name}_args, {name}_decided = [{operands}], {predicate}")
+        V.graph.scheduler.free_buffers()
+        for line, subgraph in (
+            (f"if {name}_decided:", conditional.true_subgraph),
+            ("else:", conditional.false_subgraph),
+        ):
+            self.writeline(line)
+            self.writeline(EnterSubgraphLine(self, subgraph.graph))
+            self.codegen_subgraph_common(subgraph)
+            self.writeline(f"{name} = {subgraph.graph.name}({name}_args)")
+            self.writeline(ExitSubgraphLine(self))
+
+    PythonWrapperCodegen.codegen_conditional = codegen_conditional
+    try:
+        yield
+    finally:
+        PythonWrapperCodegen.codegen_conditional = before
+
+
 def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, held to the strides it is traced with. Inductor's `force_stride_order`, seen in 2.9 to 2.15."""
     from torch._inductor import inductor_prims

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ._torch import boxed, faked_for_compiler, sizes_at, traced_shapes
+from ._torch import boxed, faked_for_compiler, operands_freed_in_both_branches, sizes_at, traced_shapes
 from .dataflow import value
 from .lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
 from .rewrite import Conditional, conditionals, copy_of
@@ -94,7 +94,7 @@ class Lowerings:
         if key not in self._compiled:
             if self._symbols:
                 lifted = self.lowered(key)
-                with traced_shapes(lifted.gm) as inputs:
+                with traced_shapes(lifted.gm) as inputs, operands_freed_in_both_branches():
                     self._compiled[key] = self._with_caches(lifted, self._compiler(lifted.gm, inputs))
             else:
                 self.compile_as_captured(key, args)
@@ -106,7 +106,8 @@ class Lowerings:
         further = [value(node) for node in lifted.gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]]
         if not self._symbols:
             further = [faked_for_compiler(each) for each in further]
-        self._compiled[key] = self._with_caches(lifted, self._compiler(lifted.gm, [*example_inputs, *further]))
+        with operands_freed_in_both_branches():
+            self._compiled[key] = self._with_caches(lifted, self._compiler(lifted.gm, [*example_inputs, *further]))
 
     def expected_caches(self, args: Sequence[Any]) -> tuple[tuple[TensorSpec, ...], ...]:
         """What each module's caches look like in a call with inputs of these sizes; the same object for the same."""
