@@ -60,7 +60,8 @@ class PABBackend:
         regional: compile each repeated block once for all its siblings.
 
     Raises:
-        ValueError: for a bad config, an unknown lowering, or an inner backend that is not registered.
+        ValueError: for a bad config, an unknown lowering, an inner backend that is not registered, or a `regional`
+            that is no bool.
 
     Example:
         >>> backend = PABBackend(PABConfig(spatial_attention_block_skip_range=2), inner="eager")
@@ -86,6 +87,8 @@ class PABBackend:
         for each in passes:
             if not callable(each):
                 raise ValueError(f"passes must hold functions gm -> gm, got {each!r}.")
+        if not isinstance(regional, bool):
+            raise ValueError(f"regional must be True or False, got {regional!r}.")
         self.lowering = lowering
         self.passes = tuple(passes)
         self.timesteps = timesteps if callable(timesteps) or timesteps is None else _numbers(timesteps)
@@ -181,7 +184,8 @@ class PABBackend:
         if not self.regional or names.model is None:
             return self.compile_inner
         classes = {type(block).__name__ for block in repeated_blocks(names.model)}
-        return RegionalCompiler(self.compile_inner, classes, fix_strides=not self.runs_eagerly)
+        fix_strides, on_whole = not self.runs_eagerly, self.notices.warn_of_whole
+        return RegionalCompiler(self.compile_inner, classes, fix_strides, on_whole)
 
     def compile_inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a lowered graph with the inner compiler."""
@@ -264,8 +268,9 @@ def pab_backend(
     Args:
         gm: the graph that Dynamo captured.
         example_inputs: its inputs.
-        options: arguments of `PABBackend` (`config`, `inner`, `lowering`, `passes`, `timesteps`) and fields
-            of `PABConfig`; `inner_options` are Inductor's own options. Default: spatial attention every 2nd step.
+        options: arguments of `PABBackend` (`config`, `inner`, `lowering`, `passes`, `timesteps`, `regional`)
+            and fields of `PABConfig`; `inner_options` are Inductor's own options. Default: spatial attention
+            every 2nd step.
         mode: Inductor's mode.
 
     Raises:

@@ -74,6 +74,10 @@ class Notices:
                 f"pab_fx: computed in every step, for the reason that report() gives: {listed}.",
             )
 
+    def warn_of_whole(self, why: str) -> None:
+        """Warn that the blocks of a graph are not compiled one by one."""
+        self.warn_once("whole", f"pab_fx: regional=True, but a graph is compiled as a whole: {why}.")
+
     def warn_of_no_graph(self, name: str) -> None:
         """Warn that a model of that class, which was broadcast before, has run a call without it."""
         self.warn_once(

@@ -7,18 +7,39 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from ._torch import has_storage, wrapped
 from .dataflow import value
 
 Structure = Hashable
 
 
+class Same:
+    """Equal to another one of the very same object, which it keeps alive: the id of one that is gone is given anew.
+
+    Example:
+        >>> one, other = [1], [1]
+        >>> Same(one) == Same(one), Same(one) == Same(other)
+        (True, False)
+    """
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self._held is other._held
+
+    def __hash__(self) -> int:
+        return id(self._held)
+
+
 def structure_of(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Structure:
     """A key that two graphs share if one can run in place of the other, given its own inputs.
 
-    It holds every operation with its operands and constants, in order, and of each input what a compiler reads:
-    shape, strides, dtype, device. Tensors and modules that a graph holds itself count by identity, nested graphs by
-    their structure.
+    It holds every operation with its operands and constants, in order; of each input what a compiler reads: shape,
+    strides, dtype, device; and which inputs share a storage. Tensors and modules that a graph holds itself count by
+    identity, nested graphs by their structure. Symbolic sizes count by their names: those of one capture.
 
     Args:
         gm: a graph; what was recorded for its inputs tells their shapes, symbolic ones too.
@@ -31,14 +52,16 @@ def structure_of(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Stru
     """
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     examples = iter(example_inputs)
+    storages: dict[Any, int] = {}
     found: list[Hashable] = []
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            example = next(examples, None)
-            recorded = value(node)
-            found.append((isinstance(example, nn.Parameter), _spec(example if recorded is None else recorded)))
+            example, recorded = next(examples, None), value(node)
+            given = example if recorded is None else recorded
+            found.append((isinstance(example, nn.Parameter), _spec(given), _storage(given, storages)))
         elif node.op in ("get_attr", "call_module"):
-            found.append((node.op, _held(gm, str(node.target)), _constant(node.args, position)))
+            held, args, kwargs = _held(gm, str(node.target)), node.args, node.kwargs
+            found.append((node.op, held, _constant(args, position), _constant(kwargs, position)))
         else:
             found.append((node.op, node.target, _constant(node.args, position), _constant(node.kwargs, position)))
     return tuple(found)
@@ -49,18 +72,35 @@ def _held(gm: fx.GraphModule, name: str) -> Hashable:
     held: Any = gm
     for part in name.split("."):
         held = getattr(held, part)
-    return structure_of(held) if isinstance(held, fx.GraphModule) else id(held)
+    return structure_of(held) if isinstance(held, fx.GraphModule) else Same(held)
 
 
 def _spec(given: Any) -> Hashable:
     """What a compiler reads of an input; sizes as text, since symbolic ones are not hashable."""
     if isinstance(given, torch.Tensor):
         layout = str(tuple(given.stride())) if given.layout is torch.strided else ""
-        kind = (type(given).__name__, given.dtype, str(given.device), given.requires_grad, given.layout)
-        return (str(tuple(given.shape)), layout, *kind)
+        bits = (given.requires_grad, given.is_conj(), given.is_neg())
+        spec = (
+            type(given).__name__,
+            str(tuple(given.shape)),
+            layout,
+            given.layout,
+            given.dtype,
+            str(given.device),
+            bits,
+        )
+        inner, context = wrapped(given)
+        return (*spec, _constant(context, {}), *((name, _spec(each)) for name, each in inner.items()))
     if isinstance(given, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return (type(given).__name__, str(given))
     return (type(given).__name__, repr(given))
+
+
+def _storage(given: Any, seen: dict[Any, int]) -> int | None:
+    """The number of the storage of an input among those that were seen; a compiler heeds which inputs share one."""
+    if not isinstance(given, torch.Tensor) or not has_storage(given):
+        return None
+    return seen.setdefault(StorageWeakRef(given.untyped_storage()), len(seen))
 
 
 def _constant(given: Any, position: dict[fx.Node, int]) -> Hashable:
@@ -70,9 +110,17 @@ def _constant(given: Any, position: dict[fx.Node, int]) -> Hashable:
     if isinstance(given, (tuple, list)):
         return (type(given).__name__, *(_constant(each, position) for each in given))
     if isinstance(given, dict):
-        return ("dict", *((key, _constant(each, position)) for key, each in given.items()))
+        return ("dict", *((_constant(key, {}), _constant(each, position)) for key, each in given.items()))
     if isinstance(given, slice):
         return ("slice", *(_constant(each, position) for each in (given.start, given.stop, given.step)))
-    if isinstance(given, torch.Tensor) or not isinstance(given, Hashable):
-        return ("id", id(given))
-    return (type(given).__name__, repr(given) if isinstance(given, float) else given)
+    if isinstance(given, (float, complex)):
+        return (type(given).__name__, repr(given))  # 0.0 and -0.0 are equal and compute different things
+    if isinstance(given, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return _spec(given)
+    if isinstance(given, torch.Tensor):
+        return Same(given)
+    try:
+        hash(given)
+    except TypeError:
+        return Same(given)
+    return (type(given).__name__, given)
