@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     help="Pyramid Attention Broadcast as a torch.compile graph transformation.",
@@ -92,13 +93,17 @@ def bench(
             minutes=default_minutes(device) if minutes is None else minutes,
             command=_command_of(context, "json", "chart", "markdown"),
         )
-        with console.status("") as status:
-            result = run_bench(settings, status.update)
+        with console.status("") as status:  # which shows nothing but in a terminal
+            result = run_bench(settings, status.update if console.is_terminal else _log)
     except (ValueError, RuntimeError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
     show(result, console)
     write(result, json, chart, markdown)
+
+
+def _log(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _command_of(context: typer.Context, *left_out: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,15 +21,16 @@ def captured_frames() -> int:
 
 @contextlib.contextmanager
 def cold_compiler() -> Iterator[None]:
-    """Compile inside as the first process on a machine does: no cache in memory or on disk knows anything.
+    """Compile inside as the first process on a machine does: no cache in memory or on disk knows any kernel.
 
-    `force_disable_caches` leaves the files of generated C++ alone, a folder of its own does not. `fresh_cache` seen
-    in 2.9 to 2.15.
+    `force_disable_caches` leaves the files of generated C++ alone, a folder of its own does not. What is left are
+    headers that the C++ compiler has read before. `fresh_cache` seen in 2.9 to 2.15.
     """
     from torch._inductor import config
     from torch._inductor.utils import fresh_cache
 
-    with config.patch(force_disable_caches=True), fresh_cache():
+    with config.patch(force_disable_caches=True), fresh_cache(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "dynamo_pgo force disabled")  # which is what is wanted
         yield
 
 
@@ -38,6 +41,19 @@ def recompile_limit(entries: int) -> Iterator[None]:
 
     with config.patch(recompile_limit=entries):
         yield
+
+
+@contextlib.contextmanager
+def quiet_recompile_limit(entries: int) -> Iterator[None]:
+    """`recompile_limit`, without Dynamo's page of warnings when it is reached. `convert_frame` seen in 2.9 to 2.15."""
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with recompile_limit(entries):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def default_recompile_limit() -> int:

@@ -58,7 +58,9 @@ def _draw(axis: Any, model: ModelResult) -> None:
         median, low, high = column.speedup.median, column.speedup.low, column.speedup.high
         axis.barh(y, median, color=COLOURS.get(column.column, OTHERS), height=0.72)
         axis.plot([low, high], [y, y], color="black", linewidth=1.2, solid_capstyle="butt")
-        axis.text(high, y, f"  {median:.2f}x", va="center", fontsize=8)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # over the lines that go through it
+        offset = {"xytext": (6, 0), "textcoords": "offset points"}
+        axis.annotate(f"{median:.2f}x", (high, y), va="center", fontsize=8, bbox=box, **offset)
     axis.axvline(1.0, color="black", linewidth=0.8)
     if bound is not None and bound.speedup is not None:
         axis.axvline(bound.speedup.median, color=COLOURS["lower bound"], linewidth=1.2, linestyle="--")

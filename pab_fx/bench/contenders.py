@@ -30,6 +30,8 @@ COLUMNS = (
 )
 """In the order in which they run. The last one exhausts Dynamo's recompile limit for the class."""
 
+HOOKS_AND_COMPILE = COLUMNS[-1]
+
 SHORT_NAMES = dict(
     zip(("eager", "hooks", "compile", "specialize", "cond", "regional", "bound", "both"), COLUMNS, strict=True)
 )

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ._torch import captured_frames, cold_compiler
-from .contenders import Contender, LowerBound, Setting, contender
+from ._torch import captured_frames, cold_compiler, default_recompile_limit
+from .contenders import HOOKS_AND_COMPILE, Contender, LowerBound, Setting, contender
 from .measure import Generation, Spread, Trajectory, by_kind, distance, ratios
 from .results import ColumnResult
 from .settings import Settings
@@ -69,10 +69,17 @@ class Race:
         limit = self.settings.minutes
         return float("inf") if limit is None else 60 * limit * share - (time.monotonic() - self._start)
 
+    def fits(self, column: str) -> bool:
+        """Whether there is time to set a column up; the rounds are to have the last two fifths of it."""
+        compiled = self.entrants.get("compile")
+        if column == HOOKS_AND_COMPILE and compiled is not None:  # which compiles until Dynamo's limit
+            return self.left() > default_recompile_limit() * compiled.cold.seconds
+        return self.left(share=0.6) > 0
+
     def enter(self, columns: Sequence[str]) -> None:
         """Set columns up, one after the other: a first generation with cold caches, checked, and one for memory."""
         for column in columns:
-            if self.left(share=0.6) < 0:
+            if not self.fits(column):
                 self.notes.append(f"{column} was left out: {self.settings.minutes:g} minutes do not suffice")
                 continue
             self.say(f"{column}: first generation")
@@ -81,6 +88,7 @@ class Race:
                 if isinstance(entrant.contender, LowerBound) and "compile" in self.entrants:
                     entrant.contender.use(self.entrants["compile"].contender.call)
                 entrant.cold = self._counted(entrant, partial(self.trajectory.run, watch=True))
+            self._learn_rounding(entrant)
             self._check(entrant)
             self.say(f"{column}: memory")
             entrant.peak_bytes = self._counted(entrant, self.trajectory.peak_bytes)
@@ -111,6 +119,15 @@ class Race:
         entrant.late_captures += captures if entrant.captures else 0
         entrant.captures += captures
         return result
+
+    def _learn_rounding(self, entrant: Entrant) -> None:
+        """What `compile` alone changes is rounding."""
+        eager = self.entrants.get("eager")
+        if entrant.column != "compile" or eager is None:
+            return
+        self.tolerance = max(self.tolerance, 3 * distance(entrant.cold.outputs, eager.cold.outputs))
+        if self.tolerance > distance(eager.cold.outputs, self.reference):
+            self.notes.append("rounding changes outputs as much as reuse does: that they are the hooks' is not shown")
 
     def _check(self, entrant: Entrant) -> None:
         """Refuse a contender that reuses something else than the schedule says, or whose outputs are not the hooks'."""

@@ -68,6 +68,7 @@ class ModelResult:
         broadcast: what the config says, for people.
         kinds: how many steps are "computing", "partly" and "reusing".
         columns: in the order in which they ran.
+        tolerance: how far from the hooks' outputs was taken for rounding.
         notes: what was left out, and why.
     """
 
@@ -80,6 +81,7 @@ class ModelResult:
     broadcast: str
     kinds: Mapping[str, int]
     columns: tuple[ColumnResult, ...]
+    tolerance: float
     notes: tuple[str, ...] = ()
 
     def column(self, name: str) -> ColumnResult | None:
@@ -175,10 +177,10 @@ def _spread(spread: Spread | None, digits: int) -> str:
 def caption_of(result: ModelResult) -> str:
     """What was run, in a sentence."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
-    rounds = len(result.columns[0].seconds)
+    rounds = max((len(column.seconds) for column in result.columns), default=0)
     return (
         f"{result.title}: {result.parameters / 1e6:.1f} M parameters, {result.dtype}, {result.steps} steps ({kinds}), "
-        f"{result.broadcast}; {rounds} round{'s' if rounds > 1 else ''}"
+        f"{result.broadcast}; {rounds} round{'' if rounds == 1 else 's'}"
     )
 
 

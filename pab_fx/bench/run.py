@@ -10,8 +10,8 @@ from diffusers import PyramidAttentionBroadcastConfig
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import _diffusers
-from ._torch import default_recompile_limit, recompile_limit
-from .contenders import COLUMNS, CountingCompiler, Plan, Setting
+from ._torch import default_recompile_limit, quiet_recompile_limit, recompile_limit
+from .contenders import HOOKS_AND_COMPILE, CountingCompiler, Plan, Setting
 from .measure import Clock, Trajectory
 from .models import BenchModel, diffusers_config, model_of, timesteps_of
 from .race import Race, Say
@@ -19,9 +19,10 @@ from .results import BenchResult, ColumnResult, ModelResult, machine_of, version
 from .settings import Settings
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""How far outputs that are equal but for rounding may be from each other, by the dtype of the weights."""
+"""How far outputs that are equal but for rounding may be from each other, by the dtype of the weights.
 
-HOOKS_AND_COMPILE = COLUMNS[-1]
+Three times the distance of `compile` from eager, where that is more: depth and width decide it too.
+"""
 
 
 def run_bench(settings: Settings, say: Say = lambda text: None) -> BenchResult:
@@ -37,11 +38,15 @@ def run_bench(settings: Settings, say: Say = lambda text: None) -> BenchResult:
     device = torch.device(settings.device)
     results = []
     for name in settings.models:
-        results.append(run_model(model_of(name, settings.size), settings, say))
+        results.append(run_model(model_of(name, settings.size), settings, _prefixed(say, name)))
         gc.collect()  # models hold each other in cycles, and the next one needs their memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return BenchResult(settings.command, machine_of(device), versions(), tuple(results))
+
+
+def _prefixed(say: Say, name: str) -> Say:
+    return lambda text: say(f"{name}: {text}")
 
 
 def run_model(model: BenchModel, settings: Settings, say: Say) -> ModelResult:
@@ -76,6 +81,7 @@ def run_model(model: BenchModel, settings: Settings, say: Say) -> ModelResult:
         broadcast=describe(config, plan),
         kinds=dict(Counter(plan.kinds)),
         columns=tuple(columns),
+        tolerance=race.tolerance,
         notes=tuple(race.notes),
     )
 
@@ -99,7 +105,7 @@ def run_hooks_and_compile(race: Race) -> list[ColumnResult]:
     if HOOKS_AND_COMPILE not in race.settings.columns:
         return []
     both = [column for column in ("compile",) if column in race.entrants] + [HOOKS_AND_COMPILE]
-    with recompile_limit(default_recompile_limit() + sum(each.captures for each in race.entrants.values())):
+    with quiet_recompile_limit(default_recompile_limit() + sum(each.captures for each in race.entrants.values())):
         race.enter([HOOKS_AND_COMPILE])
         race.take_turns(both)
     if HOOKS_AND_COMPILE not in race.entrants:

@@ -1,0 +1,414 @@
+"""The benchmark: what it runs is what it says, and what it reports follows from what it saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from pab_fx import PABConfig
+from pab_fx.bench import BenchError, Settings, run_bench, run_model
+from pab_fx.bench._torch import cold_compiler, peak_of_live_bytes
+from pab_fx.bench.chart import save_chart
+from pab_fx.bench.contenders import COLUMNS, SETUPS, Broadcasting, Contender, LowerBound, Plan, Setting, contender
+from pab_fx.bench.measure import Clock, Spread, Trajectory, by_kind, distance, ratios
+from pab_fx.bench.models import NAMES, SIZES, BenchModel, diffusers_config, model_of, timesteps_of
+from pab_fx.bench.results import BenchResult, ModelResult, markdown_of
+from pab_fx.bench.settings import columns_of, config_of
+from pab_fx.cli import app
+
+CPU = torch.device("cpu")
+QUICK = Settings(models=("wan",), size="quick", rounds=2, inner="eager")
+SHORT = ("compile", "pab_fx specialize")
+times = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9)
+
+
+def setting_of(model: BenchModel, steps: int = 8, inner: str = "eager") -> tuple[Setting, Trajectory]:
+    clock, network, timesteps = Clock(), model.build(CPU), timesteps_of(steps)
+    config, inputs = diffusers_config(model.pab, clock), model.inputs(timesteps, CPU)
+    setting = Setting(network, config, timesteps, Plan.of(network, config, timesteps), inputs, inner)
+    return setting, Trajectory(timesteps, inputs, clock, CPU)
+
+
+@pytest.fixture(scope="module")
+def result() -> BenchResult:
+    """All columns of a model in which two roles reuse at different steps."""
+    return run_bench(QUICK)
+
+
+@pytest.fixture(scope="module")
+def wan(result: BenchResult) -> ModelResult:
+    return result.models[0]
+
+
+# ------------------------------------------------------------------------------------------------- a run
+
+
+def test_all_columns_run_and_the_one_that_spoils_the_others_runs_last(wan: ModelResult) -> None:
+    assert tuple(column.column for column in wan.columns) == COLUMNS
+    assert all(len(column.seconds) == QUICK.rounds for column in wan.columns)
+
+
+def test_every_column_reuses_what_the_schedule_says(wan: ModelResult) -> None:
+    """1000, 875, ... 125: spatial reuses in 5 of the 8 steps at odd calls from 875 to 125, cross where `n mod 6`."""
+    timesteps = timesteps_of(8)
+    inside = [n for n, t in enumerate(timesteps) if n > 0 and 100 < t < 800]
+    expected = 2 * sum(n % 2 != 0 for n in inside) + 2 * sum(n % 6 != 0 for n in inside)
+    reused = {column.column: column.reused for column in wan.columns}
+    assert reused == {name: 0 if name in ("eager", "compile") else expected for name in COLUMNS}
+    assert wan.kinds == {"computing": 3, "partly": 2, "reusing": 3}
+
+
+def test_outputs_are_those_of_the_hooks_and_others_are_not(wan: ModelResult) -> None:
+    distances = {column.column: column.distance for column in wan.columns}
+    assert distances.pop("lower bound") is None
+    for name, found in distances.items():
+        assert found is not None
+        assert found > 1e-2 if name in ("eager", "compile") else found < 1e-5, name
+
+
+def test_pab_fx_is_captured_once_and_hooks_exhaust_the_limit(wan: ModelResult) -> None:
+    columns = {column.column: column for column in wan.columns}
+    for name in ("compile", "pab_fx specialize", "pab_fx cond", "regional"):
+        assert (columns[name].captures, columns[name].late_captures) == (1, 0), name
+    assert columns["pab_fx cond"].graphs == columns["compile"].graphs == 1
+    assert columns["hooks + compile"].captures == torch._dynamo.config.recompile_limit
+    assert (columns["eager"].captures, columns["hooks"].captures) == (0, 0)
+
+
+def test_ratios_are_of_the_same_round(wan: ModelResult) -> None:
+    columns = {column.column: column for column in wan.columns}
+    compiled, bound = columns["compile"].seconds, columns["lower bound"].seconds
+    assert columns["compile"].of_bound == Spread.of([a / b for a, b in zip(compiled, bound, strict=True)])
+    for name in ("compile", "lower bound"):
+        assert columns[name].speedup == Spread.of([a / b for a, b in zip(compiled, columns[name].seconds, strict=True)])
+    assert columns["hooks + compile"].of_bound is None
+
+
+def test_numbers_are_json_and_come_back(result: BenchResult) -> None:
+    read = json.loads(json.dumps(result.as_json()))
+    assert read["schema"] == 1
+    assert set(read) == {"schema", *(field.name for field in dataclasses.fields(BenchResult))}
+    (model,) = read["models"]
+    assert set(model) == {field.name for field in dataclasses.fields(ModelResult)}
+    for column, saw in zip(model["columns"], result.models[0].columns, strict=True):
+        assert column["generation"] == dataclasses.asdict(saw.generation)
+        assert column["generation"]["low"] <= column["generation"]["median"] <= column["generation"]["high"]
+        assert set(column["step_seconds"]) == {"computing", "partly", "reusing"}
+        assert column["peak_bytes"] > 0
+
+
+def test_the_chart_is_a_picture_of_every_column(result: BenchResult, tmp_path: Path) -> None:
+    save_chart(result, tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as image:
+        colours = image.convert("RGB").getcolors(image.width * image.height)
+    assert colours is not None
+    filled = {colour for count, colour in colours if count > 1000}
+    assert {(0x1F, 0x6F, 0xEB), (0xC9, 0xA2, 0x27), (0x9A, 0xA0, 0xA6), (255, 255, 255)} <= filled
+
+
+def test_the_table_in_markdown_has_a_row_for_each_column(result: BenchResult) -> None:
+    lines = [line for line in markdown_of(result).splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(COLUMNS)
+    assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_compiles_with_inductor(name: str) -> None:
+    (model,) = run_bench(dataclasses.replace(QUICK, models=(name,), rounds=1, inner="inductor")).models
+    assert len(model.columns) == len(COLUMNS)
+    starts = {column.column: column.cold_start for column in model.columns}
+    assert all(start is None or start > 0.5 for start in starts.values())
+
+
+@pytest.mark.slow
+def test_a_cold_start_finds_no_cache() -> None:
+    """What was compiled before, even a moment ago, is compiled again."""
+    folders = set()
+    for _ in range(2):
+        torch.compiler.reset()
+        with cold_compiler():
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(64))
+            folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+            folders.add(folder)
+            assert list(folder.rglob("*.so"))
+        assert not folder.exists()
+    assert len(folders) == 2
+
+
+# ------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_contender_that_reuses_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SETUPS, "pab_fx specialize", Contender)
+    with pytest.raises(BenchError, match=r"pab_fx specialize reused 0 .* schedule says 16"):
+        run_bench(dataclasses.replace(QUICK, columns=SHORT))
+
+
+def test_outputs_that_are_not_the_hooks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(Broadcasting):
+        def at(self, step: int) -> Any:
+            return lambda **inputs: (self.call(**inputs)[0] * 1.01,)
+
+    monkeypatch.setitem(SETUPS, "pab_fx specialize", Wrong)
+    with pytest.raises(BenchError, match=r"outputs of pab_fx specialize are 1\.0e-02 from those of the hooks"):
+        run_bench(dataclasses.replace(QUICK, columns=("pab_fx specialize",)))
+
+
+def test_a_config_that_reuses_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="reuses nothing in 1 steps"):
+        run_bench(dataclasses.replace(QUICK, steps=1))
+
+
+def test_what_rounding_is_is_learnt_from_compile_and_eager(monkeypatch: pytest.MonkeyPatch, wan: ModelResult) -> None:
+    """Where compiling changes as much as reuse does, the outputs prove nothing, and the result says so."""
+
+    class Rounded(Contender):
+        def at(self, step: int) -> Any:
+            return lambda **inputs: (self.call(**inputs)[0] * 1.05,)
+
+    assert (wan.tolerance, wan.notes) == (1e-4, ())
+    monkeypatch.setitem(SETUPS, "compile", Rounded)
+    (model,) = run_bench(dataclasses.replace(QUICK, rounds=1, columns=("eager", *SHORT))).models
+    assert model.tolerance == pytest.approx(0.15, rel=0.01)
+    assert "is not shown" in model.notes[0]
+
+
+def test_what_does_not_fit_into_the_time_is_left_out_and_noted() -> None:
+    (model,) = run_bench(dataclasses.replace(QUICK, minutes=1e-6)).models
+    assert model.columns == ()
+    assert len(model.notes) == len(COLUMNS)
+    assert all("left out" in note for note in model.notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "sora"], "cogvideox, latte, flux, wan"),
+        (["--columns", "hooks,fast"], "unknown column 'fast'"),
+        (["--config", "spatial=two"], "like spatial=2,temporal=3"),
+        (["--config", "cross=0"], "must be an integer >= 1"),
+        (["--device", "tpu"], "cpu or cuda"),
+        (["--chart", "chart.gif"], ".png, .svg or .pdf"),
+        (["--json", "no/such/folder/result.json"], "no folder"),
+        (["--inner", "inductr"], "not a registered Dynamo backend"),
+    ],
+)
+def test_a_bad_option_is_refused(arguments: list[str], message: str) -> None:
+    shown = CliRunner().invoke(app, ["bench", "--quick", *arguments])
+    assert shown.exit_code == 2, shown.output
+    assert message in " ".join(shown.output.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    shown = CliRunner().invoke(app, ["bench", "--device", "cuda"])
+    assert shown.exit_code == 2
+    assert "no CUDA device" in " ".join(shown.output.split())
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shown = CliRunner().invoke(app, ["bench", "--quick", "--chart", "chart.png"])
+    assert shown.exit_code == 2
+    assert 'pip install "pab-fx[bench]"' in " ".join(shown.output.split())
+
+
+# ----------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_writes_numbers_chart_and_tables(tmp_path: Path) -> None:
+    given_ = ["--quick", "--rounds", "1", "--inner", "eager", "--model", "cogvideox", "--columns", "compile,specialize"]
+    written = {name: tmp_path / name for name in ("result.json", "chart.svg", "tables.md")}
+    files = ["--json", written["result.json"], "--chart", written["chart.svg"], "--markdown", written["tables.md"]]
+    shown = CliRunner().invoke(app, ["bench", *given_, *map(str, files)])
+    assert shown.exit_code == 0, shown.output
+    assert "pab_fx" in shown.output
+    assert all(path.stat().st_size > 0 for path in written.values())
+    command = json.loads(written["result.json"].read_text())["command"]
+    assert command.startswith("python -m pab_fx bench --model cogvideox --rounds 1")
+    assert sorted(command.split()[4:]) == sorted(given_)
+    assert f"`{command}`" in written["tables.md"].read_text()
+
+
+@given(st.permutations(["eager", "hooks", "both", "bound"]))
+def test_columns_run_in_their_order_whatever_the_order_they_are_given_in(names: list[str]) -> None:
+    assert columns_of(",".join(names)) == ("eager", "hooks", "lower bound", "hooks + compile")
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 499), st.integers(500, 1000))
+def test_a_config_is_read_as_it_is_written(spatial: int, cross: int, low: int, high: int) -> None:
+    read = config_of(f"spatial={spatial},cross={cross},window={low}:{high}")
+    assert (read.skip_range("spatial"), read.skip_range("temporal"), read.skip_range("cross")) == (spatial, None, cross)
+    assert read.window("spatial") == read.window("cross") == (low, high)
+
+
+def test_a_preset_leaves_feed_forwards_alone_as_the_hooks_do() -> None:
+    assert config_of("latte") == PABConfig.preset("latte", mlp=None)
+
+
+# ------------------------------------------------------------------------------------------ contenders
+
+
+def graphs_of(model: Any, inputs: Any) -> list[torch.fx.GraphModule]:
+    """What Dynamo captures of a model."""
+    graphs = []
+
+    def keep(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=keep)(**inputs)
+    return graphs
+
+
+def attentions(graph: torch.fx.Graph) -> int:
+    return sum("scaled_dot_product_attention" in str(node.target) for node in graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_the_lower_bound_leaves_out_attention_and_nothing_else(name: str) -> None:
+    setting, _ = setting_of(model_of(name, "quick"))
+    bound = contender("lower bound", setting)
+    assert isinstance(bound, LowerBound)
+    whole = {role: len(modules) for role, modules in setting.plan.modules.items()}
+    for roles in (*({role} for role in whole), set(whole)):
+        (gm,) = graphs_of(bound.without(roles), setting.inputs[0])
+        assert attentions(gm.graph) == sum(count for role, count in whole.items() if role not in roles)
+    # its constants are what the attentions return in the first step: there it is the model
+    with torch.no_grad():
+        output = bound.without(set(whole))(**setting.inputs[0])[0]
+        torch.testing.assert_close(output, setting.model(**setting.inputs[0])[0])
+    assert bound.held_bytes > 0
+
+
+def test_the_lower_bound_keeps_nothing_that_only_fed_an_attention() -> None:
+    """Its compiler is handed norms and modulation that nobody reads; they go with dead code, as in `pab_fx`."""
+    setting, _ = setting_of(model_of("cogvideox", "quick"))
+    bound = contender("lower bound", setting)
+    assert isinstance(bound, LowerBound)
+    counts = []
+    for roles in ((), ("spatial",)):
+        (gm,) = graphs_of(bound.without(roles), setting.inputs[0])
+        gm.graph.eliminate_dead_code()
+        counts.append(sum("layer_norm" in str(node.target) for node in gm.graph.nodes))
+    whole, reusing = counts
+    assert reusing < whole
+
+
+def test_contenders_share_their_weights_and_nothing_else() -> None:
+    setting, _ = setting_of(model_of("wan", "quick"))
+    one, other = contender("hooks", setting), contender("eager", setting)
+    assert all(a is b for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+    assert not {id(module) for module in one.model.modules()} & {id(module) for module in other.model.modules()}
+    assert not any(hasattr(module, "_diffusers_hook") for module in other.model.modules())
+
+
+@pytest.mark.parametrize("column", ["hooks", "pab_fx specialize", "pab_fx cond", "regional"])
+def test_a_generation_starts_afresh_and_leaves_nothing(column: str) -> None:
+    setting, trajectory = setting_of(model_of("cogvideox", "quick"))
+    runs = contender(column, setting)
+    first, second = (trajectory.run(runs, watch=True) for _ in range(2))
+    assert runs.reused == 2 * setting.plan.reused
+    assert all(torch.equal(a, b) for a, b in zip(first.outputs, second.outputs, strict=True))
+    if isinstance(runs, Broadcasting):
+        assert all(role.cache_bytes == 0 for role in runs.handle.report().roles)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20])
+@pytest.mark.parametrize("model", SIZES["quick"], ids=lambda model: model.name)
+def test_the_plan_is_what_the_hooks_do(model: BenchModel, steps: int) -> None:
+    setting, trajectory = setting_of(model, steps)
+    hooks = contender("hooks", setting)
+    trajectory.run(hooks, watch=True)
+    assert hooks.reused == setting.plan.reused
+    assert len(setting.plan.kinds) == steps
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize(("name", "billions"), [("cogvideox", 5.57), ("latte", 1.06), ("flux", 11.9), ("wan", 1.42)])
+def test_the_real_configurations_are_those_of_the_checkpoints(name: str, billions: float) -> None:
+    """They run on the meta device: shapes fit, and the weights are as many as are released."""
+    model, meta = model_of(name, "cuda"), torch.device("meta")
+    network = model.build(meta)
+    assert sum(parameter.numel() for parameter in network.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+    assert network.proj_out.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        output = network(**model.inputs((500.0,), meta)[0])[0]
+    expected = (1, 8, *model.latents[2:]) if name == "latte" else model.latents
+    assert (output.shape, output.dtype) == (expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_in_bfloat16_runs_and_keeps_in_float32_what_its_class_does(name: str) -> None:
+    """As on a GPU, at the tiny size, where nothing is compiled and so nothing rounded differently."""
+    model = dataclasses.replace(model_of(name, "quick"), dtype=torch.bfloat16)
+    network = model.build(CPU)
+    dtypes = {parameter.dtype for parameter in network.parameters()}
+    assert dtypes == ({torch.bfloat16, torch.float32} if name == "wan" else {torch.bfloat16})
+    result = run_model(model, dataclasses.replace(QUICK, rounds=1, columns=SHORT), lambda text: None)
+    plain, broadcast = (column.distance for column in result.columns)
+    assert plain is not None
+    assert broadcast is not None
+    assert broadcast < 1e-2 < plain
+    assert torch.get_default_dtype() == torch.float32
+
+
+# ------------------------------------------------------------------------------------------ statistics
+
+
+@given(times)
+def test_a_median_lies_between_the_lowest_and_the_highest(values: list[float]) -> None:
+    spread = Spread.of(values)
+    assert spread.low == min(values) <= spread.median <= max(values) == spread.high
+    assert spread == Spread.of(values[::-1])
+
+
+@given(times, st.floats(0.1, 10))
+def test_a_machine_that_slows_down_changes_no_ratio(values: list[float], factor: float) -> None:
+    slower = [factor * value for value in values]
+    assert ratios(slower, slower) == (1.0,) * len(values)
+    assert ratios(slower, values) == pytest.approx([factor] * len(values))
+
+
+@given(st.lists(st.sampled_from(["computing", "partly", "reusing"]), min_size=1, max_size=12), st.integers(1, 5))
+def test_steps_are_grouped_by_what_they_reuse(kinds: list[str], rounds: int) -> None:
+    seconds = {"computing": 3.0, "partly": 2.0, "reusing": 1.0}
+    assert by_kind(kinds, [[seconds[kind] for kind in kinds]] * rounds) == {kind: seconds[kind] for kind in set(kinds)}
+
+
+@given(st.floats(1e-6, 1.0))
+def test_a_relative_distance_is_the_relative_change(change: float) -> None:
+    reference = [torch.arange(1.0, 5.0, dtype=torch.float64), torch.ones(3, dtype=torch.float64)]
+    assert distance([(1 + change) * each for each in reference], reference) == pytest.approx(change)
+    assert distance(reference, reference) == 0
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(False, 1), (True, 3)])
+def test_peak_memory_is_what_is_held_at_once(keep: bool, expected: int) -> None:
+    size = 1 << 20
+
+    def run() -> None:
+        held = []
+        for _ in range(3):
+            tensor = torch.ones(size, dtype=torch.uint8)
+            if keep:
+                held.append(tensor)
+            del tensor
+
+    assert peak_of_live_bytes(run) == pytest.approx(expected * size, rel=0.01)
