@@ -200,8 +200,12 @@ def _may_return_operand(node: fx.Node) -> bool:
         return False
     mine, given = value(node), value(node.all_input_nodes[0])
     tensors = isinstance(mine, torch.Tensor) and isinstance(given, torch.Tensor)
-    # strides of another number of dimensions differ; sizes that are symbols are not compared, which would add a guard
-    return tensors and mine.dtype == given.dtype and str(mine.stride()) == str(given.stride())
+    # strides are compared as text: as symbols it would add a guard
+    return (
+        tensors
+        and (mine.dtype, mine.device) == (given.dtype, given.device)
+        and str(mine.stride()) == str(given.stride())
+    )
 
 
 def _is_one_tensor(node: fx.Node) -> bool:
