@@ -102,11 +102,11 @@ def operands_freed_in_both_branches() -> Iterator[None]:
             self.writeline(f"{name} = {subgraph.graph.name}({name}_args)")
             self.writeline(ExitSubgraphLine(self))
 
-    PythonWrapperCodegen.codegen_conditional = codegen_conditional
+    PythonWrapperCodegen.codegen_conditional = codegen_conditional  # type: ignore[method-assign]
     try:
         yield
     finally:
-        PythonWrapperCodegen.codegen_conditional = before
+        PythonWrapperCodegen.codegen_conditional = before  # type: ignore[method-assign]
 
 
 def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,6 +131,29 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
         if name.replace("-", "_") not in known:
             raise ValueError(f"options has {name!r}, which is no option of Inductor (torch._inductor.list_options()).")
     return {**(modes[mode] if mode else {}), **options}
+
+
+def has_cuda_graphs(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor records CUDA graphs with that config. `triton.cudagraphs` seen in 2.9 to 2.15."""
+    from torch._inductor import config
+
+    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
+def keep_sources(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """Tell of a copy's inputs what Dynamo told of the original's: where they come from.
+
+    AOTAutograd takes the inputs of a graph that tells it for what Dynamo says they are, and those of another graph for
+    tensors that lie elsewhere in every call: CUDA graphs would copy each parameter in each step.
+    `_param_name_to_source` and `_dynamo_source` seen in 2.9 to 2.15.
+    """
+    if not hasattr(source, "_param_name_to_source"):
+        return
+    known = {node.name: getattr(node, "_dynamo_source", None) for node in source.graph.find_nodes(op="placeholder")}
+    for node in target.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = known.get(node.name)  # type: ignore[attr-defined]
+    target._param_name_to_source = source._param_name_to_source
+    target.meta.setdefault("dynamo_compile_id", source.meta.get("dynamo_compile_id"))
 
 
 def keep_persistence(source: nn.Module, target: nn.Module) -> None:
@@ -281,6 +304,21 @@ def traced_shapes(gm: fx.GraphModule) -> Iterator[list[Any]]:
         ]
 
 
+def compiled_later(compiler: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Compile a graph that Dynamo captured, outside of its call.
+
+    AOTAutograd asks Dynamo to start over where a number that Dynamo made symbolic is not used in a graph, having noted
+    that it is to be a constant. Here it is one already (see `constants`), so that asking again is all it takes.
+    `TensorifyScalarRestartAnalysis` seen in 2.9 to 2.15.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    try:
+        return compiler(gm, inputs)
+    except TensorifyScalarRestartAnalysis:
+        return compiler(gm, inputs)
+
+
 def faked_for_compiler(recorded: torch.Tensor) -> torch.Tensor:
     """A recorded fake tensor in the mode that a compiler expects inside of Dynamo's call; static sizes only.
 
@@ -303,6 +341,18 @@ def belongs_to_model(placeholder: fx.Node) -> bool:
     By the name that Dynamo makes of its source: `G_...` of a global, `L_self_...` of an attribute. 2.9 to 2.15.
     """
     return str(placeholder.target).lower().startswith(("g_", "l_self_"))
+
+
+def mark_static(buffer: torch.Tensor) -> torch.Tensor:
+    """The tensor, known to keep its address, so that a CUDA graph reads it in place. Public; 2.9 to 2.15."""
+    torch._dynamo.mark_static_address(buffer, guard=False)
+    return buffer
+
+
+def declare_static(placeholder: fx.Node) -> None:
+    """Tell AOTAutograd that an input of a graph keeps its address, as Dynamo does of parameters. 2.9 to 2.15."""
+    known = placeholder.meta.get("tensor_dict", {})
+    placeholder.meta["tensor_dict"] = {**known, "_dynamo_static_input_type": "unguarded"}
 
 
 def size_hint(extent: Any) -> int:

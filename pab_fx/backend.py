@@ -17,11 +17,13 @@ from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _diffusers
-from ._torch import inductor_patches, lookup_backend
+from ._torch import has_cuda_graphs, inductor_patches, lookup_backend
 from .clock import PipelineClock, request_of, running_pipeline
+from .compress import DTYPES
 from .config import PABConfig
 from .constants import fix_numbers
 from .dataflow import is_number
+from .holding import holder_for
 from .lowering import Compiler, Lowerings
 from .modules import ModuleNames, repeated_blocks
 from .notices import Notices
@@ -58,6 +60,8 @@ class PABBackend:
         mode: passed to Inductor, as in `torch.compile(mode=...)`.
         options: passed to Inductor, as in `torch.compile(options=...)`.
         regional: compile each repeated block once for all its siblings.
+        cache_dtype: what is kept is kept in bfloat16 (float32 models), int8 or float8_e4m3fn (with a scale per token).
+        cache_device: where what is kept lies between two steps, such as "cpu"; default: where it is computed.
 
     Raises:
         ValueError: for a bad config, an unknown lowering, an inner backend that is not registered, or a `regional`
@@ -78,6 +82,8 @@ class PABBackend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
         regional: bool = False,
+        cache_dtype: torch.dtype | str | None = None,
+        cache_device: torch.device | str | None = None,
     ) -> None:
         self.config = _diffusers.checked_config(config)
         if lowering not in LOWERINGS:
@@ -94,7 +100,12 @@ class PABBackend:
         self.timesteps = timesteps if callable(timesteps) or timesteps is None else _numbers(timesteps)
         self.inner = inner
         self._inner = _inner_compiler(inner, mode, options)
+        if not isinstance(regional, bool):
+            raise ValueError(f"regional must be True or False, got {regional!r}.")
         self.regional = regional
+        self.cache_dtype, cache_device = _cache_dtype(cache_dtype), _cache_device(cache_device)
+        self._has_cuda_graphs = _records_cuda_graphs(inner, mode, options)
+        self.holder = holder_for(cache_device, self._has_cuda_graphs)
         self.runs_eagerly = inner == "eager"
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.clear()
@@ -153,7 +164,7 @@ class PABBackend:
         if cache is not None:
             self.notices.warn_of_other_cache(cache)
             return self.compile_inner(gm, example_inputs)
-        rewritten = fix_numbers(copy_of(gm))
+        rewritten = fix_numbers(copy_of(gm), everywhere=self.lowering == "cond")
         names = module_names(tuple(self.roots))
         regions = tag(rewritten, self.config, names)
         if self.lowering == "cond":
@@ -170,7 +181,9 @@ class PABBackend:
         lasting = [None if id(given) in adapters else given for given in example_inputs]
         found = anchors(nodes_of, inputs, lasting)
         insert_conditions(rewritten, regions, _no_timestep, allocate=False)
-        lowerings = Lowerings(rewritten, self._compiler(names), fix_strides=not self.runs_eagerly)
+        lowerings = Lowerings(
+            rewritten, self._compiler(names), not self.runs_eagerly, self.cache_dtype, self._has_cuda_graphs
+        )
         # inside of Dynamo's call, the graph that the first step runs
         is_conditional = self.lowering == "cond"
         first = "cond" if is_conditional else (False,) * len(lowerings.conditionals)
@@ -327,6 +340,26 @@ def _inner_compiler(
     if not callable(inner):
         raise ValueError(f"inner must be the name of a backend or a callable (gm, example_inputs), got {inner!r}.")
     return inner
+
+
+def _records_cuda_graphs(inner: Any, mode: str | None, options: Mapping[str, Any] | None) -> bool:
+    """Whether the inner compiler records CUDA graphs, where it compiles for a GPU."""
+    return inner == "cudagraphs" or (inner == "inductor" and has_cuda_graphs(inductor_patches(mode, options or {})))
+
+
+def _cache_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and found not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"cache_dtype={given!r} is none that caches are kept in: {names}.")
+    return found
+
+
+def _cache_device(given: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if given is None else torch.device(given)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"cache_device={given!r} is no device, such as 'cpu'.") from None
 
 
 def _inductor(

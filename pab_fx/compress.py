@@ -88,7 +88,7 @@ def compressed(lifted: Lifted, dtype: torch.dtype) -> Lifted:
     for name, cache in zip(lifted.reads, inputs[len(inputs) - len(lifted.reads) :], strict=True):
         names, wide = _read(graph, name, cache, dtype)
         reads.extend(names)
-        if wide is not cache and _updates(graph, wide):
+        if wide is not cache and effects.later_updates(graph, wide):
             written_back[name] = wide
     outputs: Any = graph.output_node().args[0]
     own = len(outputs) - len(lifted.writes)
@@ -188,7 +188,7 @@ def _write(graph: fx.Graph, name: str, kept: fx.Node, dtype: torch.dtype) -> dic
     found = stored(name, recorded, dtype)
     if found[name] is recorded:
         return {name: kept}
-    with graph.inserting_before(_end_of_updates(graph, kept)):
+    with graph.inserting_before(effects.end_of_updates(graph, kept)):
         if len(found) == 1:
             made = [graph.call_method("to", (kept, dtype))]
         else:
@@ -198,20 +198,3 @@ def _write(graph: fx.Graph, name: str, kept: fx.Node, dtype: torch.dtype) -> dic
     for node, each in zip(made, found.values(), strict=True):
         node.meta = {**kept.meta, "example_value": each}  # a part of the module that it is computed in
     return dict(zip(found, made, strict=True))
-
-
-def _updates(graph: fx.Graph, kept: fx.Node) -> list[fx.Node]:
-    """The nodes that update a tensor in place after it was made: what is kept is what the model goes on to update."""
-    return [
-        node
-        for node in graph.nodes
-        if node > kept and any(effects.may_alias(target, kept) for target in effects.updated(node))
-    ]
-
-
-def _end_of_updates(graph: fx.Graph, kept: fx.Node) -> fx.Node:
-    """The node before which a tensor has its last value."""
-    following = [kept, *_updates(graph, kept)][-1].next
-    while following.op == "placeholder":
-        following = following.next
-    return following

@@ -23,10 +23,16 @@ from .dataflow import op_name, value
 TAKERS = {"scaled_dot_product_attention", "dropout", "dropout_", "native_dropout"}
 
 
-def fix_numbers(gm: fx.GraphModule) -> fx.GraphModule:
-    """Rewrite `gm`, in place, as the module's docstring shows."""
+def fix_numbers(gm: fx.GraphModule, everywhere: bool = False) -> fx.GraphModule:
+    """Rewrite `gm`, in place, as the module's docstring shows.
+
+    Args:
+        gm: a captured graph.
+        everywhere: for whatever takes a number of the model's own. A branch of a `cond` cannot read one: that would be
+            a value that only the data tell.
+    """
     for node in gm.graph.nodes:
-        if op_name(node) not in TAKERS:
+        if not everywhere and op_name(node) not in TAKERS:
             continue
         known = {source: float(value(source)) for source in node.all_input_nodes if _is_the_models(source)}
 
@@ -35,6 +41,9 @@ def fix_numbers(gm: fx.GraphModule) -> fx.GraphModule:
 
         if known:
             node.args, node.kwargs = fx.map_arg(node.args, constant), fx.map_arg(node.kwargs, constant)
+    for node in reversed(gm.graph.find_nodes(op="call_method", target="item")):
+        if not node.users and _is_the_models(node):
+            gm.graph.erase_node(node)
     gm.recompile()
     return gm
 

@@ -26,6 +26,7 @@ INPLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
     *(operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem),
 }
+OPERATORS = {operator.and_, operator.or_, operator.not_, operator.is_}  # which end in an underscore for Python's sake
 RANDOM = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"),
     *("normal", "poisson", "gumbel_softmax", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"),
@@ -81,13 +82,28 @@ def updated(node: fx.Node) -> tuple[fx.Node, ...]:
     elif node.op == "call_function":
         name = op_name(node)
         inplace = node.kwargs.get("inplace", False) or (name in DROPOUTS and node.args[3:4] == (True,))
-        by_name = name.endswith("_") and not name.endswith("__")
+        by_name = name.endswith("_") and not name.endswith("__") and node.target not in OPERATORS
         if inplace or by_name or node.target in INPLACE_OPERATORS:
             targets.append(node.args[0] if node.args else node.kwargs.get("input"))
     targets.append(node.kwargs.get("out"))
     flat: list[fx.Node] = []
     fx.map_arg(targets, flat.append)
     return tuple(flat)
+
+
+def later_updates(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+    """The nodes that update a node's tensor in place after it was made."""
+    return [
+        other for other in graph.nodes if other > node and any(may_alias(target, node) for target in updated(other))
+    ]
+
+
+def end_of_updates(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The node before which a node's tensor has its last value."""
+    following = [node, *later_updates(graph, node)][-1].next
+    while following.op == "placeholder":
+        following = following.next
+    return following
 
 
 def draws_random_numbers(node: fx.Node) -> bool:

@@ -85,7 +85,8 @@ def fix_operand_strides(gm: fx.GraphModule) -> fx.GraphModule:
                 continue
             with gm.graph.inserting_before(cond):
                 operands[i] = gm.graph.call_function(hold_strides, (operand,))
-            operands[i].meta = {**cond.meta, "example_value": recorded}  # a part of the module that attends
+            # a part of the module that attends
+            operands[i].meta = {"nn_module_stack": cond.meta.get("nn_module_stack", {}), "example_value": recorded}
         cond.args = (*cond.args[:3], tuple(operands))
     gm.recompile()
     return gm
@@ -119,14 +120,14 @@ def fix_cache_strides(lifted: Lifted) -> Lifted:
     """
     graph = lifted.gm.graph
     for node in graph.find_nodes(op="placeholder"):
-        if node.name in lifted.reads:
+        if node.target in lifted.reads:
             node.meta["example_value"] = in_order(value(node), stride_order(value(node)))
     output = graph.output_node()
     outputs, written = list(output.args[0]), len(lifted.writes)  # type: ignore[arg-type]
     for i in range(len(outputs) - written, len(outputs)):
         found = outputs[i]
         recorded = value(found)
-        with graph.inserting_after(found):
+        with graph.inserting_before(effects.end_of_updates(graph, found)):
             kept = graph.call_function(in_order, (found, stride_order(recorded)))
         # a part of the module that it is computed in: `regional` keeps the two together
         kept.meta = {**found.meta, "example_value": in_order(recorded, stride_order(recorded))}

@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from ._torch import boxed, faked_for_compiler, operands_freed_in_both_branches, sizes_at, traced_shapes
+from ._torch import (
+    boxed,
+    compiled_later,
+    declare_static,
+    faked_for_compiler,
+    keep_sources,
+    operands_freed_in_both_branches,
+    sizes_at,
+    traced_shapes,
+)
+from .compress import compressed, stored
 from .dataflow import value
 from .lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
 from .rewrite import Conditional, conditionals, copy_of
@@ -34,13 +44,14 @@ class Compiled:
         lifted: the graph.
         run: takes its inputs as a list, which it may empty, and returns its outputs.
         reads: of each cache it takes, the module's number and the cache's among that module's.
-        writes: of each module whose caches it returns, the module's number and their positions among the outputs.
+        writes: of each module whose caches it returns, the module's number and their positions among the outputs;
+            `None` for a cache that it leaves as it is.
     """
 
     lifted: Lifted
     run: Callable[[list[Any]], Sequence[Any]]
     reads: tuple[tuple[int, int], ...]
-    writes: tuple[tuple[int, tuple[int, ...]], ...]
+    writes: tuple[tuple[int, tuple[int | None, ...]], ...]
 
 
 class Lowerings:
@@ -50,10 +61,20 @@ class Lowerings:
         rewritten: the captured graph with its conditionals, from `insert_conditions(..., allocate=False)`.
         compiler: compiles a lowered graph.
         fix_strides: hold caches and operands of conditions to one layout, as a compiler needs that is free to choose.
+        cache_dtype: what caches are kept in, `None` for what they are computed in.
+        static_caches: whether caches have a fixed address.
     """
 
-    def __init__(self, rewritten: fx.GraphModule, compiler: Compiler, fix_strides: bool) -> None:
+    def __init__(
+        self,
+        rewritten: fx.GraphModule,
+        compiler: Compiler,
+        fix_strides: bool,
+        cache_dtype: torch.dtype | None = None,
+        static_caches: bool = False,
+    ) -> None:
         self.rewritten, self._compiler, self._fix_strides = rewritten, compiler, fix_strides
+        self._cache_dtype, self._static_caches = cache_dtype, static_caches
         found = conditionals(rewritten)
         self.conditionals = tuple(found.values())
         of_module: dict[str, list[Conditional]] = {}
@@ -62,8 +83,15 @@ class Lowerings:
         self.modules = tuple(map(tuple, of_module.values()))
         self.inputs = rewritten.graph.find_nodes(op="placeholder")
         self.outputs = len(rewritten.graph.output_node().args[0])  # type: ignore[arg-type]
-        self._caches = tuple(calls[0].caches for calls in self.modules)
-        self._recorded = _recorded_outputs(found)
+        outputs, self._recorded = _recorded_outputs(found), {}
+        names: list[tuple[str, ...]] = []
+        for calls in self.modules:
+            kept = {name: outputs[name] for name in calls[0].caches}
+            if cache_dtype is not None:
+                kept = {n: each for name, whole in kept.items() for n, each in stored(name, whole, cache_dtype).items()}
+            self._recorded.update(kept)
+            names.append(tuple(kept))
+        self._caches = tuple(names)
         self._symbols = [
             (i, value(node)) for i, node in enumerate(self.inputs) if isinstance(value(node), torch.SymInt)
         ]
@@ -80,22 +108,30 @@ class Lowerings:
         gm = copy_of(self.rewritten)
         lifted = lift(gm if key == "cond" else decide(gm, dict(enumerate(key))))
         if self._fix_strides:
-            fix_operand_strides(gm)
             fix_cache_strides(lifted)
+        if self._cache_dtype is not None:
+            lifted = compressed(lifted, self._cache_dtype)
+        if self._fix_strides:
+            fix_operand_strides(gm)
+        keep_sources(self.rewritten, gm)  # of the inputs that it has now
+        if self._static_caches:
+            for node in gm.graph.find_nodes(op="placeholder"):
+                if node.target in lifted.reads:
+                    declare_static(node)
         return lifted
 
-    def compiled(self, key: Any, args: Sequence[Any]) -> Compiled:
+    def compiled(self, key: Any, args: Sequence[Any] | None = None) -> Compiled:
         """The compiled graph for a key; compiled when it is first needed, for inputs like these.
 
         Args:
             key: as for `lowered`.
-            args: inputs of the captured graph.
+            args: inputs of the captured graph, `None` for what was recorded of them.
         """
         if key not in self._compiled:
-            if self._symbols:
+            if self._symbols or args is None:
                 lifted = self.lowered(key)
                 with traced_shapes(lifted.gm) as inputs, operands_freed_in_both_branches():
-                    self._compiled[key] = self._with_caches(lifted, self._compiler(lifted.gm, inputs))
+                    self._compiled[key] = self._with_caches(lifted, compiled_later(self._compiler, lifted.gm, inputs))
             else:
                 self.compile_as_captured(key, args)
         return self._compiled[key]
@@ -124,9 +160,9 @@ class Lowerings:
         place = {name: (m, i) for m, names in enumerate(self._caches) for i, name in enumerate(names)}
         output_of = {name: self.outputs + i for i, name in enumerate(lifted.writes)}
         writes = [
-            (m, tuple(output_of[name] for name in names))
+            (m, tuple(output_of.get(name) for name in names))
             for m, names in enumerate(self._caches)
-            if all(name in output_of for name in names)
+            if any(name in output_of for name in names)
         ]
         return Compiled(lifted, boxed(run), tuple(place[name] for name in lifted.reads), tuple(writes))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from .config import ROLES
+from .state import Cell
 
 if TYPE_CHECKING:
     from .backend import PABBackend
@@ -23,14 +25,47 @@ class RegionReport:
 
 
 @dataclass(frozen=True)
+class ContextReport:
+    """The caches of one role in one cache context.
+
+    Args:
+        context: its name, "" for none; of unnamed branches of guidance also which call of a step it is, as in " #2".
+        cache_bytes: what they hold now.
+        full_bytes: what they hold, or held last, when all of them are kept.
+    """
+
+    context: str
+    cache_bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True)
 class RoleReport:
-    """One role: how many modules are broadcast, their calls so far, and the bytes their caches hold now."""
+    """One role: how many modules are broadcast, their calls so far, and their caches.
+
+    Args:
+        role: its name.
+        modules: how many modules have it.
+        computed: calls that computed.
+        reused: calls that were answered from a cache.
+        contexts: the caches in each cache context.
+    """
 
     role: str
     modules: int
     computed: int
     reused: int
-    cache_bytes: int
+    contexts: tuple[ContextReport, ...] = ()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches hold now."""
+        return sum(context.cache_bytes for context in self.contexts)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that the caches hold, or held last, when all of them are kept."""
+        return sum(context.full_bytes for context in self.contexts)
 
 
 @dataclass(frozen=True)
@@ -55,10 +90,15 @@ class Report:
         return sum(role.reused for role in self.roles)
 
     def __str__(self) -> str:
-        lines = [f"{'role':<10}{'modules':>8}{'computed':>10}{'reused':>8}{'cache':>12}"]
-        lines += [
-            f"{r.role:<10}{r.modules:>8}{r.computed:>10}{r.reused:>8}{_size(r.cache_bytes):>12}" for r in self.roles
-        ]
+        lines = [f"{'role':<10}{'modules':>8}{'computed':>10}{'reused':>8}{'cache':>12}{'at most':>12}"]
+        for r in self.roles:
+            calls = f"{r.role:<10}{r.modules:>8}{r.computed:>10}{r.reused:>8}"
+            lines.append(calls + f"{_size(r.cache_bytes):>12}{_size(r.full_bytes):>12}")
+            if len(r.contexts) > 1:
+                lines += [
+                    f"  {c.context or 'no context':<34}{_size(c.cache_bytes):>12}{_size(c.full_bytes):>12}"
+                    for c in r.contexts
+                ]
         lines.append(f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled")
         lines += [f"left alone: {r.name} ({r.role}): {r.left_alone}" for r in self.regions if r.left_alone]
         lines += [f"note: {r.name} ({r.role}): {r.note}" for r in self.regions if r.note]
@@ -67,6 +107,23 @@ class Report:
 
 def _size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 or not count else f"{count / 2**10:.1f} KiB"
+
+
+def _contexts(cells: Iterable[tuple[Hashable, Cell]]) -> tuple[ContextReport, ...]:
+    """The caches of these cells by their cache context, those of all requests together."""
+    found: dict[str, list[int]] = {}
+    for context, cell in cells:
+        name, branch = cast(tuple[Any, int], context)
+        label = str(name or "") + (f" #{branch + 1}" if branch else "")
+        total = found.setdefault(label, [0, 0])
+        total[0] += sum(map(_bytes, cell.caches or ()))
+        total[1] += sum(spec.size for spec in cell.specs)
+    return tuple(ContextReport(label, *total) for label, total in sorted(found.items()))
+
+
+def _bytes(kept: Any) -> int:
+    tensor = kept[0] if isinstance(kept, tuple) else kept  # on another device, with what brings it back
+    return int(tensor.numel() * tensor.element_size())
 
 
 def report_of(backend: PABBackend) -> Report:
@@ -93,8 +150,7 @@ def report_of(backend: PABBackend) -> Report:
         names = {region.name for region in backend.regions if region.is_broadcast and region.role == role}
         if not owned and (found or not names):  # blocks that share a graph may have a role that is left alone
             continue
-        cells = [cell for _, cell in owned]
-        held = sum(cache.numel() * cache.element_size() for cell in cells for cache in cell.caches or ())
         computed, reused = backend.counts[role, False], backend.counts[role, True]
-        roles.append(RoleReport(role, len({owner for owner, _ in owned}) or len(names), computed, reused, held))
+        contexts = _contexts((context, cell) for _, context, cell in found if cell.rule)
+        roles.append(RoleReport(role, len({owner for owner, _ in owned}) or len(names), computed, reused, contexts))
     return Report(tuple(roles), regions, graphs, backend.notices.messages)

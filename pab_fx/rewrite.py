@@ -37,7 +37,7 @@ from torch import fx, nn
 from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 
 from . import _diffusers, effects
-from ._torch import cond_op, keep_persistence
+from ._torch import cond_op, keep_persistence, keep_sources
 from .dataflow import is_number, is_tensor, is_tuple, value
 from .modules import ModuleNames
 from .predicates import InGraphSchedule
@@ -130,6 +130,7 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph module of its own that shares parameters, buffers and submodules with `gm`."""
     result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     result.meta.update(gm.meta)
+    keep_sources(gm, result)
     keep_persistence(gm, result)
     return result
 

@@ -51,7 +51,8 @@ class Plan:
         predicates: the graph's conditions, in the order of its inputs.
         reads: of each cache that the graph reads, its position among those it takes, its cell and its number in that.
         drops: cells whose caches are not kept on, or are to be replaced.
-        writes: of each module whose caches are to be kept, its cell, its number and their positions among the outputs.
+        writes: of each module whose caches are to be kept, its cell, its number and their positions among the outputs;
+            `None` for one that stays.
         takes: what the graph takes after its own inputs: its conditions, and caches, of which those that it reads
             are yet to be filled in; by the identity of what caches are expected to look like.
     """
@@ -60,7 +61,7 @@ class Plan:
     predicates: tuple[torch.Tensor, ...]
     reads: tuple[tuple[int, Cell, int], ...]
     drops: tuple[Cell, ...]
-    writes: tuple[tuple[Cell, int, tuple[int, ...]], ...]
+    writes: tuple[tuple[Cell, int, tuple[int | None, ...]], ...]
     takes: dict[int, list[torch.Tensor | None]] = field(default_factory=dict)
 
 
@@ -124,15 +125,21 @@ class BroadcastGraph:
                     for p, (m, i) in enumerate(plan.compiled.reads)
                 ),
             ]
+        holder = self.backend.holder
         inputs, first = [*args, *takes], len(args) + len(plan.predicates)
         for position, cell, i in plan.reads:
-            inputs[first + position] = cell.caches[i]  # type: ignore[index]
+            inputs[first + position] = self._kept(cell, i)
         for cell in plan.drops:
             cell.caches = None
         outputs = plan.compiled.run(inputs)
         for cell, m, positions in plan.writes:
-            cell.caches, cell.specs = tuple([outputs[i] for i in positions]), expected[m]
+            written = tuple([outputs[i] if i is not None else self._kept(cell, c) for c, i in enumerate(positions)])
+            cell.caches, cell.specs = written if holder is None else holder.hold(cell, written), expected[m]
         return outputs[: self.lowerings.outputs]
+
+    def _kept(self, cell: Cell, i: int) -> torch.Tensor:
+        kept = cell.caches[i]  # type: ignore[index]
+        return kept if self.backend.holder is None else self.backend.holder.lend(kept)
 
     def _plan(self, modules: Lockstep, decisions: Sequence[Decision], args: Sequence[Any]) -> Plan:
         """What decisions come to; found once for equal ones."""
@@ -149,19 +156,16 @@ class BroadcastGraph:
                 for conditional, reuse in zip(self.lowerings.modules[m], decision.reuses, strict=True):
                     reuses[conditional.index] = reuse
         compiled = self.lowerings.compiled("cond" if is_conditional else tuple(reuses), args)
-        # one graph writes all caches anew; a graph without branches those that it computes
-        lasting = {} if is_conditional else {id(d): d.keeps and all(d.reuses) for d in decisions}
         of_module = {m: decision for decision in decisions for m in decision.group.modules}
+        written = {m: positions for m, positions in compiled.writes if of_module[m].keeps}
+        # a cache that stays is neither let go nor written; of a module that has one, none is let go before
+        stays = {m for m, each in of_module.items() if each.keeps and None in written.get(m, (None,))}
         return Plan(
             compiled,
             tuple(self._reuse if reuses[i] else self._compute for i in compiled.lifted.predicates),
             tuple((p, cells[m], i) for p, (m, i) in enumerate(compiled.reads) if of_module[m].reuses[0]),
-            tuple(cell for d in decisions if not lasting.get(id(d)) for cell in d.group.cells),
-            tuple(
-                (cells[m], m, positions)
-                for m, positions in compiled.writes
-                if of_module[m].keeps and not lasting.get(id(of_module[m]))
-            ),
+            tuple(cell for m, cell in enumerate(cells) if m not in stays),
+            tuple((cells[m], m, positions) for m, positions in written.items()),
         )
 
     # ------------------------------------------------------------------------------ what a call is

@@ -7,6 +7,7 @@ graph: its identity names the module it belongs to. State hangs on that paramete
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -65,7 +66,8 @@ class Cell:
         rule: when it reuses; `None` for never.
         count: how far it is in the generation.
         caches: what is kept; `None` for nothing.
-        specs: what `caches` look like, as the graph that kept them has it.
+        specs: what `caches` look like, or looked like last, as the graph that kept them has it.
+        buffers: where what is kept is copied to, where that has to be at one address.
     """
 
     role: str
@@ -73,6 +75,7 @@ class Cell:
     count: Count = FRESH
     caches: tuple[Any, ...] | None = None
     specs: Sequence[TensorSpec] = ()
+    buffers: tuple[torch.Tensor, ...] | None = None
 
     def reset(self) -> None:
         """Forget the generation: the next call is the first of a new one."""
@@ -100,6 +103,11 @@ class TensorSpec:
             size == found or -1 in (size, found) for size, found in zip(self.shape, other.shape, strict=True)
         )
         return sizes and other.dtype == self.dtype and other.device == self.device
+
+    @property
+    def size(self) -> int:
+        """In bytes; 0 where only the data tell."""
+        return 0 if -1 in self.shape else math.prod(self.shape) * self.dtype.itemsize
 
     def empty(self) -> torch.Tensor:
         """Such a tensor, with arbitrary values."""
