@@ -246,6 +246,23 @@ class PABBackend:
             self.clock(pipeline).end()
             self.store(request_of(pipeline)).reset()
 
+    def warmup(self, timesteps: Iterable[float] | torch.Tensor | None = None) -> None:
+        """Compile ahead of time what generations to come would stop for: a graph for each set of roles that reuse.
+
+        Args:
+            timesteps: those of the generations, in order; default: for whichever there may be.
+
+        Raises:
+            RuntimeError: if nothing has been captured yet.
+        """
+        if not self.graphs:
+            raise RuntimeError("nothing was captured yet: call the model, or the pipeline, once, and then warmup().")
+        # in a thousand steps every rule meets every state of the others in each window
+        known = self.known_timesteps() if timesteps is None else _numbers(timesteps)
+        with torch.no_grad():
+            for graph in list(self.graphs):
+                graph.warmup(known or tuple(float(1000 - step) for step in range(1000)))
+
     def report(self) -> Report:
         """What is broadcast, what is left alone and why, and what was computed and reused so far."""
         return report_of(self)

@@ -66,6 +66,13 @@ class PAB:
         """
         return Session()
 
+    def warmup(self, timesteps: Any = None) -> None:
+        """Compile ahead of time the graphs that generations to come need; as `PABBackend.warmup`.
+
+        Inputs have to have been seen: call the model or the pipeline once before, for a single step will do.
+        """
+        self.backend.warmup(timesteps)
+
     def report(self) -> Report:
         """What is broadcast, what is left alone and why, what was computed and reused so far (or up to `disable`)."""
         self._check_calls()

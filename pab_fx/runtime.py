@@ -21,7 +21,7 @@ from .lowering import Compiled, Lowerings
 from .modules import joined
 from .predicates import TIMESTEP_NAMES, timestep_name
 from .running import name_of_caller
-from .schedule import AfterTimesteps, Rule, SkipRange
+from .schedule import END, AfterTimesteps, Rule, SkipRange
 from .state import Cell, StateStore, TensorSpec
 
 if TYPE_CHECKING:
@@ -148,14 +148,31 @@ class BroadcastGraph:
             modules.plans[key] = self._planned(modules, decisions, args)
         return modules.plans[key]
 
-    def _planned(self, modules: Lockstep, decisions: Sequence[Decision], args: Sequence[Any]) -> Plan:
-        is_conditional, cells = self.backend.lowering == "cond", modules.cells
+    def warmup(self, timesteps: Sequence[float]) -> None:
+        """Compile every graph that a generation with these timesteps needs, for inputs like those captured."""
+        modules = Lockstep([Cell(calls[0].role, calls[0].rule) for calls in self.lowerings.modules], self._calls, ())
+        for t, next_t in zip(timesteps, (*timesteps[1:], END), strict=True):
+            decisions = modules.advance(Call(t, next_t, timesteps, None))
+            self.lowerings.compiled(self._key(self._reuses(decisions)))
+            for decision in decisions:
+                for cell in decision.group.cells:
+                    cell.caches = () if decision.keeps else None
+
+    def _reuses(self, decisions: Sequence[Decision]) -> tuple[bool, ...]:
+        """For each conditional whether it reuses."""
         reuses = [False] * len(self.lowerings.conditionals)
         for decision in decisions:
             for m in decision.group.modules:
                 for conditional, reuse in zip(self.lowerings.modules[m], decision.reuses, strict=True):
                     reuses[conditional.index] = reuse
-        compiled = self.lowerings.compiled("cond" if is_conditional else tuple(reuses), args)
+        return tuple(reuses)
+
+    def _key(self, reuses: tuple[bool, ...]) -> Any:
+        return "cond" if self.backend.lowering == "cond" else reuses
+
+    def _planned(self, modules: Lockstep, decisions: Sequence[Decision], args: Sequence[Any]) -> Plan:
+        cells, reuses = modules.cells, self._reuses(decisions)
+        compiled = self.lowerings.compiled(self._key(reuses), args)
         of_module = {m: decision for decision in decisions for m in decision.group.modules}
         written = {m: positions for m, positions in compiled.writes if of_module[m].keeps}
         # a cache that stays is neither let go nor written; of a module that has one, none is let go before

@@ -1,0 +1,248 @@
+"""What is kept: never twice, no longer than it is of use, smaller or elsewhere where that is asked for."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LatteTransformer3DModel
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import TracingContext
+from torch.profiler import ProfilerActivity, profile
+
+import pab_fx
+from pab_fx import PABConfig
+from pab_fx.holding import Offloaded, Static
+from pab_fx.report import ContextReport
+from pab_fx.state import Cell
+
+TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
+CONFIG = PABConfig(
+    spatial_attention_block_skip_range=2,
+    temporal_attention_block_skip_range=3,
+    cross_attention_block_skip_range=6,
+)
+COMPUTE_ALL = PABConfig(spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 1))
+
+
+def build() -> LatteTransformer3DModel:
+    torch.manual_seed(0)
+    model = LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        cross_attention_dim=64,
+        attention_bias=True,
+        sample_size=16,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_single",
+        caption_channels=16,
+        video_length=4,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def call(model: Any, t: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(int(t))
+    latents, text = torch.randn(1, 4, 4, 16, 16, generator=generator), torch.ones(1, 8, 16)
+    with torch.no_grad():
+        output: torch.Tensor = model(latents, torch.tensor([t]), text, return_dict=False)[0]
+    return output
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most bytes of tensors that are alive at once during a run, more than at its start."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    assert recorded.profiler is not None
+    results: Any = recorded.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    alive, most = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):  # type: ignore[no-any-return]
+        alive += event.nbytes()
+        most = max(most, alive)
+    return most
+
+
+def held(pab: pab_fx.PAB) -> int:
+    return sum(role.cache_bytes for role in pab.report().roles)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+def test_a_step_holds_one_copy_of_the_caches_beside_what_the_compiled_model_needs(lowering: str) -> None:
+    plain = build()
+    plain.compile()
+    call(plain, 900)
+    needed = peak(lambda: call(plain, 900))
+    torch.compiler.reset()
+    model = build()
+    pab = pab_fx.enable(model, CONFIG, lowering=lowering, timesteps=TIMESTEPS)
+    for t in TIMESTEPS:
+        call(model, t)
+    assert pab.report().reused > 0
+    pab.reset()
+    one_tensor = 4 * 64 * 64 * 4
+    # a condition takes and returns tensors of their own, and what it returns is a copy of what was kept
+    passing = (3 if lowering == "cond" else 1) * one_tensor
+    for t in TIMESTEPS:
+        before = held(pab)
+        most = before + peak(lambda t=t: call(model, t))  # type: ignore[misc]
+        full = sum(role.full_bytes for role in pab.report().roles)
+        assert full == 3 * 3 * one_tensor
+        assert most <= needed + full + passing, (t, most, needed, full)
+    assert held(pab) == 0
+
+
+def test_the_report_tells_the_bytes_of_each_role_in_each_cache_context() -> None:
+    model = build()
+    pab = pab_fx.enable(model, CONFIG, inner="eager")
+    for t in (700, 600):
+        with pab_fx.cache_context("cond"):
+            call(model, t)
+    with pab_fx.cache_context("uncond"):
+        call(model, 700)
+    roles = {role.role: role for role in pab.report().roles}
+    one = 3 * 4 * 64 * 64 * 4
+    # the next call of "cond" computes the spatial attention
+    assert roles["spatial"].contexts == (ContextReport("cond", 0, one), ContextReport("uncond", one, one))
+    assert roles["cross"].contexts == (ContextReport("cond", one, one), ContextReport("uncond", one, one))
+    assert "uncond" in str(pab.report())
+    pab.reset()
+    assert held(pab) == 0
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize(
+    ("dtype", "smaller", "error"),
+    [("bfloat16", 2, 2**-7), ("int8", 4 * 64 / 68, 2**-6), (torch.float8_e4m3fn, 4 * 64 / 68, 2**-3)],
+)
+def test_smaller_caches_change_little_and_take_less(dtype: Any, smaller: float, error: float, lowering: str) -> None:
+    """The bound is a generous multiple of the dtype's rounding: what is kept is one summand of many."""
+    outputs, bytes_held = [], []
+    for cache_dtype in (None, dtype):
+        torch.compiler.reset()
+        model = build()
+        pab = pab_fx.enable(model, CONFIG, inner="eager", lowering=lowering, cache_dtype=cache_dtype)
+        outputs.append([call(model, t) for t in TIMESTEPS[:4]])
+        bytes_held.append(held(pab))
+        assert pab.report().reused > 0
+    assert bytes_held[0] == pytest.approx(smaller * bytes_held[1])
+    assert torch.equal(outputs[0][0], outputs[1][0])  # a step that computes is exact
+    distances = [float((a - b).norm() / a.norm()) for a, b in zip(*outputs, strict=True)]
+    assert 0 < max(distances) < error
+
+
+@pytest.mark.parametrize("given", ["int4", torch.float32, torch.int16, 3])
+def test_a_dtype_that_caches_are_not_kept_in_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"cache_dtype=.* bfloat16, int8, float8_e4m3fn"):
+        pab_fx.PABBackend(cache_dtype=given)
+
+
+def test_a_device_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="cache_device='main memory' is no device"):
+        pab_fx.PABBackend(cache_device="main memory")
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+def test_caches_elsewhere_change_nothing(lowering: str) -> None:
+    outputs = []
+    for cache_device in (None, "cpu"):
+        torch.compiler.reset()
+        model = build()
+        pab = pab_fx.enable(model, CONFIG, inner="eager", lowering=lowering, cache_device=cache_device)
+        outputs.append([call(model, t) for t in TIMESTEPS])
+        assert pab.report().reused > 0
+    assert all(map(torch.equal, *outputs))
+
+
+def test_what_is_offloaded_comes_back() -> None:
+    offloaded, tensor = Offloaded(torch.device("cpu")), torch.randn(3, 4)
+    (kept,) = offloaded.hold(Cell("spatial", None), [tensor])
+    assert torch.equal(offloaded.lend(kept), tensor)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies on a stream of their own need a GPU")
+def test_what_is_offloaded_from_a_gpu_lies_in_pinned_memory_and_comes_back() -> None:
+    offloaded, tensor = Offloaded(torch.device("cpu")), torch.randn(1 << 20, device="cuda")
+    expected = tensor.clone()
+    (kept,) = offloaded.hold(Cell("spatial", None), [tensor])
+    assert kept[0].device.type == "cpu"
+    assert kept[0].is_pinned()
+    del tensor
+    assert torch.equal(offloaded.lend(kept), expected)
+
+
+def test_with_cuda_graphs_a_cache_stays_at_its_address() -> None:
+    static, cell = Static(), Cell("spatial", None)
+    first = static.hold(cell, [torch.ones(2, 3)])
+    cell.reset()
+    second = static.hold(cell, [torch.zeros(2, 3)])
+    assert first[0].data_ptr() == second[0].data_ptr()
+    assert not second[0].any()
+    assert static.hold(cell, [torch.ones(4, 3)])[0].shape == (4, 3)  # of another generation
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+def test_parameters_and_static_caches_are_known_to_keep_their_address(lowering: str) -> None:
+    """As far as a CPU goes: CUDA graphs read those inputs in place that AOTAutograd counts as static."""
+    found: list[tuple[int, int]] = []
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        def count(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            context = TracingContext.try_get()  # of graphs that are compiled later it is not known from outside
+            if context is not None:
+                metadata: Any = context.fw_metadata
+                found.append((len(metadata.static_input_indices), len(inputs)))
+            return graph.forward
+
+        return aot_module_simplified(gm, list(example_inputs), fw_compiler=count)
+
+    model = build()
+    backend = pab_fx.PABBackend(CONFIG, inner=compiler, lowering=lowering)
+    backend._has_cuda_graphs, backend.holder = True, Static()
+    compiled = torch.compile(model, backend=backend)
+    for t in (700, 600):
+        call(compiled, t)
+    assert backend.report().reused > 0
+    # all but latents, timestep, text and conditions
+    assert found
+    assert all(count - static <= 3 + (9 if lowering == "cond" else 0) for static, count in found)
+
+
+def test_warmup_compiles_every_graph_that_a_generation_needs() -> None:
+    compiled: list[int] = []
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        compiled.append(len(gm.graph.nodes))
+        return gm.forward
+
+    model = build()
+    pab = pab_fx.enable(model, CONFIG, inner=inner)
+    with pytest.raises(RuntimeError, match="call the model"):
+        pab.warmup()
+    call(model, 900)
+    assert len(compiled) == 1
+    pab.warmup(TIMESTEPS)
+    ahead = len(compiled)
+    assert ahead > 1
+    pab.reset()
+    for t in TIMESTEPS:
+        call(model, t)
+    assert len(compiled) == ahead
+    assert pab.report().reused > 0
+    pab.warmup()  # whatever the timesteps
+    for t in range(995, 0, -31):
+        call(model, t)
+    assert len(compiled) == len(set(compiled)) or len(compiled) <= 8
+    known = len(compiled)
+    for t in range(990, 0, -7):
+        call(model, t)
+    assert len(compiled) == known
