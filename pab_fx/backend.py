@@ -23,6 +23,7 @@ from .compress import DTYPES
 from .config import PABConfig
 from .constants import fix_numbers
 from .dataflow import is_number
+from .generation import Variants, likely_unchanging
 from .holding import holder_for
 from .lowering import Compiler, Lowerings
 from .modules import ModuleNames, repeated_blocks
@@ -30,7 +31,7 @@ from .notices import Notices
 from .region import Region
 from .regional import RegionalCompiler
 from .report import Report, report_of
-from .rewrite import copy_of, insert_conditions
+from .rewrite import copy_of
 from .running import TiedParameters, module_names, running_modules
 from .runtime import BroadcastGraph, anchors
 from .state import StateStore, TensorSpec
@@ -62,6 +63,8 @@ class PABBackend:
         regional: compile each repeated block once for all its siblings.
         cache_dtype: what is kept is kept in bfloat16 (float32 models), int8 or float8_e4m3fn (with a scale per token).
         cache_device: where what is kept lies between two steps, such as "cpu"; default: where it is computed.
+        step_invariants: compute once a generation what depends on nothing that changes from step to step, such as
+            the keys and values of a text; the outputs are the same to the bit.
 
     Raises:
         ValueError: for a bad config, an unknown lowering, an inner backend that is not registered, or a `regional`
@@ -84,6 +87,7 @@ class PABBackend:
         regional: bool = False,
         cache_dtype: torch.dtype | str | None = None,
         cache_device: torch.device | str | None = None,
+        step_invariants: bool = True,
     ) -> None:
         self.config = _diffusers.checked_config(config)
         if lowering not in LOWERINGS:
@@ -102,7 +106,7 @@ class PABBackend:
         self._inner = _inner_compiler(inner, mode, options)
         if not isinstance(regional, bool):
             raise ValueError(f"regional must be True or False, got {regional!r}.")
-        self.regional = regional
+        self.regional, self.step_invariants = regional, step_invariants
         self.cache_dtype, cache_device = _cache_dtype(cache_dtype), _cache_device(cache_device)
         self._has_cuda_graphs = _records_cuda_graphs(inner, mode, options)
         self.holder = holder_for(cache_device, self._has_cuda_graphs)
@@ -151,6 +155,8 @@ class PABBackend:
         self.notices = Notices()
         self._unread: dict[TensorSpec, torch.Tensor] = {}
         self.calls = 0  # of graphs that broadcast
+        self.computed_once = 0  # how often what does not change was computed, and how often taken
+        self.taken_as_kept = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph: tag, rewrite, lower, hand to the inner compiler."""
@@ -180,17 +186,20 @@ class PABBackend:
         adapters = {id(parameter) for module in around for parameter in _diffusers.adapter_parameters(module)}
         lasting = [None if id(given) in adapters else given for given in example_inputs]
         found = anchors(nodes_of, inputs, lasting)
-        insert_conditions(rewritten, regions, _no_timestep, allocate=False)
-        lowerings = Lowerings(
-            rewritten, self._compiler(names), not self.runs_eagerly, self.cache_dtype, self._has_cuda_graphs
-        )
-        # inside of Dynamo's call, the graph that the first step runs
-        is_conditional = self.lowering == "cond"
-        first = "cond" if is_conditional else (False,) * len(lowerings.conditionals)
-        lowerings.compile_as_captured(first, example_inputs)
-        graph = BroadcastGraph(self, lowerings, found, is_model=len(names.enclosing) <= 1)
+        compiler = self._compiler(names)
+        is_model = len(names.enclosing) <= 1
+        unchanging: frozenset[int] | None = None
+        if self.step_invariants:
+            unchanging = frozenset()
+            if is_model and names.model is not None:
+                unchanging = likely_unchanging(rewritten, example_inputs, names.model)
+        variants = Variants(rewritten, regions, partial(self._lowerings, compiler), compiler)
+        graph = BroadcastGraph(self, variants, unchanging, found, example_inputs, is_model)
         self.graphs.append(graph)
         return graph
+
+    def _lowerings(self, compiler: Compiler, rewritten: fx.GraphModule) -> Lowerings:
+        return Lowerings(rewritten, compiler, not self.runs_eagerly, self.cache_dtype, self._has_cuda_graphs)
 
     def _compiler(self, names: ModuleNames) -> Compiler:
         """What compiles the lowered graphs of one frame."""
@@ -383,11 +392,6 @@ def _inductor(
     compiler: Callable[..., Any], patches: Mapping[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     return compiler(gm, example_inputs, config_patches=dict(patches))
-
-
-def _no_timestep() -> float:
-    """In place of the timestep in a graph that is lifted: its schedule runs on the host."""
-    raise AssertionError("the schedule of a lifted graph runs on the host")
 
 
 def _numbers(timesteps: Any) -> tuple[float, ...]:

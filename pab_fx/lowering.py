@@ -116,7 +116,7 @@ class Lowerings:
         keep_sources(self.rewritten, gm)  # of the inputs that it has now
         if self._static_caches:
             for node in gm.graph.find_nodes(op="placeholder"):
-                if node.target in lifted.reads:
+                if node.target in lifted.reads or str(node.target).startswith("pab_invariant_"):
                     declare_static(node)
         return lifted
 

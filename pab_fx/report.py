@@ -69,6 +69,23 @@ class RoleReport:
 
 
 @dataclass(frozen=True)
+class OnceReport:
+    """What is computed once a generation, in place of in every step.
+
+    Args:
+        operations: how many operations of the graphs that is.
+        computed: how often they ran.
+        taken: how often what they had left was taken instead.
+        kept_bytes: bytes that they have left, and that are kept now.
+    """
+
+    operations: int
+    computed: int
+    taken: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What a backend broadcasts. `str(report)` is a table.
 
@@ -77,12 +94,14 @@ class Report:
         regions: every attention found, and every feed-forward where the config broadcasts some.
         graphs: how many graphs the inner compiler has compiled.
         warnings: what the backend has warned of.
+        once: what is computed once a generation.
     """
 
     roles: tuple[RoleReport, ...]
     regions: tuple[RegionReport, ...]
     graphs: int
     warnings: tuple[str, ...] = ()
+    once: OnceReport = OnceReport(0, 0, 0, 0)
 
     @property
     def reused(self) -> int:
@@ -99,6 +118,11 @@ class Report:
                     f"  {c.context or 'no context':<34}{_size(c.cache_bytes):>12}{_size(c.full_bytes):>12}"
                     for c in r.contexts
                 ]
+        if self.once.operations:
+            lines.append(
+                f"computed once a generation: {self.once.operations} operations, {self.once.computed} times instead of "
+                f"{self.once.computed + self.once.taken}; kept now: {_size(self.once.kept_bytes)}"
+            )
         lines.append(f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled")
         lines += [f"left alone: {r.name} ({r.role}): {r.left_alone}" for r in self.regions if r.left_alone]
         lines += [f"note: {r.name} ({r.role}): {r.note}" for r in self.regions if r.note]
@@ -153,4 +177,11 @@ def report_of(backend: PABBackend) -> Report:
         computed, reused = backend.counts[role, False], backend.counts[role, True]
         contexts = _contexts((context, cell) for _, context, cell in found if cell.rule)
         roles.append(RoleReport(role, len({owner for owner, _ in owned}) or len(names), computed, reused, contexts))
-    return Report(tuple(roles), regions, graphs, backend.notices.messages)
+    kept = [each for store in backend.stores() for of in list(store.kept.values()) for each in list(of.values())]
+    once = OnceReport(
+        sum(graph.once.operations for graph in backend.graphs if graph.once is not None),
+        backend.computed_once,
+        backend.taken_as_kept,
+        sum(each.bytes for each in kept),
+    )
+    return Report(tuple(roles), regions, graphs, backend.notices.messages, once)

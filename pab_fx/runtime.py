@@ -15,9 +15,11 @@ from torch import fx, nn
 from . import _diffusers
 from ._torch import calling_argument, calling_modules
 from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
+from .generation import Kept, Variants
+from .holding import Static
 from .lift import Lifted
 from .lockstep import Call, Decision, Lockstep
-from .lowering import Compiled, Lowerings
+from .lowering import Compiled
 from .modules import joined
 from .predicates import TIMESTEP_NAMES, timestep_name
 from .running import name_of_caller
@@ -70,21 +72,41 @@ class BroadcastGraph:
 
     Args:
         backend: owner of the state.
-        lowerings: the graph with its conditionals, lowered and compiled as calls need it.
+        variants: makes lowerings of the captured graph, and compiles what is computed once a generation.
+        unchanging: positions of the inputs that are likely the same in each step; `None` if nothing is to be
+            computed once.
         anchors: for each `module_id` of the conditionals, how to tell its instances apart.
         is_model: whether the graph is of the outermost model's own frame. In a block's, an input called
             timestep may be an embedding of it.
     """
 
     def __init__(
-        self, backend: PABBackend, lowerings: Lowerings, anchors: Mapping[str, Anchor], is_model: bool
+        self,
+        backend: PABBackend,
+        variants: Variants,
+        unchanging: frozenset[int] | None,
+        anchors: Mapping[str, Anchor],
+        example_inputs: Sequence[Any],
+        is_model: bool,
     ) -> None:
-        self.backend, self.lowerings = backend, lowerings
-        self.anchors = tuple(anchors[calls[0].module_id] for calls in lowerings.modules)
+        self.backend, self._variants = backend, variants
+        self._has_erred = False
+        self._buffers: dict[Hashable, list[torch.Tensor]] = {}
+        self._use(unchanging, example_inputs, is_captured=True)
+        self.anchors = tuple(anchors[calls[0].module_id] for calls in self.lowerings.modules)
         self._owners = tuple(anchor.positions[0] for anchor in self.anchors if anchor.positions)
-        self._calls = tuple(map(len, lowerings.modules))
-        self._timestep_input = _timestep_input(lowerings.inputs) if is_model else None
+        self._calls = tuple(map(len, self.lowerings.modules))
+        self._timestep_input = _timestep_input(self.lowerings.inputs) if is_model else None
         self._compute, self._reuse = torch.tensor(True), torch.tensor(False)
+        # inside of Dynamo's call, the graph that the first step runs
+        self.lowerings.compile_as_captured(self._key((False,) * len(self.lowerings.conditionals)), example_inputs)
+
+    def _use(self, unchanging: frozenset[int] | None, args: Sequence[Any], is_captured: bool) -> None:
+        """Run the variant of the graph for inputs that stay the same."""
+        self._unchanging = unchanging
+        variant = self._variants.variant(unchanging)
+        self.lowerings = variant.lowerings
+        self.once = None if variant.split is None else self._variants.once(variant.split, args, is_captured)
 
     def __call__(self, *args: Any) -> Any:
         backend, step = self.backend, current_step.get() or self._step_of_its_own()
@@ -94,9 +116,12 @@ class BroadcastGraph:
         modules, expected = self._modules(args, step), self.lowerings.expected_caches(args)
         before = modules.first.count
         modules.begin(call, expected)
-        if modules.first.count.n == 0:
+        is_first = modules.first.count.n == 0
+        if is_first:
             self._warn_of_schedule(t, call.timesteps)
         try:
+            if self.once is not None:
+                args = (*args, *self._computed_once(args, step, is_first))
             decisions = modules.advance(call)
             for decision in decisions:
                 decision.record(backend.counts)
@@ -143,7 +168,7 @@ class BroadcastGraph:
 
     def _plan(self, modules: Lockstep, decisions: Sequence[Decision], args: Sequence[Any]) -> Plan:
         """What decisions come to; found once for equal ones."""
-        key = tuple([(decision.reuses, decision.keeps) for decision in decisions])
+        key = (self.lowerings, *[(decision.reuses, decision.keeps) for decision in decisions])
         if key not in modules.plans:
             modules.plans[key] = self._planned(modules, decisions, args)
         return modules.plans[key]
@@ -184,6 +209,34 @@ class BroadcastGraph:
             tuple(cell for m, cell in enumerate(cells) if m not in stays),
             tuple((cells[m], m, positions) for m, positions in written.items()),
         )
+
+    def _computed_once(self, args: Sequence[Any], step: Step, is_first: bool) -> tuple[torch.Tensor, ...]:
+        """What the graph computes once a generation; anew where it reads others than before.
+
+        Weights may be other ones in each generation: merged adapters leave no trace in a parameter's version.
+        """
+        of_contexts = self.backend.store(step.request).kept.setdefault(self, {})
+        context = (_diffusers.current_cache_context.get(), step.branch)
+        kept: Kept | None = None if is_first else of_contexts.get(context)
+        outdated = [] if kept is None else kept.outdated(args)
+        assert self.once is not None
+        if outdated and self._unchanging and not self._unchanging.isdisjoint(outdated):
+            # the guess was wrong: once, the inputs that changed are left out, and then all of them
+            self._use(frozenset() if self._has_erred else self._unchanging - set(outdated), args, is_captured=False)
+            self._has_erred, kept = True, None
+            of_contexts.clear()
+        if self.once is None:
+            return ()
+        if kept is None or outdated:
+            kept = of_contexts[context] = Kept(self.once, args, self._at_one_address(context))
+            self.backend.computed_once += 1
+        else:
+            self.backend.taken_as_kept += 1
+        return kept.tensors
+
+    def _at_one_address(self, context: Hashable) -> list[torch.Tensor] | None:
+        """Where what is computed once is copied to, for CUDA graphs; `None` if it need not be."""
+        return self._buffers.setdefault(context, []) if isinstance(self.backend.holder, Static) else None
 
     # ------------------------------------------------------------------------------ what a call is
 

@@ -121,10 +121,12 @@ class StateStore:
 
     Args:
         found: for each graph, the cells that its modules had, by cache context, to spare the look-up.
+        kept: for each graph, what it computed once in the generation, by cache context.
     """
 
     _cells: Any = field(default_factory=WeakIdKeyDictionary)
     found: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
+    kept: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
 
     def find(self, owner: Any, occurrence: Hashable, context: Hashable) -> Cell | None:
         """The cell of an owner's `occurrence`-th module in a cache context, if there is one yet."""
@@ -142,7 +144,8 @@ class StateStore:
                 yield (id(owner), occurrence), context, cell
 
     def reset(self, owners: Iterable[Any] | None = None) -> None:
-        """Reset every cell, or those of the given owners."""
+        """Reset every cell, or those of the given owners; what graphs computed once goes either way."""
+        self.kept.clear()
         if owners is None:
             owners = [owner for owner, _ in self._owned()]
         for owner in owners:
