@@ -72,6 +72,11 @@ def other_cache(model: Any) -> str | None:
     return None
 
 
+def is_offloaded_by_layer(model: Any) -> bool:
+    """Whether accelerate brings the weights of each layer when it runs, as by `enable_sequential_cpu_offload`."""
+    return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+
+
 def adapter_parameters(model: Any) -> Iterator[Any]:
     """The parameters of a model that belong to adapters of peft: they come and go, switched by the user."""
     for module in model.modules():

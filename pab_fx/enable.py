@@ -163,7 +163,7 @@ def enable(
 
     Raises:
         ValueError: for bad options, `regional` for a model without repeated blocks, a model on which PAB is
-            enabled already, or another cache of diffusers.
+            enabled already or that is offloaded layer by layer, or another cache of diffusers.
         TypeError: for something that is neither a model nor a pipeline with one.
 
     Example:
@@ -176,6 +176,12 @@ def enable(
     for each in models:
         if each in _enabled:
             raise ValueError(f"PAB is enabled on this {type(each).__name__} already: call disable() on it first.")
+        if _diffusers.is_offloaded_by_layer(each):
+            raise ValueError(
+                f"{type(each).__name__} is offloaded layer by layer (enable_sequential_cpu_offload), and torch.compile "
+                "gives up on hooks around every layer: offload by block (enable_group_offload) or the whole model "
+                "(enable_model_cpu_offload), or use diffusers' own enable_cache."
+            )
     for each in models if regional else ():
         repeated_blocks(each)  # raises where there are none
     hooked = [_hooks_config(each) for each in models]

@@ -121,6 +121,19 @@ def lora(name: str, seed: int, pipe: Any, targets: tuple[str, ...] = ("to_q", "t
                 parameter.requires_grad_(False)
 
 
+def saved_lora(seed: int) -> dict[str, torch.Tensor]:
+    """An adapter as it is saved: a state dict of the transformer's layers."""
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    pipe = pipelines.BY_NAME[PIPELINE].build()
+    lora("made", seed, pipe)
+    layers = peft.get_peft_model_state_dict(pipe.transformer, adapter_name="made")
+    return {f"transformer.{name}": tensor for name, tensor in layers.items()}
+
+
+def loaded(pipe: Any) -> None:
+    pipe.load_lora_weights(saved_lora(3), adapter_name="loaded")
+
+
 FIRST, SECOND = partial(lora, "first", 1), partial(lora, "second", 2, targets=("to_q", "to_k", "proj_out"))
 
 
@@ -138,6 +151,11 @@ FIRST, SECOND = partial(lora, "first", 1), partial(lora, "second", 2, targets=("
             marks=pytest.mark.slow,
         ),
         pytest.param((FIRST, SECOND, lambda p: p.delete_adapters("first")), id="delete", marks=pytest.mark.slow),
+        pytest.param((loaded, lambda p: p.unload_lora_weights()), id="load"),
+        pytest.param(
+            (loaded, lambda p: p.fuse_lora(), lambda p: p.unfuse_lora()), id="load and fuse", marks=pytest.mark.slow
+        ),
+        pytest.param((FIRST, loaded, lambda p: p.set_adapters(["loaded"])), id="load another", marks=pytest.mark.slow),
     ],
 )
 def test_adapters_change_between_generations(enabled: tuple[Any, pab_fx.PAB], changes: tuple[Change, ...]) -> None:
@@ -146,6 +164,16 @@ def test_adapters_change_between_generations(enabled: tuple[Any, pab_fx.PAB], ch
         change(pipe)
         check(pipe, pab, changed(*changes[: i + 1]))
     assert pab.report().roles[0].modules == 4  # an adapter makes no other attention of one
+
+
+@pytest.mark.slow
+def test_weights_loaded_between_generations_are_compiled_by_block() -> None:
+    pipe = pipelines.BY_NAME[PIPELINE].build()
+    with pab_fx.enable(pipe, config_of(None), inner="eager", regional=True) as pab:
+        pipelines.run(pipe, pipelines.BY_NAME[PIPELINE])
+        loaded(pipe)
+        check(pipe, pab, changed(loaded))
+        assert not pab.report().warnings
 
 
 @pytest.mark.slow
@@ -249,6 +277,23 @@ def model_offloaded(pipe: Any) -> None:
 def test_an_offloaded_model_is_broadcast(change: Change) -> None:
     """On a CPU nothing moves, but the hooks that would move it are there."""
     before_and_between(change)
+
+
+def test_a_model_that_is_offloaded_layer_by_layer_is_refused() -> None:
+    """Set up as `enable_sequential_cpu_offload` does; that itself fails between a CPU and a CPU, without PAB too."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="CPU offload needs accelerate")
+    pipe = pipelines.BY_NAME["CogVideoXPipeline"].build()
+    model = pipe.transformer
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook(io_same_device=True), append=True)
+    hooks.attach_align_device_hook(model, torch.device("cpu"), offload=True, weights_map=weights)
+    for options in ({}, {"regional": True}):
+        with pytest.raises(ValueError, match=r"layer by layer \(enable_sequential_cpu_offload\).*enable_group_offload"):
+            pab_fx.enable(pipe, config_of(None), inner="eager", **options)
+    hooks.remove_hook_from_submodules(model)
+    model.load_state_dict(weights, assign=True)
+    with pab_fx.enable(pipe, config_of(None), inner="eager") as pab:
+        check(pipe, pab, pipelines.BY_NAME["CogVideoXPipeline"])
 
 
 def test_the_data_type_may_change_between_generations(enabled: tuple[Any, pab_fx.PAB]) -> None:
