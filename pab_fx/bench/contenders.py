@@ -23,6 +23,7 @@ COLUMNS = (
     "hooks",
     "compile",
     "pab_fx specialize",
+    "no invariants",
     "pab_fx cond",
     "regional",
     "lower bound",
@@ -33,7 +34,11 @@ COLUMNS = (
 HOOKS_AND_COMPILE = COLUMNS[-1]
 
 SHORT_NAMES = dict(
-    zip(("eager", "hooks", "compile", "specialize", "cond", "regional", "bound", "both"), COLUMNS, strict=True)
+    zip(
+        ("eager", "hooks", "compile", "specialize", "each-step", "cond", "regional", "bound", "both"),
+        COLUMNS,
+        strict=True,
+    )
 )
 """As on the command line."""
 
@@ -329,6 +334,7 @@ SETUPS: Mapping[str, Callable[[Setting], Contender]] = {
     "hooks": Hooked,
     "compile": lambda setting: Contender(setting, is_compiled=True),
     "pab_fx specialize": Broadcasting,
+    "no invariants": lambda setting: Broadcasting(setting, step_invariants=False),
     "pab_fx cond": lambda setting: Broadcasting(setting, lowering="cond"),
     "regional": lambda setting: Broadcasting(setting, regional=True),
     "lower bound": LowerBound,
