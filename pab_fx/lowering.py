@@ -95,6 +95,8 @@ class Lowerings:
         self._symbols = [
             (i, value(node)) for i, node in enumerate(self.inputs) if isinstance(value(node), torch.SymInt)
         ]
+        # floats of the call have symbols as well, and those too are known only where they were traced
+        self._has_floats = any(isinstance(value(node), torch.SymFloat) for node in rewritten.graph.nodes)
         self._expected: dict[tuple[int, ...], tuple[tuple[TensorSpec, ...], ...]] = {}
         self._compiled: dict[Any, Compiled] = {}
 
@@ -128,7 +130,7 @@ class Lowerings:
             args: inputs of the captured graph, `None` for what was recorded of them.
         """
         if key not in self._compiled:
-            if self._symbols or args is None:
+            if self._symbols or self._has_floats or args is None:
                 lifted = self.lowered(key)
                 with traced_shapes(lifted.gm) as inputs, operands_freed_in_both_branches():
                     self._compiled[key] = self._with_caches(lifted, compiled_later(self._compiler, lifted.gm, inputs))
