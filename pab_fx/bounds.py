@@ -19,6 +19,7 @@ from .dataflow import is_tensor, is_tuple, op_name, shape, takes_item, value
 from .region import Region
 
 UNUSED = "none of its tensors is used outside of it"
+UPDATED_LATER = "the module is called several times, and what a call yields is updated in place afterwards"
 NOT_ALIKE = "the module is called several times, and its calls are not alike"
 
 
@@ -39,6 +40,8 @@ def bounded_alike(graph: fx.Graph, calls: list[Region]) -> list[Region]:
     alike = len({tuple(map(op_name, _skeleton(call.nodes))) for call in calls}) == 1
     if not kept or not alike or any(region.unsafe for region in bounded):
         return [replace(region, unsafe=region.unsafe or NOT_ALIKE) for region in bounded]
+    if any(region.note for region in bounded):  # what one call keeps, the next one reads before it is updated
+        return [replace(region, unsafe=UPDATED_LATER) for region in bounded]
     if any(place not in at for at in places for place in kept):
         return [replace(region, unsafe=NOT_ALIKE) for region in bounded]
     regions = [

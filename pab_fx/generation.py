@@ -24,6 +24,9 @@ from .predicates import TIMESTEP_NAMES
 from .region import Region
 from .rewrite import copy_of, insert_conditions
 
+ORIGIN = "pab_origin"
+"""The number of a node in the captured graph, under which its copies find it: names are given anew in a copy."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -56,6 +59,8 @@ class Variants:
         compiler: Compiler,
     ) -> None:
         self._gm, self._regions, self._lowered, self._compiler = gm, regions, lowered, compiler
+        for number, node in enumerate(gm.graph.nodes):
+            node.meta[ORIGIN] = number
 
     def variant(self, unchanging: frozenset[int] | None) -> Variant:
         """The variant for inputs at these positions that stay the same; `None` for one that keeps nothing.
@@ -84,12 +89,12 @@ class Variants:
 
 def _carried_over(regions: Sequence[Region], gm: fx.GraphModule) -> list[Region] | None:
     """The regions of a graph in a copy of it that lacks some nodes, `None` if it lacks what one of them yields."""
-    named = {node.name: node for node in gm.graph.nodes}
+    copies = {node.meta[ORIGIN]: node for node in gm.graph.nodes if ORIGIN in node.meta}
 
     def there(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-        return tuple(named[node.name] for node in nodes if node.name in named)
+        return tuple(copies[node.meta[ORIGIN]] for node in nodes if node.meta[ORIGIN] in copies)
 
-    if any(node.name not in named for region in regions if region.is_broadcast for node in region.outputs):
+    if any(node.meta[ORIGIN] not in copies for region in regions if region.is_broadcast for node in region.outputs):
         return None
     return [
         replace(region, nodes=there(region.nodes), outputs=there(region.outputs), replayed=there(region.replayed))
