@@ -17,6 +17,9 @@ from torch import fx, nn
 # surrounding torch.compile, would start one. Seen in 2.9 to 2.15; `torch.cond` is the public spelling.
 cond_op = torch.ops.higher_order.cond
 
+# What `cond_op` and every other operator that takes graphs is an instance of. Seen in 2.9 to 2.15.
+HigherOrderOperator = type(cond_op).__bases__[0]
+
 # What `torch.ops.aten.add.Tensor` is an instance of: has a schema, which tells what it updates. 2.9 to 2.15.
 OpOverload = torch._ops.OpOverload
 

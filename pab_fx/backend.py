@@ -64,7 +64,7 @@ class PABBackend:
         cache_dtype: what is kept is kept in bfloat16 (float32 models), int8 or float8_e4m3fn (with a scale per token).
         cache_device: where what is kept lies between two steps, such as "cpu"; default: where it is computed.
         step_invariants: compute once a generation what depends on nothing that changes from step to step, such as
-            the keys and values of a text; the outputs are the same to the bit.
+            the keys and values of a text; the same operations on the same operands, so with inner="eager" to the bit.
 
     Raises:
         ValueError: for a bad config, an unknown lowering, an inner backend that is not registered, or a `regional`

@@ -81,7 +81,8 @@ def _bounded(graph: fx.Graph, region: Region) -> Region:
         return replace(region, unsafe=unsafe)
     nodes, outputs, replayed = _outputs(region.nodes)
     note = None
-    if any(_updated_later(graph, output, nodes) for output in outputs):
+    inside = set(nodes)
+    if any(not inside.issuperset(effects.later_updates(graph, output)) for output in outputs):
         note = "its output is updated in place afterwards; what is kept is the updated value, as with hooks"
     return replace(region, nodes=nodes, outputs=outputs, replayed=replayed, note=note)
 
@@ -160,13 +161,3 @@ def _unsafe(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> str | None:
         ):
             return f"a tensor it reads is updated in place while it runs ({node.name})"
     return None
-
-
-def _updated_later(graph: fx.Graph, output: fx.Node, inside: tuple[fx.Node, ...]) -> bool:
-    """Whether a node outside of the region updates the output in place."""
-    return any(
-        effects.may_alias(target, output)
-        for node in graph.nodes
-        if node not in inside
-        for target in effects.updated(node)
-    )

@@ -57,8 +57,11 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Timed generations of each column.")] = 5,
     steps: Annotated[int | None, typer.Option(min=1, help="Of a generation. 20; fewer on cuda.")] = None,
     columns: Annotated[
-        str, typer.Option(help="Which, of eager,hooks,compile,specialize,cond,regional,bound,both (hooks + compile).")
-    ] = "eager,hooks,compile,specialize,cond,regional,bound,both",
+        str | None,
+        typer.Option(
+            help="Which, of eager,hooks,compile,specialize,each-step,cond,regional,bound,both (hooks + compile). All."
+        ),
+    ] = None,
     config: Annotated[
         str | None, typer.Option(help="cogvideox, latte, open-sora, or like spatial=2,cross=6,window=100:800.")
     ] = None,
@@ -82,7 +85,7 @@ def bench(
         check_paths(json, chart, markdown)
         settings = Settings(
             models=tuple(dict.fromkeys(model or Settings.models)),
-            columns=columns_of(columns),
+            columns=Settings.columns if columns is None else columns_of(columns),
             device=device,
             size="quick" if quick else device,
             rounds=rounds,

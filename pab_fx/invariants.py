@@ -22,13 +22,12 @@ After, `once`:                                      and `rest`:
 
 That is found by dataflow: the projections of a text, its keys and values in cross-attentions, rotary tables, embeddings
 of positions and of a guidance. The same operations run on the same operands in the same order as before, so that
-the outputs are the same to the bit.
+with an eager inner compiler the outputs are the same to the bit.
 """
 
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +36,7 @@ import torch
 from torch import fx, nn
 
 from . import effects
-from ._torch import cond_op, size_hint
+from ._torch import HigherOrderOperator, size_hint
 from .dataflow import backward, is_state, is_tensor, is_tuple, op_name, value
 from .rewrite import copy_of
 
@@ -53,7 +52,6 @@ RESHAPES = {"resize_", "resize_as_", "set_", "squeeze_", "unsqueeze_", "transpos
 RETURNS_OPERAND = effects.MAYBE_VIEWS | effects.DROPOUTS | {"cpu", "cuda", "double", "int", "long", "bool", "as_tensor"}
 """Operations that may return the very tensor they are given, though the recorded value may be another one."""
 
-HIGHER_ORDER = type(cond_op).__bases__[0]
 Storages = frozenset[Any]
 
 
@@ -216,8 +214,6 @@ def _is_one_tensor(node: fx.Node) -> bool:
 
 def _updated(node: fx.Node) -> Sequence[fx.Node]:
     """What a node updates in place; a kernel of the user's own may update whatever it is given."""
-    if node.target in (operator.and_, operator.or_):  # their names end as those of updates do
-        return ()
     return node.all_input_nodes if "wrapper_mutation" in op_name(node) else effects.updated(node)
 
 
@@ -261,7 +257,7 @@ def _is_movable(node: fx.Node, memory: _Memory) -> bool:
     """Whether a node can run in another graph: all that it does is to yield a value, or to update what it is given."""
     if node.op == "get_attr":
         return bool(memory.of[node])
-    if node.op not in ("call_function", "call_method") or isinstance(node.target, HIGHER_ORDER):
+    if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
         return False
     if effects.draws_random_numbers(node) or "generator" in node.kwargs or "unbacked_bindings" in node.meta:
         return False

@@ -118,4 +118,4 @@ def warn(message: str) -> None:
     level = 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level - 1 if frame is not None else 2)
+    warnings.warn(message, UserWarning, stacklevel=level if frame is not None else 2)

@@ -92,7 +92,7 @@ class Report:
     Args:
         roles: a line for each role that is broadcast.
         regions: every attention found, and every feed-forward where the config broadcasts some.
-        graphs: how many graphs the inner compiler has compiled.
+        graphs: how many lowered graphs there are, beside what is computed once a generation.
         warnings: what the backend has warned of.
         once: what is computed once a generation.
     """

@@ -122,6 +122,7 @@ class BroadcastGraph:
         try:
             if self.once is not None:
                 args = (*args, *self._computed_once(args, step, is_first))
+                expected = self.lowerings.expected_caches(args)  # of another variant, if the guess was wrong
             decisions = modules.advance(call)
             for decision in decisions:
                 decision.record(backend.counts)

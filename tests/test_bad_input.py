@@ -127,6 +127,14 @@ def test_identifiers_that_match_something_do_not_warn(caught: list[warnings.Warn
     }
 
 
+def test_a_warning_points_at_the_line_that_called_the_model(caught: list[warnings.WarningMessage]) -> None:
+    compiled = torch.compile(Model(), backend=PABBackend(PABConfig(cross_attention_block_skip_range=2), inner="eager"))
+    with torch.no_grad():
+        compiled(hidden_states(0), torch.tensor(500.0))
+    (warning,) = (each for each in caught if "pab_fx" in str(each.message))
+    assert warning.filename == __file__
+
+
 def test_a_role_that_the_model_has_no_attention_of_warns_and_lists_the_attentions(
     caught: list[warnings.WarningMessage],
 ) -> None:

@@ -1,6 +1,7 @@
 """Rewritten and specialized graphs: what they compute, what they print, what they refuse; the backend's graphs."""
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from pab_fx import MLPBroadcast, PABBackend, PABConfig, rewrite, specialize
+from pab_fx import MLPBroadcast, PABBackend, PABConfig, effects, rewrite, specialize
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 RANGES = (2, 3, 4)
@@ -547,6 +548,49 @@ def test_an_updated_input_is_updated_at_reuse_too(tracer: Callable[..., Model]) 
         broadcast(*found)
         assert torch.equal(expected[0], found[0])
         assert not torch.equal(expected[0], inputs(t, step)[0])
+
+
+class UpdatedLater(nn.Module):
+    """One attention called twice; what the first call yields is updated in place after the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.attn2 = Attention(8), Attention(8, 6)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        x = hidden_states + torch.sin(timestep)[:, None, None]
+        x = x + self.attn2(x, encoder_hidden_states)
+        y = self.attn(x)
+        x = x + self.attn(x + y)
+        y.mul_(0.9)
+        return x + y
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+def test_an_attention_called_twice_whose_output_is_updated_later_is_computed_in_every_step(lowering: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = UpdatedLater().eval().requires_grad_(False)
+        zoo.redraw_(model)
+    clock = zoo.Clock()
+    oracle = zoo.hooked(model, zoo.diffusers_config(clock, (None, None, 4)))
+    backend = PABBackend(CONFIG, inner="eager", lowering=lowering)
+    expected = run(oracle, TIMESTEPS, clock)
+    with pytest.warns(UserWarning, match=r"computed in every step.*: attn"):
+        found = run(torch.compile(model, backend=backend), TIMESTEPS)
+    assert all(equal(expected, found))
+    assert {role.role for role in backend.report().roles if role.reused} == {"cross"}
+    assert not all(equal(run(model, TIMESTEPS), found))
+
+
+@pytest.mark.parametrize("combine", [operator.and_, operator.or_], ids=["and", "or"])
+def test_masks_that_are_combined_are_not_updated_and_go_when_nothing_reads_them(combine: Callable[..., Any]) -> None:
+    graph = fx.Graph()
+    left, right = graph.placeholder("left"), graph.placeholder("right")
+    unused = graph.call_function(combine, (left, right))
+    graph.output(left)
+    assert effects.updated(unused) == ()
+    assert effects.is_removable(unused)
 
 
 # ------------------------------------------------------------------------------------- the backend's graphs

@@ -113,6 +113,22 @@ class Trajectory:
     ) -> None:
         self.timesteps, self.inputs, self.clock, self.device = timesteps, inputs, clock, device
 
+    @property
+    def can_pause(self) -> bool:
+        """Whether a generation can be stopped between two steps without changing how long they take.
+
+        On a GPU, steps are queued; its own clock tells when they ran, and nothing may wait between them.
+        """
+        return self.device.type != "cuda"
+
+    @torch.no_grad()
+    def step(self, contender: Contender, i: int) -> float:
+        """Run one step, and tell its seconds; only where `can_pause`."""
+        self.clock.t = self.timesteps[i]
+        start = time.perf_counter()
+        contender.at(i)(**self.inputs[i])
+        return time.perf_counter() - start
+
     @torch.no_grad()
     def run(self, contender: Contender, watch: bool = False) -> Generation:
         """One generation, which starts afresh and leaves no cache behind.
@@ -148,8 +164,6 @@ class Trajectory:
         torch.cuda.reset_peak_memory_stats(self.device)
         self.run(contender)
         return torch.cuda.max_memory_allocated(self.device) - before + contender.held_bytes
-
-    # On a GPU, steps are queued; its own clock tells when they ran, and nothing waits between them.
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

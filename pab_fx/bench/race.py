@@ -107,10 +107,30 @@ class Race:
                 )
                 return
             start = time.monotonic()
-            for entrant in running:
-                self.say(f"round {turn + 1} of {self.settings.rounds}: {entrant.column}")
-                entrant.rounds.append(self._counted(entrant, self.trajectory.run))
+            self.say(f"round {turn + 1} of {self.settings.rounds}")
+            if self.trajectory.can_pause:
+                self._step_by_step(running, turn)
+            else:
+                for entrant in running:
+                    entrant.rounds.append(self._counted(entrant, self.trajectory.run))
             longest = max(longest, time.monotonic() - start)
+
+    def _step_by_step(self, running: Sequence[Entrant], turn: int) -> None:
+        """A generation of each, in turns of one step: a machine that is slow for a second is slow for all.
+
+        Who begins changes from step to step.
+        """
+        for entrant in running:
+            entrant.contender.reset()
+        steps: dict[str, list[float]] = {entrant.column: [] for entrant in running}
+        for i in range(len(self.trajectory.timesteps)):
+            first = (turn + i) % len(running)
+            for entrant in (*running[first:], *running[:first]):
+                steps[entrant.column].append(self._counted(entrant, partial(self.trajectory.step, i=i)))
+        for entrant in running:
+            entrant.contender.reset()
+            times = tuple(steps[entrant.column])
+            entrant.rounds.append(Generation(sum(times), times))
 
     def _counted(self, entrant: Entrant, run: Callable[[Contender], Any]) -> Any:
         before = captured_frames()
