@@ -358,6 +358,13 @@ def declare_static(placeholder: fx.Node) -> None:
     placeholder.meta["tensor_dict"] = {**known, "_dynamo_static_input_type": "unguarded"}
 
 
+def fake_mode_of(values: Sequence[Any]) -> Any:
+    """The mode that a graph's recorded tensors were traced in, `None` if there is none. `fake_mode`: 2.9 to 2.15."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return next((recorded.fake_mode for recorded in values if isinstance(recorded, FakeTensor)), None)
+
+
 def size_hint(extent: Any) -> int:
     """The value that a size was traced with, without a guard on it; 4096 stands for what only the data tell.
 

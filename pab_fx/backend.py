@@ -28,6 +28,7 @@ from .holding import holder_for
 from .lowering import Compiler, Lowerings
 from .modules import ModuleNames, repeated_blocks
 from .notices import Notices
+from .passes import Pass, Passes
 from .region import Region
 from .regional import RegionalCompiler
 from .report import Report, report_of
@@ -40,7 +41,6 @@ from .tag import tag
 logger = logging.getLogger(__name__)
 
 LOWERINGS = ("specialize", "cond")
-Pass = Callable[[fx.GraphModule], fx.GraphModule]
 _live: weakref.WeakSet[PABBackend] = weakref.WeakSet()
 
 
@@ -54,7 +54,8 @@ class PABBackend:
             `(gm, example_inputs) -> callable`.
         lowering: "specialize" compiles one graph for each set of reusing regions that occurs, without
             branches; "cond" one graph that holds every condition.
-        passes: functions `gm -> gm` that run on the captured graph before it is tagged.
+        passes: functions `gm -> gm` that run on the captured graph before it is tagged. Those behind `pab_fx.rewrite`
+            in the list run after it, on each graph that goes to the inner compiler and each branch of a condition.
         timesteps: the timesteps of the generation, in order, or a function that returns them
             (`lambda: scheduler.timesteps`). Where they are known, nothing is kept that no later step
             reuses.
@@ -92,15 +93,8 @@ class PABBackend:
         self.config = _diffusers.checked_config(config)
         if lowering not in LOWERINGS:
             raise ValueError(f"lowering={lowering!r} is unknown; it is one of {', '.join(map(repr, LOWERINGS))}.")
-        if callable(passes) or not isinstance(passes, Iterable):
-            raise ValueError(f"passes must be a list of functions gm -> gm, got {passes!r}.")
-        for each in passes:
-            if not callable(each):
-                raise ValueError(f"passes must hold functions gm -> gm, got {each!r}.")
-        if not isinstance(regional, bool):
-            raise ValueError(f"regional must be True or False, got {regional!r}.")
         self.lowering = lowering
-        self.passes = tuple(passes)
+        self.passes = Passes.of(passes)
         self.timesteps = timesteps if callable(timesteps) or timesteps is None else _numbers(timesteps)
         self.inner = inner
         self._inner = _inner_compiler(inner, mode, options)
@@ -160,18 +154,17 @@ class PABBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph: tag, rewrite, lower, hand to the inner compiler."""
-        for each in self.passes:
-            gm = _applied(each, gm)
+        names = module_names(tuple(self.roots))
+        gm = self.passes.run_before(gm, partial(tag, config=self.config, names=names))
         if torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs):
             self.notices.warn_of_gradients()
-            return self.compile_inner(gm, example_inputs)
+            return self.compile_inner(self.passes.run_after(gm), example_inputs)
         around = running_modules()
         cache = next(filter(None, map(_diffusers.other_cache, around)), None)
         if cache is not None:
             self.notices.warn_of_other_cache(cache)
-            return self.compile_inner(gm, example_inputs)
+            return self.compile_inner(self.passes.run_after(gm), example_inputs)
         rewritten = fix_numbers(copy_of(gm), everywhere=self.lowering == "cond")
-        names = module_names(tuple(self.roots))
         regions = tag(rewritten, self.config, names)
         if self.lowering == "cond":
             regions = tuple(_without_numbers(region) for region in regions)
@@ -202,12 +195,12 @@ class PABBackend:
         return Lowerings(rewritten, compiler, not self.runs_eagerly, self.cache_dtype, self._has_cuda_graphs)
 
     def _compiler(self, names: ModuleNames) -> Compiler:
-        """What compiles the lowered graphs of one frame."""
-        if not self.regional or names.model is None:
-            return self.compile_inner
-        classes = {type(block).__name__ for block in repeated_blocks(names.model)}
-        fix_strides, on_whole = not self.runs_eagerly, self.notices.warn_of_whole
-        return RegionalCompiler(self.compile_inner, classes, fix_strides, on_whole)
+        """What compiles the lowered graphs of one frame, once the passes behind the rewrite have run on them."""
+        compiler: Compiler = self.compile_inner
+        if self.regional and names.model is not None:
+            classes = {type(block).__name__ for block in repeated_blocks(names.model)}
+            compiler = RegionalCompiler(compiler, classes, not self.runs_eagerly, self.notices.warn_of_whole)
+        return lambda gm, example_inputs: compiler(self.passes.run_after(gm), example_inputs)
 
     def compile_inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a lowered graph with the inner compiler."""
@@ -400,13 +393,6 @@ def _numbers(timesteps: Any) -> tuple[float, ...]:
         return tuple(float(value) for value in values)
     except (TypeError, ValueError):
         raise ValueError(f"timesteps must be numbers, or a function that returns them, got {timesteps!r}.") from None
-
-
-def _applied(each: Pass, gm: fx.GraphModule) -> fx.GraphModule:
-    result = each(gm)
-    if not isinstance(result, fx.GraphModule):
-        raise TypeError(f"the pass {getattr(each, '__name__', each)} must return a GraphModule, got {result!r}.")
-    return result
 
 
 def _without_numbers(region: Region) -> Region:
