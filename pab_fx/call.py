@@ -48,14 +48,20 @@ class SteppingCall:
             with running(step):
                 outputs = self._compiled(*args, **kwargs)
         except BaseException:
-            model = self._model()
-            if model is not None:  # in this request alone: others are in the middle of theirs
-                self._backend.store(step.request).reset([*model.parameters(), *model.modules()])
+            self._forget(step.request)
             if pipeline is not None:
                 self._backend.clock(pipeline).retract(caller)
             raise
+        if self._has_broadcast and self._backend.calls == calls:  # what is kept is of another step than the last
+            self._forget(step.request)
         self._warn(known, self._backend.calls > calls)
         return outputs
+
+    def _forget(self, request: Any) -> None:
+        """Begin anew in one request; others are in the middle of theirs."""
+        model = self._model()
+        if model is not None:
+            self._backend.store(request).reset([*model.parameters(), *model.modules()])
 
     def _step(self, pipeline: Any, caller: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
         request = request_of(pipeline)

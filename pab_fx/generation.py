@@ -19,7 +19,7 @@ from torch import fx, nn
 from ._torch import compiled_later, mark_static, traced_shapes
 from .dataflow import is_state, value
 from .invariants import Invariants, split_invariants
-from .lowering import Compiler, Lowerings
+from .lowering import Compiler, Lowerings, check_outputs
 from .predicates import TIMESTEP_NAMES
 from .region import Region
 from .rewrite import copy_of, insert_conditions
@@ -81,10 +81,11 @@ class Variants:
         """Compile what is computed once, for inputs like these: inside of Dynamo's call, or later."""
         spared = sum(node.op.startswith("call") for node in split.once.graph.nodes)
         inputs = split.once.graph.find_nodes(op="placeholder")
+        returns = len(split.once.graph.output_node().args[0])  # type: ignore[arg-type]
         if is_captured or not any(isinstance(value(node), torch.SymInt) for node in inputs):
-            return Once(self._compiler(split.once, list(args)), split.reads, spared)
+            return Once(self._compiler(split.once, list(args)), split.reads, returns, spared)
         with traced_shapes(split.once) as examples:
-            return Once(compiled_later(self._compiler, split.once, examples), split.reads, spared)
+            return Once(compiled_later(self._compiler, split.once, examples), split.reads, returns, spared)
 
 
 def _carried_over(regions: Sequence[Region], gm: fx.GraphModule) -> list[Region] | None:
@@ -114,12 +115,24 @@ class Once:
     Args:
         run: takes the graph's inputs, returns the kept tensors.
         reads: positions of the inputs that it reads.
+        returns: how many tensors these are.
         operations: how many operations it spares in every other step.
     """
 
     run: Callable[..., Sequence[torch.Tensor]]
     reads: tuple[int, ...]
+    returns: int
     operations: int
+
+    def __call__(self, args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        """Compute the kept tensors.
+
+        Raises:
+            RuntimeError: if the compiled graph returns something else.
+        """
+        tensors = self.run(*args)
+        check_outputs(tensors, self.returns, "the graph of what is computed once a generation")
+        return tuple(tensors)
 
 
 class Kept:
@@ -133,7 +146,7 @@ class Kept:
 
     def __init__(self, once: Once, args: Sequence[Any], buffers: list[torch.Tensor] | None = None) -> None:
         self.once = once
-        self.tensors = tuple(once.run(*args))
+        self.tensors = once(args)
         if buffers is not None:
             if [buffer.shape for buffer in buffers] != [tensor.shape for tensor in self.tensors]:
                 buffers[:] = [mark_static(torch.empty_like(tensor)) for tensor in self.tensors]

@@ -36,6 +36,21 @@ Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 """What an inner compiler is: `(gm, example_inputs) -> callable`."""
 
 
+OTHER_GRAPH = "the inner compiler, or a pass behind the rewrite, has made another graph of it"
+
+
+def check_outputs(outputs: Any, returns: int, graph: str) -> None:
+    """Refuse what a compiled graph returned if it is not as many values as the graph has outputs.
+
+    Raises:
+        RuntimeError: naming the graph.
+    """
+    if not isinstance(outputs, (tuple, list)):
+        raise RuntimeError(f"{graph} returned a {type(outputs).__name__} in place of {returns} values: {OTHER_GRAPH}.")
+    if len(outputs) != returns:
+        raise RuntimeError(f"{graph} returned {len(outputs)} values in place of {returns}: {OTHER_GRAPH}.")
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A lowered graph and what the inner compiler made of it.
@@ -46,12 +61,14 @@ class Compiled:
         reads: of each cache it takes, the module's number and the cache's among that module's.
         writes: of each module whose caches it returns, the module's number and their positions among the outputs;
             `None` for a cache that it leaves as it is.
+        returns: how many outputs it has to have.
     """
 
     lifted: Lifted
     run: Callable[[list[Any]], Sequence[Any]]
     reads: tuple[tuple[int, int], ...]
     writes: tuple[tuple[int, tuple[int | None, ...]], ...]
+    returns: int
 
 
 class Lowerings:
@@ -166,7 +183,8 @@ class Lowerings:
             for m, names in enumerate(self._caches)
             if any(name in output_of for name in names)
         ]
-        return Compiled(lifted, boxed(run), tuple(place[name] for name in lifted.reads), tuple(writes))
+        reads, returns = tuple(place[name] for name in lifted.reads), self.outputs + len(lifted.writes)
+        return Compiled(lifted, boxed(run), reads, tuple(writes), returns)
 
 
 def _spec(recorded: torch.Tensor, known: Sequence[tuple[torch.SymInt, int]]) -> TensorSpec:

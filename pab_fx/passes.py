@@ -110,11 +110,11 @@ def applied(each: Pass, gm: fx.GraphModule) -> fx.GraphModule:
     except (RuntimeError, AttributeError) as error:
         raise ValueError(f"the pass {_name(each)} leaves a graph that is not well formed: {error}") from error
     found = result.graph.find_nodes(op="placeholder")
-    for kind, before, after in (("takes", len(inputs), len(found)), ("returns", outputs, _outputs(result))):
+    for what, before, after in (("inputs", len(inputs), len(found)), ("outputs", outputs, _outputs(result))):
         if before != after:
             raise ValueError(
-                f"the pass {_name(each)} leaves a graph that {kind} {after} values where it {kind[:-1]}d "
-                f"{before}: its caller knows nothing of that."
+                f"the pass {_name(each)} leaves a graph with {after} {what} in place of {before}, and what calls the "
+                "graph knows nothing of that."
             )
     for node, meta in zip(found, inputs, strict=True):
         node.meta = {**meta, **node.meta}

@@ -19,7 +19,7 @@ from .generation import Kept, Variants
 from .holding import Static
 from .lift import Lifted
 from .lockstep import Call, Decision, Lockstep
-from .lowering import Compiled
+from .lowering import OTHER_GRAPH, Compiled, check_outputs
 from .modules import joined
 from .predicates import TIMESTEP_NAMES, timestep_name
 from .running import name_of_caller
@@ -142,6 +142,7 @@ class BroadcastGraph:
         as it has read it.
         """
         takes = plan.takes.get(id(expected))
+        is_new = takes is None
         if takes is None:
             reads = {position for position, _, _ in plan.reads}
             takes = plan.takes[id(expected)] = [
@@ -158,6 +159,9 @@ class BroadcastGraph:
         for cell in plan.drops:
             cell.caches = None
         outputs = plan.compiled.run(inputs)
+        check_outputs(outputs, plan.compiled.returns, "a compiled graph")
+        if is_new:
+            _check_caches(outputs, plan, expected)
         for cell, m, positions in plan.writes:
             written = tuple([outputs[i] if i is not None else self._kept(cell, c) for c, i in enumerate(positions)])
             cell.caches, cell.specs = written if holder is None else holder.hold(cell, written), expected[m]
@@ -353,6 +357,18 @@ class BroadcastGraph:
     def graphs(self) -> dict[Any, Lifted]:
         """The graphs compiled so far, by their key."""
         return self.lowerings.graphs
+
+
+def _check_caches(outputs: Any, plan: Plan, expected: Sequence[Sequence[TensorSpec]]) -> None:
+    """Refuse what a compiled graph returns to be kept if it is not what the captured graph says."""
+    for cell, m, positions in plan.writes:
+        for spec, i in zip(expected[m], positions, strict=True):
+            if i is not None and not spec.fits(outputs[i]):
+                found = getattr(outputs[i], "dtype", type(outputs[i]).__name__), list(getattr(outputs[i], "shape", ()))
+                raise RuntimeError(
+                    f"a compiled graph returned {found} for a {cell.role} cache of {spec.dtype, list(spec.shape)}: "
+                    f"{OTHER_GRAPH}."
+                )
 
 
 def _timestep_input(inputs: Sequence[fx.Node]) -> int | None:

@@ -104,6 +104,12 @@ class TensorSpec:
         )
         return sizes and other.dtype == self.dtype and other.device == self.device
 
+    def fits(self, tensor: Any) -> bool:
+        """Whether that is such a tensor, apart from its strides."""
+        return isinstance(tensor, torch.Tensor) and self.matches(
+            TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device, ())
+        )
+
     @property
     def size(self) -> int:
         """In bytes; 0 where only the data tell."""
