@@ -11,6 +11,7 @@ from ._diffusers import cache_context
 from .backend import PABBackend, pab_backend
 from .config import MLPBroadcast, PABConfig
 from .enable import PAB, disable, enable
+from .export import export
 from .rewrite import rewrite
 from .specialize import specialize
 
@@ -22,6 +23,7 @@ __all__ = [
     "cache_context",
     "disable",
     "enable",
+    "export",
     "pab_backend",
     "rewrite",
     "specialize",

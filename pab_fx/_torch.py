@@ -170,6 +170,23 @@ def keep_persistence(source: nn.Module, target: nn.Module) -> None:
             module._non_persistent_buffers_set |= others[name]._non_persistent_buffers_set & module._buffers.keys()
 
 
+def add_keyword(gm: fx.GraphModule, name: str) -> fx.Node:
+    """Give a graph of `torch.export` a further keyword argument, after the others; it is called with keywords.
+
+    `_PyTreeCodeGen` and `_PyTreeInfo`, which say how a graph's inputs lie in its arguments, seen in 2.9 to 2.15.
+    """
+    from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+    from torch.utils import _pytree
+
+    inputs = gm.graph.find_nodes(op="placeholder")
+    info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    args, kwargs = _pytree.tree_unflatten([0] * len(inputs), info.in_spec)
+    in_spec = _pytree.tree_structure((args, {**kwargs, name: 0}))
+    gm.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo([*info.orig_args, name], in_spec, info.out_spec)))
+    with gm.graph.inserting_after(inputs[-1]):
+        return gm.graph.placeholder(name)
+
+
 def lookup_backend(name: str) -> Callable[..., Any]:
     """The registered Dynamo backend of that name. Seen in 2.9 to 2.15.
 

@@ -150,6 +150,7 @@ def insert_conditions(
     regions: Sequence[Region],
     timestep_callback: Callable[[], Any] | None = None,
     allocate: bool = True,
+    timesteps: Sequence[float] | None = None,
 ) -> fx.GraphModule:
     """Rewrite `gm`, in place, as the module's docstring shows.
 
@@ -157,6 +158,7 @@ def insert_conditions(
         regions: from `tag(gm, ...)`.
         timestep_callback: yields the timestep in place of the graph's input.
         allocate: give the cache buffers their real size. `False` where they are to be lifted anyway.
+        timesteps: of a whole generation, one for each call: they take the place of both, and the graph counts.
     """
     broadcast = [region for region in regions if region.is_broadcast]
     if not broadcast:
@@ -165,7 +167,7 @@ def insert_conditions(
     for region in broadcast:
         _replay_outside(gm.graph, region)
     bodies = _bodies(gm.graph, regions)
-    schedule = InGraphSchedule(gm, timestep_callback)
+    schedule = InGraphSchedule(gm, timestep_callback, timesteps)
     calls = Counter(region.module_id for region in broadcast)
     seen: Counter[str] = Counter()
     caches: dict[str, tuple[str, ...]] = {}

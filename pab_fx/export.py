@@ -1,0 +1,189 @@
+"""Export a model with Pyramid Attention Broadcast inside: a program that counts and broadcasts by itself.
+
+    model, kwargs
+      -> torch.export        a graph of the whole model
+      -> tag, rewrite        each attention becomes a cond; counter, last timestep and caches are buffers
+      -> contexts            if there are several: a copy of that state for each
+      -> torch.export        an ExportedProgram that mutates its buffers, which AOTInductor compiles into a package
+
+No Python runs in such a package: docs/export.md calls one from C++.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _diffusers
+from .contexts import CONTEXT, stack_contexts
+from .modules import ModuleNames
+from .notices import warn
+from .predicates import TIMESTEP_NAMES
+from .region import Region
+from .rewrite import copy_of, insert_conditions
+from .schedule import SkipRange, reused_calls
+from .tag import tag
+
+
+def export(
+    model: nn.Module,
+    kwargs: Mapping[str, Any],
+    config: Any = None,
+    *,
+    args: Sequence[Any] = (),
+    timesteps: Iterable[float] | None = None,
+    contexts: Sequence[str] = (),
+) -> torch.export.ExportedProgram:
+    """Export a model so that the program broadcasts attention by itself.
+
+    The program takes the arguments of the model and yields its outputs. How many calls there were, the last timestep
+    and what is kept are its buffers. It is for the shapes, and for the numbers, strings and booleans, that it was
+    exported with. Call it under `torch.no_grad()`.
+
+    A generation begins when the model's timestep input rises. With `timesteps` also after the last of them, and when
+    the input of the first step comes back: then a generation may be cut off after any step. In any case one begins
+    after `program.module().pab_calls.zero_()`.
+
+    Args:
+        model: in eval mode; it is not changed, and the program shares its parameters.
+        kwargs: its keyword arguments for one step, as `torch.export.export` takes them. The timestep is the one called
+            `timestep`, `timesteps` or `t`: a tensor of any shape, of which the largest element counts.
+        config: a `PABConfig` (default: spatial attention every 2nd step) or diffusers'
+            `PyramidAttentionBroadcastConfig`.
+        args: its positional arguments.
+        timesteps: of a whole generation, one for each call, on the scale of the config's windows:
+            `scheduler.timesteps`. The program then takes the timestep of a step from them. Without them the model's
+            input has to be on that scale; with them it may be on any, a thousandth of it for Flux.
+        contexts: names of what is called in turn with one program, `("cond", "uncond")` for the branches of guidance:
+            each has a state of its own, and the program takes one more keyword argument, `pab_context`, an int64
+            tensor of shape [] with the number of the context.
+
+    Returns:
+        The program, to be run (`program.module()`), saved (`torch.export.save`) or compiled
+        (`torch._inductor.aoti_compile_and_package(program, package_path="model.pt2")`).
+
+    Raises:
+        TypeError: if the model is no module.
+        ValueError: for arguments that cannot be exported or broadcast; nothing has run then.
+
+    Example:
+        >>> class Attention(torch.nn.Module):
+        ...     def forward(self, x, timestep):  # x: [B, S, D]
+        ...         return x + torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        >>> kwargs = {"x": torch.randn(1, 4, 8), "timestep": torch.tensor([900.0])}
+        >>> module = export(Attention(), kwargs, timesteps=(900, 600, 300)).module()
+        >>> for _ in range(5):
+        ...     output = module(**kwargs)
+        >>> module.pab_calls  # it is in the second step of its second generation
+        tensor(2., dtype=torch.float64)
+    """
+    config, plan, given = _checked(model, kwargs, config, args, timesteps, contexts)
+    args, kwargs = tuple(args), dict(kwargs)
+    with torch.no_grad():
+        exported = torch.export.export(model, args, kwargs, strict=False)
+        gm = copy_of(exported.module())  # type: ignore[arg-type]
+        regions = tag(gm, config, ModuleNames.of(model))
+        _check_regions(type(model).__name__, regions)
+        _check_scale([region for region in regions if region.is_broadcast], plan, given)
+        insert_conditions(gm, regions, timesteps=plan)
+        if contexts:
+            stack_contexts(gm, len(contexts))
+            kwargs[CONTEXT] = torch.tensor(0)
+        return torch.export.export(gm, args, kwargs, strict=False)
+
+
+def _checked(
+    model: Any, kwargs: Any, config: Any, args: Any, timesteps: Any, contexts: Any
+) -> tuple[Any, tuple[float, ...] | None, Any]:
+    """Config, timesteps and the model's timestep argument (`None` if there is none), where all can be exported."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"export takes a torch.nn.Module, got {type(model).__name__}: of a pipeline, its transformer.")
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"kwargs must map the model's arguments of one step to their values, got {kwargs!r}.")
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(f"args must be a tuple of the model's positional arguments, got {args!r}.")
+    config = _diffusers.checked_config(config)
+    plan = _checked_timesteps(timesteps)
+    if plan is None and config.current_timestep_callback is not None:
+        raise ValueError(
+            "config has a current_timestep_callback, and an exported program cannot call it: pass the timesteps of a "
+            "generation, timesteps=scheduler.timesteps, or leave the callback out if the model is given them."
+        )
+    try:
+        arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise ValueError(f"args and kwargs are not those of {type(model).__name__}.forward: {error}.") from None
+    named = {**arguments, **arguments.get("kwargs", {})}
+    given = next((named[name] for name in TIMESTEP_NAMES if named.get(name) is not None), None)
+    if isinstance(given, Real):
+        raise ValueError(f"the timestep is the number {given!r}, which torch.export makes a constant: pass a tensor.")
+    if plan is None and given is None:
+        raise ValueError(
+            f"none of the arguments is called {', '.join(TIMESTEP_NAMES)}: pass the timesteps of a generation, "
+            "timesteps=scheduler.timesteps."
+        )
+    _check_contexts(contexts, kwargs)
+    return config, plan, given
+
+
+def _checked_timesteps(timesteps: Any) -> tuple[float, ...] | None:
+    if timesteps is None:
+        return None
+    if isinstance(timesteps, torch.Tensor):
+        timesteps = timesteps.tolist()
+    if isinstance(timesteps, (str, bytes)) or not isinstance(timesteps, Iterable):
+        raise ValueError(f"timesteps must be those of a whole generation, scheduler.timesteps, got {timesteps!r}.")
+    plan = tuple(timesteps)
+    if not plan:
+        raise ValueError("timesteps is empty: call scheduler.set_timesteps(...) before, or list one for each step.")
+    for t in plan:
+        if not isinstance(t, Real) or isinstance(t, bool) or not math.isfinite(t):
+            raise ValueError(f"timesteps must be numbers on the scheduler's scale, 0 to 1000, got {t!r}.")
+    return tuple(map(float, plan))
+
+
+def _check_contexts(contexts: Any, kwargs: Mapping[str, Any]) -> None:
+    if isinstance(contexts, str) or not isinstance(contexts, Sequence):
+        raise ValueError(f"contexts must be names, such as ('cond', 'uncond'), got {contexts!r}.")
+    if any(not isinstance(name, str) for name in contexts) or len(set(contexts)) != len(contexts):
+        raise ValueError(f"contexts must be names that differ, such as ('cond', 'uncond'), got {contexts!r}.")
+    if contexts and CONTEXT in kwargs:
+        raise ValueError(f"kwargs has {CONTEXT!r}, which is what the exported program calls its number of the context.")
+
+
+def _check_regions(name: str, regions: Sequence[Region]) -> None:
+    """Raise if nothing of the model of that class is broadcast; warn of what is computed in every step."""
+    unsafe = [region for region in regions if region.rule is not None and region.unsafe is not None]
+    reasons = "".join(f"\n  {region.name} ({region.role}): {region.unsafe}" for region in unsafe)
+    if not any(region.is_broadcast for region in regions):
+        idle = "".join(f"\n  {region.name} ({region.role}): {region.why}" for region in regions if not region.rule)
+        raise ValueError(f"nothing of {name} would be broadcast:{reasons + idle or ' no attention was found.'}")
+    if unsafe:
+        warn(f"pab_fx: computed in every step of the exported {name}:{reasons}")
+
+
+def _check_scale(broadcast: Sequence[Region], plan: tuple[float, ...] | None, given: Any) -> None:
+    """Raise if nothing is reused at these timesteps, warn if such a timestep lets one expect that."""
+    rules = {region.rule for region in broadcast if region.rule is not None}
+    highest = max((rule.high for rule in rules if isinstance(rule, SkipRange)), default=0.0)
+    if plan is None:
+        if highest > 1 and 0 < float(given.amax()) <= 1:
+            warn(
+                f"pab_fx: the timestep is {float(given.amax()):g}, but the windows (up to {highest:g}) are on the "
+                "scheduler's scale, 0 to 1000: nothing will be reused. Pass the timesteps of a generation, "
+                "timesteps=scheduler.timesteps."
+            )
+        return
+    calls = Counter(region.module_id for region in broadcast)
+    if not any(any(reused_calls(rule, [t for t in plan for _ in range(n)])) for rule in rules for n in calls.values()):
+        raise ValueError(
+            f"nothing would be reused at the timesteps {', '.join(f'{t:g}' for t in plan)}: list those of a whole "
+            "generation, on the scheduler's scale, 0 to 1000, and see the config's ranges and windows."
+        )
