@@ -24,6 +24,16 @@ HigherOrderOperator = type(cond_op).__bases__[0]
 OpOverload = torch._ops.OpOverload
 
 
+def operator_namespace(target: object) -> str:
+    """The namespace of an operator, "aten" of `torch.ops.aten.add` and `torch.ops.aten.add.Tensor`; "" for others.
+
+    `_qualified_op_name` of `OpOverloadPacket` seen in 2.9 to 2.15.
+    """
+    if isinstance(target, OpOverload):
+        return target.namespace
+    return str(getattr(target, "_qualified_op_name", "")).partition("::")[0]
+
+
 def has_storage(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a storage that can be asked for: not a sparse one, nor one inside of `torch.vmap`.
 

@@ -1,4 +1,4 @@
-"""What a node does besides yielding a value: aliasing, updates in place, random numbers, ambient state.
+"""What a node does besides yielding a value: aliasing, updates in place, random numbers, ambient state, collectives.
 
 `torch.fx` counts a torch-level method such as `x.copy_(y)` as pure; everything here that removes or moves
 nodes asks this module instead.
@@ -7,13 +7,14 @@ nodes asks this module instead.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ._torch import OpOverload, has_storage
+from ._torch import OpOverload, has_storage, operator_namespace
 from .dataflow import is_tuple, leaf_module, op_name, value
 
 VIEWS = {
@@ -182,6 +183,35 @@ def _base(node: fx.Node) -> fx.Node:
     return node
 
 
+def is_collective(node: fx.Node) -> bool:
+    """Whether a node is a functional collective of `torch.distributed`, or waits for one."""
+    return node.op == "call_function" and operator_namespace(node.target).startswith("_c10d_functional")
+
+
+def is_wait(node: fx.Node) -> bool:
+    """Whether a node waits for a collective to be over."""
+    return is_collective(node) and op_name(node) == "wait_tensor"
+
+
+def waits_for(collective: fx.Node) -> list[fx.Node] | None:
+    """The nodes that wait for a collective, if nothing else reads what it yields; else `None`."""
+    if not is_collective(collective) or is_wait(collective) or updated(collective):
+        return None
+    readers = [user for item in _items(collective) for user in item.users if user.target is not operator.getitem]
+    return readers if readers and all(map(is_wait, readers)) else None
+
+
+def _items(node: fx.Node) -> list[fx.Node]:
+    """A node, and the items that are taken of it if it yields a list."""
+    return [node, *(user for user in node.users if user.target is operator.getitem)]
+
+
+def collective_of(wait: fx.Node) -> fx.Node | None:
+    """The collective that a node waits for, if it alone reads what that yields; else `None`."""
+    source = wait.all_input_nodes[0] if is_wait(wait) else None
+    return source if source is not None and waits_for(source) == [wait] else None
+
+
 def is_removable(node: fx.Node) -> bool:
     """Whether a node that nobody uses can go: it yields a value and does nothing else."""
     if node.op in ("placeholder", "output") or updated(node) or draws_random_numbers(node) or sets_ambient_state(node):
@@ -190,17 +220,37 @@ def is_removable(node: fx.Node) -> bool:
         return isinstance(leaf_module(node), nn.Module) and not node.is_impure()
     if node.op == "call_method":
         return True
-    return not node.is_impure()
+    return not is_wait(node) and not node.is_impure()
 
 
-def eliminate_dead_code(graph: fx.Graph) -> int:
+def unused(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes that nobody uses."""
+    return frozenset(node for node in graph.nodes if not node.users)
+
+
+def eliminate_dead_code(graph: fx.Graph, unused_before: Collection[fx.Node] | None = None) -> int:
     """Remove what nobody uses and return how many nodes went.
 
     %y = add(%x, 1)        # unused                              (gone)
     %z = copy_(%x, %w)     # unused, but updates x      ->       %z = copy_(%x, %w)
+    %c = all_gather(%x)                                          (gone)
+    %a = wait_tensor(%c)   # unused                              (gone)
+
+    `torch.fx` keeps collectives that nobody uses, since other ranks take part in them and may use what they get. Here
+    they go if they lost their use, as all ranks make the same of a graph; those that never had one stay.
+
+    Args:
+        graph: is changed in place.
+        unused_before: what had no use in the first place; default: what has none now.
     """
+    kept = unused(graph) if unused_before is None else unused_before
     removed = 0
     for node in reversed(list(graph.nodes)):
+        waits = waits_for(node)
+        if waits and not any(wait.users or wait in kept for wait in waits):
+            for other in dict.fromkeys([*waits, *reversed(_items(node)[1:])]):
+                graph.erase_node(other)
+                removed += 1
         if not node.users and is_removable(node):
             graph.erase_node(node)
             removed += 1

@@ -81,9 +81,9 @@ def split_invariants(gm: fx.GraphModule, unchanging: Collection[int]) -> Invaria
     """Split what does not change between the steps of a generation off a graph that Dynamo captured.
 
     A node is invariant if all it reads is: parameters and buffers, inputs that are said not to change, sizes, other
-    invariant nodes. It may not draw random numbers, carry gradients, have a size that only the data tell, nor stand
-    inside of an autocast or another context. A tensor that is updated in place is invariant if it is made in the
-    graph, if all its updates are invariant, and if nothing reads it before the last of them.
+    invariant nodes. It may not draw random numbers, carry gradients, have a size that only the data tell, be a
+    collective, nor stand inside of an autocast or another context. A tensor that is updated in place is invariant if
+    it is made in the graph, if all its updates are invariant, and if nothing reads it before the last of them.
 
     Of the invariant tensors that other nodes read, those are kept that a computation led to, be it a concatenation;
     views, casts and new tensors of constants are made again in each step. Views are taken of the one tensor that
@@ -260,6 +260,8 @@ def _is_movable(node: fx.Node, memory: _Memory) -> bool:
     if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
         return False
     if effects.draws_random_numbers(node) or "generator" in node.kwargs or "unbacked_bindings" in node.meta:
+        return False
+    if effects.is_collective(node):  # whether an input is still the same each rank finds out for itself
         return False
     recorded = value(node)
     leaves = recorded if isinstance(recorded, (tuple, list)) else (recorded,)

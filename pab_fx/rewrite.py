@@ -244,7 +244,7 @@ def _bodies(graph: fx.Graph, regions: Sequence[Region]) -> dict[Region, list[fx.
         %a = attention(%n)      # the region                     ->     %a = attention(%n)  / the body
 
     A node is left where it is if moving it down to the region could move it past an update in place, or into or
-    out of an autocast.
+    out of an autocast. What waits for a collective goes where that goes.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     updates = [order[node] for node in graph.nodes if effects.updated(node) or effects.sets_ambient_state(node)]
@@ -263,13 +263,19 @@ def _bodies(graph: fx.Graph, regions: Sequence[Region]) -> dict[Region, list[fx.
                 and all(user in body for user in node.users)
                 and is_tensor(node)
                 and not any(is_tuple(source) or is_number(source) for source in node.all_input_nodes)
-                and effects.is_removable(node)
-                and not any(order[node] < update < end for update in updates if update not in _own(order, region))
+                and (effects.is_removable(node) or effects.collective_of(node))
+                and not any(
+                    _since(order, node) < update < end for update in updates if update not in _own(order, region)
+                )
             )
             if movable:
                 body.add(node)
         bodies[region] = sorted(body, key=order.__getitem__)
     return bodies
+
+
+def _since(order: dict[fx.Node, int], node: fx.Node) -> int:
+    return order[effects.collective_of(node) or node]
 
 
 def _own(order: dict[fx.Node, int], region: Region) -> set[int]:

@@ -86,6 +86,7 @@ def _names(conditional: Conditional) -> tuple[str, ...]:
 
 def decide(gm: fx.GraphModule, reuse: dict[int, bool]) -> fx.GraphModule:
     """Decide conditionals of `gm`, in place: index of the conditional to whether it reuses."""
+    unused = effects.unused(gm.graph)
     for cond, conditional in conditionals(gm).items():
         if conditional.index not in reuse:
             continue
@@ -103,7 +104,7 @@ def decide(gm: fx.GraphModule, reuse: dict[int, bool]) -> fx.GraphModule:
         for branch in branches:
             gm.graph.erase_node(branch)
             gm.delete_submodule(str(branch.target))
-    effects.eliminate_dead_code(gm.graph)
+    effects.eliminate_dead_code(gm.graph, unused)
     gm.graph.lint()
     gm.recompile()
     return gm
