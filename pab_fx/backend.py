@@ -186,7 +186,7 @@ class PABBackend:
             unchanging = frozenset()
             if is_model and names.model is not None:
                 unchanging = likely_unchanging(rewritten, example_inputs, names.model)
-        variants = Variants(rewritten, regions, partial(self._lowerings, compiler), compiler)
+        variants = Variants(rewritten, regions, partial(self._lowerings, compiler), self.passes.run_after)
         graph = BroadcastGraph(self, variants, unchanging, found, example_inputs, is_model)
         self.graphs.append(graph)
         return graph

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ._torch import compiled_later, mark_static, traced_shapes
+from ._torch import mark_static
 from .dataflow import is_state, value
 from .invariants import Invariants, split_invariants
-from .lowering import Compiler, Lowerings, check_outputs
+from .lowering import Lowerings
 from .predicates import TIMESTEP_NAMES
 from .region import Region
 from .rewrite import copy_of, insert_conditions
@@ -48,7 +48,7 @@ class Variants:
         gm: the captured graph; it is not changed.
         regions: its regions.
         lowered: makes lowerings of a rewritten graph.
-        compiler: compiles what is computed once.
+        finished: runs passes on what is computed once.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Variants:
         gm: fx.GraphModule,
         regions: Sequence[Region],
         lowered: Callable[[fx.GraphModule], Lowerings],
-        compiler: Compiler,
+        finished: Callable[[fx.GraphModule], fx.GraphModule],
     ) -> None:
-        self._gm, self._regions, self._lowered, self._compiler = gm, regions, lowered, compiler
+        self._gm, self._regions, self._lowered, self._finished = gm, regions, lowered, finished
         for number, node in enumerate(gm.graph.nodes):
             node.meta[ORIGIN] = number
 
@@ -77,15 +77,10 @@ class Variants:
         insert_conditions(gm, rest, _no_timestep, allocate=False)
         return Variant(self._lowered(gm), split)
 
-    def once(self, split: Invariants, args: Sequence[Any], is_captured: bool) -> Once:
-        """Compile what is computed once, for inputs like these: inside of Dynamo's call, or later."""
+    def once(self, split: Invariants) -> Once:
+        """What is computed once, as it is: to compile what runs once a generation takes longer than it saves."""
         spared = sum(node.op.startswith("call") for node in split.once.graph.nodes)
-        inputs = split.once.graph.find_nodes(op="placeholder")
-        returns = len(split.once.graph.output_node().args[0])  # type: ignore[arg-type]
-        if is_captured or not any(isinstance(value(node), torch.SymInt) for node in inputs):
-            return Once(self._compiler(split.once, list(args)), split.reads, returns, spared)
-        with traced_shapes(split.once) as examples:
-            return Once(compiled_later(self._compiler, split.once, examples), split.reads, returns, spared)
+        return Once(self._finished(split.once).forward, split.reads, spared)
 
 
 def _carried_over(regions: Sequence[Region], gm: fx.GraphModule) -> list[Region] | None:
@@ -115,24 +110,12 @@ class Once:
     Args:
         run: takes the graph's inputs, returns the kept tensors.
         reads: positions of the inputs that it reads.
-        returns: how many tensors these are.
         operations: how many operations it spares in every other step.
     """
 
     run: Callable[..., Sequence[torch.Tensor]]
     reads: tuple[int, ...]
-    returns: int
     operations: int
-
-    def __call__(self, args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-        """Compute the kept tensors.
-
-        Raises:
-            RuntimeError: if the compiled graph returns something else.
-        """
-        tensors = self.run(*args)
-        check_outputs(tensors, self.returns, "the graph of what is computed once a generation")
-        return tuple(tensors)
 
 
 class Kept:
@@ -146,7 +129,7 @@ class Kept:
 
     def __init__(self, once: Once, args: Sequence[Any], buffers: list[torch.Tensor] | None = None) -> None:
         self.once = once
-        self.tensors = once(args)
+        self.tensors = tuple(once.run(*args))
         if buffers is not None:
             if [buffer.shape for buffer in buffers] != [tensor.shape for tensor in self.tensors]:
                 buffers[:] = [mark_static(torch.empty_like(tensor)) for tensor in self.tensors]

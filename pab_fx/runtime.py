@@ -72,7 +72,7 @@ class BroadcastGraph:
 
     Args:
         backend: owner of the state.
-        variants: makes lowerings of the captured graph, and compiles what is computed once a generation.
+        variants: makes lowerings of the captured graph, and what is computed once a generation.
         unchanging: positions of the inputs that are likely the same in each step; `None` if nothing is to be
             computed once.
         anchors: for each `module_id` of the conditionals, how to tell its instances apart.
@@ -92,7 +92,7 @@ class BroadcastGraph:
         self.backend, self._variants = backend, variants
         self._has_erred = False
         self._buffers: dict[Hashable, list[torch.Tensor]] = {}
-        self._use(unchanging, example_inputs, is_captured=True)
+        self._use(unchanging)
         self.anchors = tuple(anchors[calls[0].module_id] for calls in self.lowerings.modules)
         self._owners = tuple(anchor.positions[0] for anchor in self.anchors if anchor.positions)
         self._calls = tuple(map(len, self.lowerings.modules))
@@ -101,12 +101,12 @@ class BroadcastGraph:
         # inside of Dynamo's call, the graph that the first step runs
         self.lowerings.compile_as_captured(self._key((False,) * len(self.lowerings.conditionals)), example_inputs)
 
-    def _use(self, unchanging: frozenset[int] | None, args: Sequence[Any], is_captured: bool) -> None:
+    def _use(self, unchanging: frozenset[int] | None) -> None:
         """Run the variant of the graph for inputs that stay the same."""
         self._unchanging = unchanging
         variant = self._variants.variant(unchanging)
         self.lowerings = variant.lowerings
-        self.once = None if variant.split is None else self._variants.once(variant.split, args, is_captured)
+        self.once = None if variant.split is None else self._variants.once(variant.split)
 
     def __call__(self, *args: Any) -> Any:
         backend, step = self.backend, current_step.get() or self._step_of_its_own()
@@ -227,7 +227,7 @@ class BroadcastGraph:
         assert self.once is not None
         if outdated and self._unchanging and not self._unchanging.isdisjoint(outdated):
             # the guess was wrong: once, the inputs that changed are left out, and then all of them
-            self._use(frozenset() if self._has_erred else self._unchanging - set(outdated), args, is_captured=False)
+            self._use(frozenset() if self._has_erred else self._unchanging - set(outdated))
             self._has_erred, kept = True, None
             of_contexts.clear()
         if self.once is None:
