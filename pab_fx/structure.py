@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ def structure_of(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Stru
     examples = iter(example_inputs)
     storages: dict[Any, int] = {}
     found: list[Hashable] = []
+
+    def leaf(given: Any) -> Hashable:
+        return ("node", position[given]) if isinstance(given, fx.Node) else _leaf(given)
+
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             example, recorded = next(examples, None), value(node)
@@ -61,9 +65,9 @@ def structure_of(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Stru
             found.append((isinstance(example, nn.Parameter), _spec(given), _storage(given, storages)))
         elif node.op in ("get_attr", "call_module"):
             held, args, kwargs = _held(gm, str(node.target)), node.args, node.kwargs
-            found.append((node.op, held, _constant(args, position), _constant(kwargs, position)))
+            found.append((node.op, held, constant(args, leaf), constant(kwargs, leaf)))
         else:
-            found.append((node.op, node.target, _constant(node.args, position), _constant(node.kwargs, position)))
+            found.append((node.op, node.target, constant(node.args, leaf), constant(node.kwargs, leaf)))
     return tuple(found)
 
 
@@ -90,7 +94,7 @@ def _spec(given: Any) -> Hashable:
             bits,
         )
         inner, context = wrapped(given)
-        return (*spec, _constant(context, {}), *((name, _spec(each)) for name, each in inner.items()))
+        return (*spec, constant(context, _leaf), *((name, _spec(each)) for name, each in inner.items()))
     if isinstance(given, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return (type(given).__name__, str(given))
     return (type(given).__name__, repr(given))
@@ -103,22 +107,32 @@ def _storage(given: Any, seen: dict[Any, int]) -> int | None:
     return seen.setdefault(StorageWeakRef(given.untyped_storage()), len(seen))
 
 
-def _constant(given: Any, position: dict[fx.Node, int]) -> Hashable:
-    """An argument: operands by their position in the graph, constants by type and value."""
-    if isinstance(given, fx.Node):
-        return ("node", position[given])
+def _leaf(given: Any) -> Hashable:
+    """A tensor among the arguments counts by identity, a symbolic number by its name."""
+    return Same(given) if isinstance(given, torch.Tensor) else _spec(given)
+
+
+def constant(given: Any, leaf: Callable[[Any], Hashable]) -> Hashable:
+    """A key for an argument of a node: constants by type and value.
+
+    Args:
+        given: any nest of what a node takes.
+        leaf: makes the key of a node, a tensor or a symbolic number in it.
+
+    Example:
+        >>> constant([1, 1.0], repr) == constant([1, True], repr)
+        False
+    """
+    if isinstance(given, (fx.Node, torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return leaf(given)
     if isinstance(given, (tuple, list)):
-        return (type(given).__name__, *(_constant(each, position) for each in given))
+        return (type(given).__name__, *(constant(each, leaf) for each in given))
     if isinstance(given, dict):
-        return ("dict", *((_constant(key, {}), _constant(each, position)) for key, each in given.items()))
+        return ("dict", *((constant(key, leaf), constant(each, leaf)) for key, each in given.items()))
     if isinstance(given, slice):
-        return ("slice", *(_constant(each, position) for each in (given.start, given.stop, given.step)))
+        return ("slice", *(constant(each, leaf) for each in (given.start, given.stop, given.step)))
     if isinstance(given, (float, complex)):
         return (type(given).__name__, repr(given))  # 0.0 and -0.0 are equal and compute different things
-    if isinstance(given, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return _spec(given)
-    if isinstance(given, torch.Tensor):
-        return Same(given)
     try:
         hash(given)
     except TypeError:
