@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -75,6 +76,20 @@ def other_cache(model: Any) -> str | None:
 def is_offloaded_by_layer(model: Any) -> bool:
     """Whether accelerate brings the weights of each layer when it runs, as by `enable_sequential_cpu_offload`."""
     return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+
+
+def prepare_split_hooks(model: Any) -> None:
+    """Let the hooks of context parallelism know the parameters of the modules whose inputs they split.
+
+    They look them up in their first call, which Dynamo cannot trace: the model would be captured in pieces, for good.
+    `ModuleForwardMetadata` of `diffusers/hooks/context_parallel.py`, seen in 0.36 to 0.42.
+    """
+    for module in model.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            metadata = getattr(hook, "module_forward_metadata", None)
+            if getattr(metadata, "cached_parameter_indices", {}) is None:
+                parameters = list(inspect.signature(metadata._cls.forward).parameters)[1:]  # without `self`
+                metadata.cached_parameter_indices = {name: i for i, name in enumerate(parameters)}
 
 
 def adapter_parameters(model: Any) -> Iterator[Any]:

@@ -118,6 +118,7 @@ class PAB:
         owner: weakref.ref[DiffusionPipeline] | None,
         **compile_options: Any,
     ) -> None:
+        _diffusers.prepare_split_hooks(model)
         before = model._compiled_call_impl
         compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
         call = SteppingCall(model, compiled, self.backend, owner)
