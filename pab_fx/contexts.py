@@ -36,6 +36,7 @@ import torch
 from torch import fx
 
 from ._torch import add_keyword
+from .lift import in_order, stride_order
 from .rewrite import aten, conditionals, operands_of
 
 CONTEXT = "pab_context"
@@ -50,8 +51,9 @@ def stack_contexts(gm: fx.GraphModule, count: int) -> fx.GraphModule:
         count: how many contexts there are.
     """
     index = _index(gm)
-    for cond in conditionals(gm):
-        _read_inside(gm, cond, index)
+    for cond, conditional in conditionals(gm).items():
+        caches = [gm.get_buffer(name) for name in conditional.caches]
+        _read_inside(gm, cond, caches, index)
     writes = list(_writes(gm.graph))
     for name in dict.fromkeys(str(write.args[0].target) for write in writes):  # type: ignore[union-attr]
         gm.register_buffer(name, torch.stack([gm.get_buffer(name)] * count), persistent=False)
@@ -78,21 +80,21 @@ def _writes(graph: fx.Graph) -> Iterator[fx.Node]:
             yield node
 
 
-def _read_inside(gm: fx.GraphModule, cond: fx.Node, index: fx.Node) -> None:
-    """Hand a `cond` the context, and let the branch that reads take that entry of each cache."""
-    cache = operands_of(cond)[0]
+def _read_inside(gm: fx.GraphModule, cond: fx.Node, caches: list[torch.Tensor], index: fx.Node) -> None:
+    """Hand a `cond` the context, and let the branch that reads take that entry of each cache, laid out as it was."""
     with gm.graph.inserting_before(cond):
-        index = _on_device_of(gm.get_buffer(str(cache.target)), index)
+        index = _on_device_of(caches[0], index)
     cond.args = (*cond.args[:3], (*operands_of(cond), index))
     compute, read = (gm.get_submodule(str(branch.target)) for branch in cond.args[1:3])  # type: ignore[union-attr]
     for branch in (compute, read):
         last = branch.graph.find_nodes(op="placeholder")[-1]
         with branch.graph.inserting_after(last):
             entry = branch.graph.placeholder("pab_index")
-    for clone in read.graph.find_nodes(op="call_function", target=torch.clone):
+    for clone, cache in zip(read.graph.find_nodes(op="call_function", target=torch.clone), caches, strict=True):
         with read.graph.inserting_before(clone):
             chosen = read.graph.call_function(torch.index_select, (clone.args[0], 0, entry))
-            clone.replace_all_uses_with(read.graph.call_function(torch.squeeze, (chosen, 0)))
+            chosen = read.graph.call_function(torch.squeeze, (chosen, 0))
+            clone.replace_all_uses_with(read.graph.call_function(in_order, (chosen, stride_order(cache))))
         read.graph.erase_node(clone)
     compute.recompile()
     read.recompile()

@@ -4,6 +4,7 @@
       -> torch.export        a graph of the whole model
       -> tag, rewrite        each attention becomes a cond; counter, last timestep and caches are buffers
       -> contexts            if there are several: a copy of that state for each
+      -> lift                only that operands are held to their strides
       -> torch.export        an ExportedProgram that mutates its buffers, which AOTInductor compiles into a package
 
 No Python runs in such a package: docs/export.md calls one from C++.
@@ -23,6 +24,7 @@ from torch import nn
 
 from . import _diffusers
 from .contexts import CONTEXT, stack_contexts
+from .lift import fix_operand_strides
 from .modules import ModuleNames
 from .notices import warn
 from .predicates import TIMESTEP_NAMES
@@ -96,6 +98,7 @@ def export(
         if contexts:
             stack_contexts(gm, len(contexts))
             kwargs[CONTEXT] = torch.tensor(0)
+        fix_operand_strides(gm)
         return torch.export.export(gm, args, kwargs, strict=False)
 
 

@@ -75,13 +75,14 @@ def fix_operand_strides(gm: fx.GraphModule) -> fx.GraphModule:
                                                            %cond = cond(%compute, ..., (%cache, %c))
 
     Inductor compiles a branch for those strides, but is free to choose others for what the surrounding
-    graph computes; the branch then refuses its operand at run time (seen in 2.13).
+    graph computes; the branch then refuses its operand at run time, and in a package of AOTInductor reads it wrongly
+    (seen in 2.13).
     """
     for cond in conditionals(gm):
         operands = list(operands_of(cond))
         for i, operand in enumerate(operands):
             recorded = value(operand)
-            if operand.op == "placeholder" or not isinstance(recorded, torch.Tensor):
+            if operand.op in ("placeholder", "get_attr") or not isinstance(recorded, torch.Tensor):
                 continue
             with gm.graph.inserting_before(cond):
                 operands[i] = gm.graph.call_function(hold_strides, (operand,))

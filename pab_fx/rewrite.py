@@ -328,7 +328,8 @@ def _add_caches(gm: fx.GraphModule, index: int, outputs: tuple[fx.Node, ...], al
         name = f"pab_cache_{index}" + (f"_{i}" if len(outputs) > 1 else "")
         recorded = value(output)
         if allocate and isinstance(recorded, torch.Tensor) and all(isinstance(s, int) for s in recorded.shape):
-            buffer = torch.zeros(recorded.shape, dtype=recorded.dtype, device=recorded.device)
+            strides = torch.empty_like(recorded).stride()  # both branches of a cond must yield the same
+            buffer = torch.empty_strided(recorded.shape, strides, dtype=recorded.dtype, device=recorded.device).zero_()
         else:  # sized by the first write
             like = next((p for p in gm.parameters() if p.is_floating_point()), torch.empty(0))
             buffer = torch.empty(0, dtype=like.dtype, device=like.device)
