@@ -385,6 +385,19 @@ def declare_static(placeholder: fx.Node) -> None:
     placeholder.meta["tensor_dict"] = {**known, "_dynamo_static_input_type": "unguarded"}
 
 
+def inputs_that_are_state() -> tuple[int, ...]:
+    """Positions of the parameters and buffers among the inputs of a graph that AOTAutograd is having compiled.
+
+    It renames the inputs that Dynamo gave it, and hands fake ones on. `TracingContext.fw_metadata`, which outside of
+    its call is `None`, and `static_input_indices` seen in 2.9 to 2.15.
+    """
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    return tuple(metadata.static_input_indices or ()) if metadata is not None else ()
+
+
 def fake_mode_of(values: Sequence[Any]) -> Any:
     """The mode that a graph's recorded tensors were traced in, `None` if there is none. `fake_mode`: 2.9 to 2.15."""
     from torch._subclasses.fake_tensor import FakeTensor

@@ -17,12 +17,12 @@ from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _diffusers
-from ._torch import has_cuda_graphs, inductor_patches, lookup_backend
+from ._torch import has_cuda_graphs, inductor_patches, inputs_that_are_state, lookup_backend
 from .clock import PipelineClock, request_of, running_pipeline
 from .compress import DTYPES
 from .config import PABConfig
 from .constants import fix_numbers
-from .dataflow import is_number
+from .dataflow import STATE, is_number
 from .generation import Variants, likely_unchanging
 from .holding import holder_for
 from .lowering import Compiler, Lowerings
@@ -154,6 +154,9 @@ class PABBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph: tag, rewrite, lower, hand to the inner compiler."""
+        inputs = gm.graph.find_nodes(op="placeholder")
+        for i in inputs_that_are_state():
+            inputs[i].meta[STATE] = True
         names = module_names(tuple(self.roots))
         gm = self.passes.run_before(gm, partial(tag, config=self.config, names=names))
         if torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs):

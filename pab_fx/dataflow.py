@@ -17,6 +17,10 @@ from torch import fx, nn
 from ._torch import OpOverload, size_hint
 
 
+STATE = "pab_state"
+"""Key in the meta of an input that is a parameter or buffer though nothing else tells."""
+
+
 @dataclass(frozen=True)
 class Core:
     """The operation at the heart of an attention, and its operands.
@@ -102,6 +106,8 @@ def takes_item(node: fx.Node) -> bool:
 def is_state(node: fx.Node) -> bool:
     """Whether an input is a parameter, buffer or other attribute of the model, not data of the call."""
     if node.op == "get_attr":
+        return True
+    if STATE in node.meta:
         return True
     by_name = node.name.startswith("l_self_") or "_parameters_" in node.name or "_buffers_" in node.name
     return node.op == "placeholder" and (by_name or isinstance(value(node), nn.Parameter))

@@ -125,6 +125,9 @@ def draws_random_numbers(node: fx.Node) -> bool:
             _argument(node, 2, "train" if name == "native_dropout" else "training", node.op == "call_function")
         )
     if isinstance(node.target, OpOverload):
+        arguments = [argument.name for argument in node.target._schema.arguments]
+        if "dropout_p" in arguments:  # the attention kernels
+            return _argument(node, arguments.index("dropout_p"), "dropout_p", 0.0) not in (0, 0.0)
         return torch.Tag.nondeterministic_seeded in node.target.tags and "dropout" not in name
     return name in RANDOM
 

@@ -36,19 +36,17 @@ Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 """What an inner compiler is: `(gm, example_inputs) -> callable`."""
 
 
-OTHER_GRAPH = "the inner compiler, or a pass behind the rewrite, has made another graph of it"
+@dataclass(frozen=True)
+class Expected:
+    """What a captured graph keeps and returns in a call.
 
-
-def check_outputs(outputs: Any, returns: int, graph: str) -> None:
-    """Refuse what a compiled graph returned if it is not as many values as the graph has outputs.
-
-    Raises:
-        RuntimeError: naming the graph.
+    Args:
+        caches: of each module what its caches look like.
+        outputs: of each output of the captured graph what it looks like, `None` for what is no tensor.
     """
-    if not isinstance(outputs, (tuple, list)):
-        raise RuntimeError(f"{graph} returned a {type(outputs).__name__} in place of {returns} values: {OTHER_GRAPH}.")
-    if len(outputs) != returns:
-        raise RuntimeError(f"{graph} returned {len(outputs)} values in place of {returns}: {OTHER_GRAPH}.")
+
+    caches: tuple[tuple[TensorSpec, ...], ...]
+    outputs: tuple[TensorSpec | None, ...]
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ class Lowerings:
             of_module.setdefault(conditional.module_id, []).append(conditional)
         self.modules = tuple(map(tuple, of_module.values()))
         self.inputs = rewritten.graph.find_nodes(op="placeholder")
-        self.outputs = len(rewritten.graph.output_node().args[0])  # type: ignore[arg-type]
+        self._returned = [value(node) if isinstance(node, fx.Node) else node for node in _returned(rewritten)]
+        self.outputs = len(self._returned)
         outputs, self._recorded = _recorded_outputs(found), {}
         names: list[tuple[str, ...]] = []
         for calls in self.modules:
@@ -114,7 +113,7 @@ class Lowerings:
         ]
         # floats of the call have symbols as well, and those too are known only where they were traced
         self._has_floats = any(isinstance(value(node), torch.SymFloat) for node in rewritten.graph.nodes)
-        self._expected: dict[tuple[int, ...], tuple[tuple[TensorSpec, ...], ...]] = {}
+        self._expected: dict[tuple[int, ...], Expected] = {}
         self._compiled: dict[Any, Compiled] = {}
 
     @property
@@ -164,13 +163,14 @@ class Lowerings:
         with operands_freed_in_both_branches():
             self._compiled[key] = self._with_caches(lifted, self._compiler(lifted.gm, [*example_inputs, *further]))
 
-    def expected_caches(self, args: Sequence[Any]) -> tuple[tuple[TensorSpec, ...], ...]:
-        """What each module's caches look like in a call with inputs of these sizes; the same object for the same."""
+    def expected(self, args: Sequence[Any]) -> Expected:
+        """What a call with inputs of these sizes keeps and returns; the same object for the same sizes."""
         sizes = tuple([args[i] for i, _ in self._symbols])
         if sizes not in self._expected:
             known = [(symbol, size) for (_, symbol), size in zip(self._symbols, sizes, strict=True)]
-            self._expected[sizes] = tuple(
-                tuple(_spec(self._recorded[name], known) for name in names) for names in self._caches
+            self._expected[sizes] = Expected(
+                tuple(tuple(_spec(self._recorded[name], known) for name in names) for names in self._caches),
+                tuple(_spec(each, known) if isinstance(each, torch.Tensor) else None for each in self._returned),
             )
         return self._expected[sizes]
 
@@ -189,6 +189,10 @@ class Lowerings:
 
 def _spec(recorded: torch.Tensor, known: Sequence[tuple[torch.SymInt, int]]) -> TensorSpec:
     return TensorSpec(sizes_at(recorded.shape, known), recorded.dtype, recorded.device, stride_order(recorded))
+
+
+def _returned(gm: fx.GraphModule) -> Sequence[Any]:
+    return gm.graph.output_node().args[0]  # type: ignore[return-value]
 
 
 def _recorded_outputs(found: dict[fx.Node, Conditional]) -> dict[str, torch.Tensor]:

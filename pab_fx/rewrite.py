@@ -118,12 +118,17 @@ def rewrite(
     config = _diffusers.checked_config(config)
     if not isinstance(gm, fx.GraphModule):
         raise TypeError(f"rewrite takes a torch.fx.GraphModule, got {type(gm).__name__}: trace the model first.")
-    if conditionals(gm):
+    if conditionals(gm) or _has_state(gm):
         raise ValueError("the graph already broadcasts attention; rewrite the original graph instead.")
     names = ModuleNames.of(model) if model is not None else ModuleNames.of_graph(gm)
     result = copy_of(gm)
     regions = tag(result, config, names)
     return insert_conditions(result, regions, config.current_timestep_callback)
+
+
+def _has_state(gm: fx.GraphModule) -> bool:
+    """Whether a graph counts and keeps by itself; also one that `specialize` has decided, or was exported again."""
+    return any(str(node.target).split(".")[-1].startswith("pab_") for node in gm.graph.find_nodes(op="get_attr"))
 
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
@@ -399,6 +404,10 @@ def _write(graph: fx.Graph, cache: fx.Node, item: fx.Node) -> None:
 
 def _add_cache_inputs(branch: fx.GraphModule, count: int) -> None:
     """Give a branch the caches as its first operands: both branches of a `cond` take the same ones."""
+    for placeholder in reversed(branch.graph.find_nodes(op="placeholder")):
+        first = next(iter(branch.graph.nodes))
+        if placeholder is not first:
+            first.prepend(placeholder)  # inputs come first, as everywhere
     first = next(iter(branch.graph.nodes))
     with branch.graph.inserting_before(first):
         for i in range(count):

@@ -15,11 +15,12 @@ from torch import fx, nn
 from . import _diffusers
 from ._torch import calling_argument, calling_modules
 from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
+from .dataflow import STATE
 from .generation import Kept, Variants
 from .holding import Static
 from .lift import Lifted
 from .lockstep import Call, Decision, Lockstep
-from .lowering import OTHER_GRAPH, Compiled, check_outputs
+from .lowering import Compiled, Expected
 from .modules import joined
 from .predicates import TIMESTEP_NAMES, timestep_name
 from .running import name_of_caller
@@ -113,16 +114,16 @@ class BroadcastGraph:
         backend.calls += 1
         t = self._timestep(args) if step.t is None else step.t
         call = Call(t, step.next_t, step.timesteps or backend.known_timesteps(), step.generation)
-        modules, expected = self._modules(args, step), self.lowerings.expected_caches(args)
+        modules, expected = self._modules(args, step), self.lowerings.expected(args)
         before = modules.first.count
-        modules.begin(call, expected)
+        modules.begin(call, expected.caches)
         is_first = modules.first.count.n == 0
         if is_first:
             self._warn_of_schedule(t, call.timesteps)
         try:
             if self.once is not None:
                 args = (*args, *self._computed_once(args, step, is_first))
-                expected = self.lowerings.expected_caches(args)  # of another variant, if the guess was wrong
+                expected = self.lowerings.expected(args)  # of another variant, if the guess was wrong
             decisions = modules.advance(call)
             for decision in decisions:
                 decision.record(backend.counts)
@@ -135,7 +136,7 @@ class BroadcastGraph:
 
     # ------------------------------------------------------------------------------------ one call
 
-    def _run(self, args: Sequence[Any], plan: Plan, expected: Sequence[Sequence[TensorSpec]]) -> Any:
+    def _run(self, args: Sequence[Any], plan: Plan, expected: Expected) -> Any:
         """Run a graph on what the cells keep, and keep what it leaves.
 
         What a step replaces, or is the last to read, is let go before: by the cells here, by the compiled graph as soon
@@ -148,7 +149,7 @@ class BroadcastGraph:
             takes = plan.takes[id(expected)] = [
                 *plan.predicates,
                 *(
-                    None if p in reads else self.backend.unread(expected[m][i])
+                    None if p in reads else self.backend.unread(expected.caches[m][i])
                     for p, (m, i) in enumerate(plan.compiled.reads)
                 ),
             ]
@@ -159,12 +160,12 @@ class BroadcastGraph:
         for cell in plan.drops:
             cell.caches = None
         outputs = plan.compiled.run(inputs)
-        check_outputs(outputs, plan.compiled.returns, "a compiled graph")
+        _check(outputs, plan.compiled.returns, expected.outputs)
         if is_new:
-            _check_caches(outputs, plan, expected)
+            _check_caches(outputs, plan, expected.caches)
         for cell, m, positions in plan.writes:
             written = tuple([outputs[i] if i is not None else self._kept(cell, c) for c, i in enumerate(positions)])
-            cell.caches, cell.specs = written if holder is None else holder.hold(cell, written), expected[m]
+            cell.caches, cell.specs = written if holder is None else holder.hold(cell, written), expected.caches[m]
         return outputs[: self.lowerings.outputs]
 
     def _kept(self, cell: Cell, i: int) -> torch.Tensor:
@@ -359,16 +360,34 @@ class BroadcastGraph:
         return self.lowerings.graphs
 
 
+OTHER_GRAPH = "the inner compiler, or a pass behind the rewrite, has made another graph of it"
+
+
+def _check(outputs: Any, returns: int, expected: Sequence[TensorSpec | None]) -> None:
+    """Refuse what a compiled graph returned if it is not what the captured graph says."""
+    if not isinstance(outputs, (tuple, list)):
+        raise RuntimeError(
+            f"a compiled graph returned a {type(outputs).__name__} in place of {returns} values: {OTHER_GRAPH}."
+        )
+    if len(outputs) != returns:
+        raise RuntimeError(f"a compiled graph returned {len(outputs)} values in place of {returns}: {OTHER_GRAPH}.")
+    for output, spec in zip(outputs, expected, strict=False):
+        if spec is not None and not spec.fits(output):
+            _refuse(output, spec, "an output")
+
+
 def _check_caches(outputs: Any, plan: Plan, expected: Sequence[Sequence[TensorSpec]]) -> None:
-    """Refuse what a compiled graph returns to be kept if it is not what the captured graph says."""
+    """Refuse what is to be kept if it is not what the captured graph says."""
     for cell, m, positions in plan.writes:
         for spec, i in zip(expected[m], positions, strict=True):
             if i is not None and not spec.fits(outputs[i]):
-                found = getattr(outputs[i], "dtype", type(outputs[i]).__name__), list(getattr(outputs[i], "shape", ()))
-                raise RuntimeError(
-                    f"a compiled graph returned {found} for a {cell.role} cache of {spec.dtype, list(spec.shape)}: "
-                    f"{OTHER_GRAPH}."
-                )
+                _refuse(outputs[i], spec, f"a {cell.role} cache")
+
+
+def _refuse(found: Any, spec: TensorSpec, what: str) -> None:
+    given = getattr(found, "dtype", type(found).__name__), list(getattr(found, "shape", ()))
+    wanted = spec.dtype, list(spec.shape)
+    raise RuntimeError(f"a compiled graph returned {given} for {what} of {wanted}: {OTHER_GRAPH}.")
 
 
 def _timestep_input(inputs: Sequence[fx.Node]) -> int | None:
@@ -385,7 +404,7 @@ def anchors(
     found = {}
     for module_id, nodes in nodes_of.items():
         read = {position[source] for node in nodes for source in node.all_input_nodes if source in position}
-        own = tuple(sorted(i for i in read if isinstance(example_inputs[i], nn.Parameter)))
+        own = tuple(sorted(i for i in read if isinstance(example_inputs[i], nn.Parameter) or STATE in inputs[i].meta))
         found[module_id] = Anchor(own, taken[own])
         taken[own] += 1
     return found
