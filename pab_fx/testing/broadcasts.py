@@ -181,8 +181,8 @@ def assert_broadcasts_like(
         tolerance: largest relative L2 distance of any output. 0: equal to the bit.
         reuses: whether something has to be reused.
         changes: whether some output has to differ from those of the model without PAB, by more than the tolerance.
-        breaks: whether attentions in which the graph breaks, and which are computed in every step for that, may be so in
-            the reference too.
+        breaks: whether attentions that are computed in every step since the graph breaks in them may be so in the
+            reference too.
         mode: what the models run in.
         repro: Python that makes `model` and `inputs`, for the repro of a failure; the kit's own models need none.
         options: of `PABBackend`, such as `lowering` and `inner` (default: "eager").

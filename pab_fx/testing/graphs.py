@@ -42,7 +42,7 @@ def assert_graphs_equivalent(
     private: str | None = None,
     dead_code: bool = False,
 ) -> None:
-    """Assert that two graphs compute the same by the same operations: up to names, and the order of what is independent.
+    """Assert that two graphs do the same operations on the same: up to names, and the order of what is independent.
 
     Graphs from Dynamo, `torch.export`, `torch.fx.symbolic_trace` and any pass will do.
 
@@ -59,8 +59,9 @@ def assert_graphs_equivalent(
     Args:
         a: a graph.
         b: another one.
-        tensors: how parameters, buffers, constants and modules that a graph holds are compared. By "identity": the same
-            module, the same place in memory. By "value": equal type, shape and bits; for graphs of two copies of a model.
+        tensors: how parameters, buffers, constants and modules that a graph holds are compared. By "identity": the
+            same module, the same place in memory. By "value", for graphs of two copies of a model: equal type, shape
+            and bits.
         private: a regular expression; buffers with such names are nobody's business: what is written there is an effect
             for the graph's own reads only.
         dead_code: whether operations count that nothing depends on. Updates in place that nobody can see are such.
@@ -70,14 +71,13 @@ def assert_graphs_equivalent(
         TypeError: if one of them is no graph.
 
     Example:
-        >>> one, same, other = map(fx.symbolic_trace, (
-        ...     lambda x, y: (x.sin() * 2, y.cos()), lambda u, v: (v.cos(), u.sin() * 2)[::-1], lambda x, y: (x.sin(), y)
-        ... ))
-        >>> assert_graphs_equivalent(one, same)
-        >>> assert_graphs_equivalent(one, other)
+        >>> one, same = lambda x, y: (x.sin() * 2, y.cos()), lambda u, v: (v.cos(), u.sin() * 2)[::-1]
+        >>> assert_graphs_equivalent(fx.symbolic_trace(one), fx.symbolic_trace(same))
+        >>> assert_graphs_equivalent(fx.symbolic_trace(one), fx.symbolic_trace(lambda x, y: (x.sin(), y)))
         Traceback (most recent call last):
         ...
-        AssertionError: ...
+        AssertionError: the graphs differ first in %mul of one and the output of the other:
+        ...
     """
     found = graph_difference(a, b, tensors=tensors, private=private, dead_code=dead_code)
     if found is not None:
@@ -155,7 +155,7 @@ class _Line:
         return None if self.node is None else self.graph.number.get(self.node)
 
     def likeness(self, closely: bool) -> Hashable:
-        """A key that a node and its counterpart of another graph share, if they differ in operands (or constants) only."""
+        """A key that a node shares with its counterpart of another graph, if only operands (or constants) differ."""
         if self.node is None:
             return self.depth
         constants = fx.map_arg((self.node.args, self.node.kwargs), lambda node: None) if closely else None
