@@ -345,7 +345,8 @@ def _storage(held: Any) -> Hashable:
 def _identity(held: Any, by: Tensors) -> Hashable:
     """What tells a tensor or module from others.
 
-    By identity a tensor is where it lies: a parameter and a detached alias of it are the same.
+    By identity a tensor is where it lies: a parameter and a detached alias of it are the same. A module that holds
+    nothing, an activation function or the guards that `torch.export` makes anew for each trace, is what it does.
     """
     if isinstance(held, torch.Tensor):
         if by == "value":
@@ -353,11 +354,20 @@ def _identity(held: Any, by: Tensors) -> Hashable:
         if has_storage(held) and held.layout is torch.strided:
             sizes = tuple(held.shape), tuple(held.stride()), held.storage_offset()
             return (_storage(held), str(sizes), held.dtype)
+    elif isinstance(held, nn.Module) and not any((held._modules, held._parameters, held._buffers)):
+        own = {name: each for name, each in vars(held).items() if not name.startswith("_")}
+        return (type(held), tuple((name, constant(_code(each), Same)) for name, each in sorted(own.items())))
     elif isinstance(held, nn.Module) and by == "value":
         parts = tuple((type(part), part.training) for part in held.modules())
         state = (*held.named_parameters(), *held.named_buffers())
         return (repr(held), parts, tuple((name, _value_of(each)) for name, each in state))
     return Same(held)
+
+
+def _code(given: Any) -> Any:
+    """What a function does, if that is all in its code."""
+    is_closed = getattr(given, "__closure__", None) is None
+    return given.__code__ if is_closed and hasattr(given, "__code__") else given
 
 
 def _value_of(tensor: torch.Tensor) -> Hashable:
