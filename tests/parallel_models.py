@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
+
 import diffusers
 import torch
 import zoo
@@ -16,6 +19,18 @@ CONFIG = PABConfig(
     spatial_attention_timestep_skip_range=(100, 800),
     cross_attention_timestep_skip_range=(100, 800),
 )
+
+
+@dataclass
+class StepSeen:
+    """What a step was: outputs, attentions computed by role, collectives run by the process group by kind, waits."""
+
+    outputs: tuple[torch.Tensor, ...]
+    computed: Counter[str]
+    collectives: Counter[str] = field(default_factory=Counter)
+    waits: int = 0
+
+
 HEADS = {"num_attention_heads": 4}
 
 
@@ -99,5 +114,19 @@ MODELS = {
         },
         _thousandth,
         "joint attention",
+    ),
+    "chronoedit": Entry(
+        "ChronoEditTransformer3DModel",
+        lambda: diffusers.ChronoEditTransformer3DModel(**zoo._WAN | HEADS),
+        _wan_inputs,
+        lambda t: {"timestep": torch.full((1,), float(t))},
+        "as Wan",
+    ),
+    "helios": Entry(
+        "HeliosTransformer3DModel",
+        lambda: diffusers.HeliosTransformer3DModel(**zoo._WAN | HEADS, rope_dim=(4, 6, 6)),
+        lambda draw: zoo._helios_inputs(draw) | {"encoder_hidden_states": draw.fixed(1, 8, 16)},
+        lambda t: {"timestep": torch.full((1,), float(t))},
+        "tokens are split and gathered around each attention and feed-forward, not around the model",
     ),
 }

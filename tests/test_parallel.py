@@ -6,10 +6,19 @@ The first part is about graphs and needs no processes; see `parallel_ranks` for 
 from __future__ import annotations
 
 import operator
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
+from parallel_models import TIMESTEPS
+from parallel_ranks import on_ranks
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -175,3 +184,216 @@ def test_no_collective_is_computed_once_a_generation() -> None:
     split = split_invariants(gm, {1})
     assert split is not None
     assert (collectives(split.once), collectives(split.rest)) == ([], ONE)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+HERE = [
+    ("sequence", {"model": "wan", "ulysses": 2}),
+    ("sequence", {"model": "qwen", "ulysses": 2, "lowering": "cond", "through_backend": True}),
+    ("lockstep", {"model": "wan"}),
+    ("pipeline", {}),
+    ("guidance", {}),
+    ("ring_without_sums", {}),
+]
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What two ranks saw; started once, also by tests that run in several processes themselves."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "two_ranks"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            torch.save(on_ranks(folder, 2, HERE, timeout=240), folder / "seen.pt")
+        seen = torch.load(folder / "seen.pt", weights_only=False)
+    return {
+        " ".join([name, *map(str, options.values())]): each for (name, options), each in zip(HERE, seen, strict=True)
+    }
+
+
+def outputs(steps: list[Any]) -> list[Tensor]:
+    return [output for step in steps for output in step.outputs]
+
+
+def assert_equal(one: list[Any], other: list[Any], tolerance: float = 0.0) -> None:
+    """Steps have the same outputs: bitwise, or up to rounding."""
+    for a, b in zip(outputs(one), outputs(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def assert_broadcasts_less(seen: list[dict[str, Any]], per_attention: dict[str, int], kind: str) -> None:
+    """What a generation over several ranks has to show, whatever the model.
+
+    Args:
+        seen: by `sequence`, on each rank.
+        per_attention: how many collectives an attention of that role issues when it computes.
+        kind: their kind.
+    """
+    for on_rank in seen:
+        assert on_rank["graphs"] == 1
+        assert_equal(on_rank["first"], on_rank["with"])
+        assert_equal(on_rank["with"], seen[0]["with"])
+        assert [step.computed for step in on_rank["with"]] == [step.computed for step in seen[0]["with"]]
+        modules = on_rank["with"][0].computed
+        own = sum(modules[role] * n for role, n in per_attention.items())
+        reused = False
+        for without, step in zip(on_rank["without"], on_rank["with"], strict=True):
+            spared = sum((modules - step.computed)[role] * n for role, n in per_attention.items())
+            expected = without.collectives - Counter({kind: spared})
+            assert without.collectives[kind] >= own > 0
+            assert (step.collectives, step.waits) == (expected, expected.total())
+            reused |= spared == own
+        assert reused
+    changed = zip(outputs(seen[0]["with"]), outputs(seen[0]["without"]), strict=True)
+    assert max((a - b).abs().max() for a, b in changed) > 0.1
+
+
+def test_ulysses_equals_one_process_to_the_bit_and_a_reused_attention_issues_no_collective(
+    two_ranks: dict[str, list[Any]],
+) -> None:
+    """Each head is computed by one rank, on the tokens of all in their order."""
+    seen = two_ranks["sequence wan 2"]
+    assert_equal(seen[0]["with"], seen[0]["alone"])
+    assert_broadcasts_less(seen, {"spatial": 4, "cross": 0}, "all_to_all")
+    assert seen[0]["with"][1].collectives == {"all_gather": 1}  # of the model's output
+
+
+def test_joint_attention_as_one_graph_equals_one_process_and_issues_no_collective_where_it_reuses(
+    two_ranks: dict[str, list[Any]],
+) -> None:
+    """Ranks bring text and image in turns, so that an attention sums up in another order than one process."""
+    seen = two_ranks["sequence qwen 2 cond True"]
+    assert_equal(seen[0]["with"], seen[0]["alone"], 1e-5)
+    assert_broadcasts_less(seen, {"spatial": 4}, "all_to_all")
+
+
+def test_ranks_decide_alike_when_one_is_late_or_was_interrupted(two_ranks: dict[str, list[Any]]) -> None:
+    seen = two_ranks["lockstep wan"]
+    expected = seen[0]["expected"]
+    decided = [step.computed for step in expected]
+    assert len({tuple(sorted(computed.items())) for computed in decided}) > 2
+    for generation in ("expected", "one is late", "one was interrupted", "one was interrupted, all were reset"):
+        for on_rank in seen:
+            assert [step.computed for step in on_rank[generation]] == decided
+            assert_equal(on_rank[generation], expected)
+
+
+def test_a_pipeline_over_two_ranks_equals_one_process_also_after_an_interruption(
+    two_ranks: dict[str, list[Any]],
+) -> None:
+    seen = two_ranks["pipeline"]
+    expected = seen[0]["alone"]
+    assert (expected - seen[0]["alone, without PAB"]).abs().max() > 1e-3
+    for on_rank in seen:
+        for generation in ("first", "one is late", "one was interrupted"):
+            torch.testing.assert_close(on_rank[generation], expected, rtol=0, atol=0)
+
+
+def assert_guidance(seen: list[dict[str, Any]]) -> None:
+    assert [on_rank["branch"] for on_rank in seen] == [0] * (len(seen) // 2) + [1] * (len(seen) // 2)
+    assert (seen[0]["alone"] - seen[0]["without PAB"]).abs().max() > 1e-3
+    for on_rank in seen:
+        assert on_rank["counts"] == seen[0]["counts"]
+        assert on_rank["counts"]["spatial", True] > 0
+        torch.testing.assert_close(on_rank["latents"], seen[0]["alone"], rtol=0, atol=0)
+
+
+def test_two_branches_on_two_ranks_equal_both_in_one_process(two_ranks: dict[str, list[Any]]) -> None:
+    seen = two_ranks["guidance"]
+    assert_guidance(seen)
+    assert all(on_rank["collectives"] == {"all_gather": len(TIMESTEPS)} for on_rank in seen)
+
+
+def test_ring_is_refused_by_diffusers_on_a_cpu(two_ranks: dict[str, list[Any]]) -> None:
+    assert two_ranks["ring_without_sums"] == ("Native attention does not support return_lse=True",) * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["flux", "flux2", "ltx", "chronoedit", "helios"])
+def test_other_models_over_two_ranks_equal_one_process(model: str, tmp_path: Path) -> None:
+    (seen,) = on_ranks(tmp_path, 2, [("sequence", {"model": model, "ulysses": 2})], timeout=240)
+    is_joint = model in ("flux", "flux2")
+    assert_equal(seen[0]["with"], seen[0]["alone"], 1e-5 if is_joint else 0.0)
+    per_attention = {"spatial": 4, "cross": 4 if model == "ltx" else 0}
+    assert_broadcasts_less(seen, per_attention, "all_to_all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("regional", [False, True])
+def test_compiled_by_inductor_as_a_whole_or_by_block(lowering: str, regional: bool, tmp_path: Path) -> None:
+    """Inductor rounds otherwise, and for two lengths of the sequence it may choose two ways."""
+    options = {"model": "wan", "ulysses": 2, "inner": "inductor", "lowering": lowering, "regional": regional}
+    (seen,) = on_ranks(tmp_path, 2, [("sequence", options)], timeout=500)
+    assert_equal(seen[0]["with"], seen[0]["alone"], 1e-4)
+    assert_broadcasts_less(seen, {"spatial": 4, "cross": 0}, "all_to_all")
+
+
+@pytest.mark.slow
+def test_by_block_equals_one_process_to_the_bit(tmp_path: Path) -> None:
+    (seen,) = on_ranks(tmp_path, 2, [("sequence", {"model": "wan", "ulysses": 2, "regional": True})], timeout=240)
+    assert_equal(seen[0]["with"], seen[0]["alone"])
+    assert_broadcasts_less(seen, {"spatial": 4, "cross": 0}, "all_to_all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["wan", "flux"])
+def test_a_ring_equals_one_process_where_attention_returns_its_sums(model: str, tmp_path: Path) -> None:
+    """As it does on GPUs. Partial attentions are added up, in another order on each rank."""
+    (seen,) = on_ranks(tmp_path, 2, [("sequence", {"model": model, "ring": 2})], timeout=240)
+    assert_equal(seen[0]["with"], seen[0]["alone"], 1e-5)
+    assert_broadcasts_less(seen, {"spatial": 1, "cross": 0}, "all_gather")
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path: Path) -> None:
+    """Ulysses, ring with Ulysses, and guidance with Ulysses."""
+    scenarios = [
+        ("sequence", {"model": "wan", "ulysses": 4}),
+        ("lockstep", {"model": "wan"}),
+        ("guidance", {"ulysses": 2}),
+        ("sequence", {"model": "wan", "ulysses": 2, "ring": 2}),
+    ]
+    ulysses, lockstep, guidance, both = on_ranks(tmp_path, 4, scenarios, timeout=500)
+    assert_equal(ulysses[0]["with"], ulysses[0]["alone"])
+    assert_broadcasts_less(ulysses, {"spatial": 4, "cross": 0}, "all_to_all")
+    for on_rank in lockstep:
+        assert all(len(steps) == len(TIMESTEPS) for steps in on_rank.values())
+        for steps in on_rank.values():
+            assert_equal(steps, lockstep[0]["expected"])
+    assert_guidance(guidance)
+    assert_equal(both[0]["with"], both[0]["alone"], 1e-5)
+    for on_rank in both:
+        assert any(step.collectives == {"all_gather": 1} for step in on_rank["with"])
+
+
+# --------------------------------------------------------------------------------------------------- examples
+
+
+def torchrun(ranks: int, *arguments: str) -> str:
+    """What an example prints."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *arguments]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_table_in_the_documents_is_what_the_example_prints() -> None:
+    document = (Path(__file__).parents[1] / "docs/parallelism.md").read_text()
+    for ranks, table in re.findall(r"<!-- table: (\d) ranks -->\n(.*?)\n\n", document, re.DOTALL):
+        assert table in torchrun(int(ranks), "examples/sequence_parallel.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_example_of_guidance_equals_one_process(ranks: int) -> None:
+    assert "largest difference to one process: 0 " in torchrun(ranks, "examples/guidance_parallel.py", "--steps", "8")
