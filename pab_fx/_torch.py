@@ -325,7 +325,7 @@ def traced_shapes(gm: fx.GraphModule) -> Iterator[list[Any]]:
     from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensor
 
-    values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    values = [node.meta.get("example_value", node.meta.get("val")) for node in gm.graph.find_nodes(op="placeholder")]
     mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     with tracing(TracingContext(mode)):
         yield [

@@ -187,13 +187,13 @@ def _is_resize(node: fx.Node) -> bool:
 
 def _recorded(cache: fx.Node) -> object:
     """The value recorded for what a cache holds: that of the output it is read in place of."""
-    if "example_value" in cache.meta:
-        return cache.meta["example_value"]
+    if value(cache) is not None:
+        return value(cache)
     for user in cache.users:
         if user.target is cond_op:
             items = {item.args[1]: item for item in user.users}
             item = items.get(operands_of(user).index(cache))
-            return item.meta.get("example_value") if item is not None else None
+            return value(item) if item is not None else None
     return None
 
 

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from .backend import PABBackend
 
 
+COMPUTE, REUSE = torch.tensor(True), torch.tensor(False)
+"""Predicates of conditions; made here, since a graph may be compiled inside of a mode that makes fake tensors."""
+
+
 @dataclass(frozen=True)
 class Anchor:
     """How a call tells which instance of a module it runs: a parameter among the graph's inputs.
@@ -98,7 +102,6 @@ class BroadcastGraph:
         self._owners = tuple(anchor.positions[0] for anchor in self.anchors if anchor.positions)
         self._calls = tuple(map(len, self.lowerings.modules))
         self._timestep_input = _timestep_input(self.lowerings.inputs) if is_model else None
-        self._compute, self._reuse = torch.tensor(True), torch.tensor(False)
         # inside of Dynamo's call, the graph that the first step runs
         self.lowerings.compile_as_captured(self._key((False,) * len(self.lowerings.conditionals)), example_inputs)
 
@@ -210,7 +213,7 @@ class BroadcastGraph:
         stays = {m for m, each in of_module.items() if each.keeps and None in written.get(m, (None,))}
         return Plan(
             compiled,
-            tuple(self._reuse if reuses[i] else self._compute for i in compiled.lifted.predicates),
+            tuple(REUSE if reuses[i] else COMPUTE for i in compiled.lifted.predicates),
             tuple((p, cells[m], i) for p, (m, i) in enumerate(compiled.reads) if of_module[m].reuses[0]),
             tuple(cell for m, cell in enumerate(cells) if m not in stays),
             tuple((cells[m], m, positions) for m, positions in written.items()),
