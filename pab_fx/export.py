@@ -27,7 +27,7 @@ from .contexts import CONTEXT, stack_contexts
 from .lift import fix_operand_strides
 from .modules import ModuleNames
 from .notices import warn
-from .predicates import TIMESTEP_NAMES
+from .predicates import TIMESTEP_NAMES, Plan, resolution
 from .region import Region
 from .rewrite import copy_of, insert_conditions
 from .schedule import SkipRange, reused_calls
@@ -49,20 +49,21 @@ def export(
     and what is kept are its buffers. It is for the shapes, and for the numbers, strings and booleans, that it was
     exported with. Call it under `torch.no_grad()`.
 
-    A generation begins when the model's timestep input rises. With `timesteps` also after the last of them, and when
-    the input of the first step comes back: then a generation may be cut off after any step. In any case one begins
+    A generation begins when the model's timestep input rises. With `timesteps`, it begins after the last of them, and
+    whenever the input of the first step comes: then a generation may be cut off after any step. In any case one begins
     after `program.module().pab_calls.zero_()`.
 
     Args:
         model: in eval mode; it is not changed, and the program shares its parameters.
-        kwargs: its keyword arguments for one step, as `torch.export.export` takes them. The timestep is the one called
-            `timestep`, `timesteps` or `t`: a tensor of any shape, of which the largest element counts.
+        kwargs: its keyword arguments for one step, the first one if there are `timesteps`, as `torch.export.export`
+            takes them. The timestep is the one called `timestep`, `timesteps` or `t`: a tensor of any shape, of which
+            the largest element counts.
         config: a `PABConfig` (default: spatial attention every 2nd step) or diffusers'
             `PyramidAttentionBroadcastConfig`.
         args: its positional arguments.
         timesteps: of a whole generation, one for each call, on the scale of the config's windows:
             `scheduler.timesteps`. The program then takes the timestep of a step from them. Without them the model's
-            input has to be on that scale; with them it may be on any, a thousandth of it for Flux.
+            input has to be on that scale and to fall; with them it may be on any, a thousandth of it for Flux.
         contexts: names of what is called in turn with one program, `("cond", "uncond")` for the branches of guidance:
             each has a state of its own, and the program takes one more keyword argument, `pab_context`, an int64
             tensor of shape [] with the number of the context.
@@ -86,15 +87,16 @@ def export(
         >>> module.pab_calls  # it is in the second step of its second generation
         tensor(2., dtype=torch.float64)
     """
-    config, plan, given = _checked(model, kwargs, config, args, timesteps, contexts)
+    config, timesteps, given = _checked(model, kwargs, config, args, timesteps, contexts)
     args, kwargs = tuple(args), dict(kwargs)
+    plan = Plan(timesteps, None if given is None else float(given.amax())) if timesteps is not None else None
     with torch.no_grad():
         exported = torch.export.export(model, args, kwargs, strict=False)
         gm = copy_of(exported.module())  # type: ignore[arg-type]
         regions = tag(gm, config, ModuleNames.of(model))
         _check_regions(type(model).__name__, regions)
-        _check_scale([region for region in regions if region.is_broadcast], plan, given)
-        insert_conditions(gm, regions, timesteps=plan)
+        _check_scale([region for region in regions if region.is_broadcast], timesteps, given)
+        insert_conditions(gm, regions, plan=plan)
         if contexts:
             stack_contexts(gm, len(contexts))
             kwargs[CONTEXT] = torch.tensor(0)
@@ -132,6 +134,8 @@ def _checked(
             f"none of the arguments is called {', '.join(TIMESTEP_NAMES)}: pass the timesteps of a generation, "
             "timesteps=scheduler.timesteps."
         )
+    if plan is not None and given is not None:
+        _check_is_first(given, plan)
     _check_contexts(contexts, kwargs)
     return config, plan, given
 
@@ -150,6 +154,20 @@ def _checked_timesteps(timesteps: Any) -> tuple[float, ...] | None:
         if not isinstance(t, Real) or isinstance(t, bool) or not math.isfinite(t):
             raise ValueError(f"timesteps must be numbers on the scheduler's scale, 0 to 1000, got {t!r}.")
     return tuple(map(float, plan))
+
+
+def _check_is_first(given: torch.Tensor, timesteps: tuple[float, ...]) -> None:
+    """Raise if the given timestep is that of a later step, on one of the scales that pipelines use."""
+    steps = []
+    for scale in (lambda t: t, lambda t: t / 1000, lambda t: 1000 - t, lambda t: 1 - t / 1000):
+        inputs = [scale(t) for t in timesteps]
+        near = 2 * max(resolution(given, t) for t in inputs)
+        steps += [i for i, t in enumerate(inputs) if abs(float(given.amax()) - t) <= near][:1]
+    if steps and 0 not in steps:
+        raise ValueError(
+            f"kwargs must be those of the first step, at timestep {timesteps[0]:g}: the timestep in them, "
+            f"{float(given.amax()):g}, is that of step {min(steps)}, {timesteps[min(steps)]:g}."
+        )
 
 
 def _check_contexts(contexts: Any, kwargs: Mapping[str, Any]) -> None:

@@ -8,19 +8,19 @@
 %count    : call_function[aten.copy_](%pab_calls, n + 1)
 
 Where the timesteps of a generation are known, the step tells the timestep, and the model's input, on whatever scale,
-only when a generation begins:
+only that a generation begins:
 
-%over   : call_function[torch.ge](%pab_calls, 50.0)                            # the last one had all its steps
-%rises  : %given > %pab_timestep, and the timestep of this step does not rise
-%again  : %given == %pab_first, and the timestep of this step is not the first one
-%n      : call_function[torch.where](%over or %rises or %again, 0.0, %pab_calls)
-%t      : call_function[torch.index_select](%pab_timesteps, 0, %n)
+%over   : call_function[torch.ge](%pab_calls, 50.0)                        # the last one had all its steps
+%again  : %timestep is what the first step is given, and this is a step with another timestep
+%n      : call_function[torch.where](%over or %again, 0.0, %pab_calls)
+%t      : call_function[torch.index_select](%pab_timesteps, 0, %n)         # takes the place of %timestep
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,19 @@ from .dataflow import value
 from .schedule import NEVER, AfterTimesteps, Rule, SkipRange
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A generation whose timesteps are known.
+
+    Args:
+        timesteps: one for each call, on the windows' scale.
+        first: what the model is given for its timestep in the first step; `None` if it takes none.
+    """
+
+    timesteps: tuple[float, ...]
+    first: float | None
 
 
 class InGraphSchedule:
@@ -43,7 +56,7 @@ class InGraphSchedule:
         self,
         gm: fx.GraphModule,
         timestep_callback: Callable[[], Any] | None,
-        timesteps: Sequence[float] | None = None,
+        plan: Plan | None = None,
     ) -> None:
         self.graph = gm.graph
         self.gm = gm
@@ -53,10 +66,10 @@ class InGraphSchedule:
         with self.graph.inserting_before(last.next):
             self.end = self.graph.create_node("call_function", torch.full, ((), 0.0), {"dtype": torch.float64})
         with self._nodes():
-            if timesteps is None:
+            if plan is None:
                 self._follow(self._callback(timestep_callback) if timestep_callback else self._required_input())
             else:
-                self._count_through([float(t) for t in timesteps])
+                self._count_through(plan)
             self._counts.insert(0, ("pab_calls", self._call("n_next", torch.add, self.calls, 1.0)))
 
     def _follow(self, timestep: fx.Node) -> None:
@@ -66,34 +79,26 @@ class InGraphSchedule:
         self.calls = self._call("n", torch.where, rises, 0.0, self._buffer("pab_calls", 0.0))
         self._counts.append(("pab_timestep", self.timestep))
 
-    def _count_through(self, timesteps: list[float]) -> None:
+    def _count_through(self, plan: Plan) -> None:
         """Take the timestep of a step from a table; a generation begins after its end, or where the input tells it."""
         calls = self._buffer("pab_calls", 0.0)
-        begins = self._call("over", torch.ge, calls, float(len(timesteps)))
+        begins = self._call("over", torch.ge, calls, float(len(plan.timesteps)))
         source = self._input()
-        if source is not None:
-            given = self._scalar(source)
-            anew = self._begins_anew(given, calls, timesteps, _resolution(value(source), timesteps[0]))
-            begins = self._call("begins", torch.logical_or, begins, anew)
+        if source is not None and plan.first is not None:
+            again = self._comes_again(plan.timesteps, plan.first, source, calls)
+            begins = self._call("begins", torch.logical_or, begins, again)
         self.calls = self._call("n", torch.where, begins, 0.0, calls)
-        self.timestep = self._row("pab_timesteps", timesteps, self.calls)
-        if source is not None:
-            started = self._call("started", torch.gt, self.calls, 0.0)
-            first = self._call("first", torch.where, started, self.graph.get_attr("pab_first"), given)
-            self._counts += [("pab_timestep", given), ("pab_first", first)]
+        self.timestep = self._row("pab_timesteps", plan.timesteps, self.calls)
 
-    def _begins_anew(self, given: fx.Node, calls: fx.Node, timesteps: list[float], resolution: float) -> fx.Node:
-        """Whether the model's input cannot follow in this generation: it rises, or is that of the first step again."""
-        steady = [float(not t > before) for before, t in zip([math.inf, *timesteps], timesteps, strict=False)]
-        later = [float(abs(t - timesteps[0]) > resolution) for t in timesteps]
+    def _comes_again(self, timesteps: Sequence[float], first: float, source: fx.Node, calls: fx.Node) -> fx.Node:
+        """Whether the first step's input comes in a step whose own input differs, as far as its dtype can tell."""
+        later = [float(abs(t - timesteps[0]) > resolution(value(source), timesteps[0])) for t in timesteps]
         step = self._call("step", torch.clamp, calls, max=len(timesteps) - 1.0)
-        rises = self._call("rises", torch.gt, given, self._buffer("pab_timestep", math.inf))
-        rises = self._call("rises", torch.logical_and, rises, self._row("pab_steady", steady, step))
-        again = self._call("again", torch.eq, given, self._buffer("pab_first", math.inf))
-        again = self._call("again", torch.logical_and, again, self._row("pab_later", later, step))
-        return self._call("anew", torch.logical_or, rises, again)
+        off = self._call("off", torch.abs, self._call("off", torch.sub, self._scalar(source), first))
+        again = self._call("again", torch.le, off, resolution(value(source), first) / 2)
+        return self._call("again", torch.logical_and, again, self._row("pab_later", later, step))
 
-    def _row(self, name: str, table: list[float], step: fx.Node) -> fx.Node:
+    def _row(self, name: str, table: Sequence[float], step: fx.Node) -> fx.Node:
         """The entry of a constant table that belongs to a step."""
         self.gm.register_buffer(name, torch.tensor(table, dtype=torch.float64), persistent=False)
         index = self._call("index", torch.Tensor.to, step, torch.int64)
@@ -196,7 +201,7 @@ def timestep_name(node: fx.Node) -> str:
     return name[2:-1].removeprefix("kwargs_") if name.startswith("l_") and name.endswith("_") else name
 
 
-def _resolution(recorded: Any, at: float) -> float:
-    """How far apart timesteps have to be for an input of that dtype to tell them apart, on the scheduler's scale."""
+def resolution(recorded: Any, at: float) -> float:
+    """How far apart two timesteps near `at` have to be for a tensor like the recorded one to tell them apart."""
     is_floating = isinstance(recorded, torch.Tensor) and recorded.dtype.is_floating_point
     return torch.finfo(recorded.dtype).eps * abs(at) if is_floating else 1.0

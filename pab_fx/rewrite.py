@@ -40,7 +40,7 @@ from . import _diffusers, effects
 from ._torch import cond_op, keep_persistence, keep_sources
 from .dataflow import is_number, is_tensor, is_tuple, value
 from .modules import ModuleNames
-from .predicates import InGraphSchedule
+from .predicates import InGraphSchedule, Plan
 from .region import Assign, Region
 from .schedule import Rule
 from .tag import tag
@@ -155,7 +155,7 @@ def insert_conditions(
     regions: Sequence[Region],
     timestep_callback: Callable[[], Any] | None = None,
     allocate: bool = True,
-    timesteps: Sequence[float] | None = None,
+    plan: Plan | None = None,
 ) -> fx.GraphModule:
     """Rewrite `gm`, in place, as the module's docstring shows.
 
@@ -163,7 +163,7 @@ def insert_conditions(
         regions: from `tag(gm, ...)`.
         timestep_callback: yields the timestep in place of the graph's input.
         allocate: give the cache buffers their real size. `False` where they are to be lifted anyway.
-        timesteps: of a whole generation, one for each call: they take the place of both, and the graph counts.
+        plan: the timesteps of a generation, which take the place of both: the graph counts through them.
     """
     broadcast = [region for region in regions if region.is_broadcast]
     if not broadcast:
@@ -172,7 +172,7 @@ def insert_conditions(
     for region in broadcast:
         _replay_outside(gm.graph, region)
     bodies = _bodies(gm.graph, regions)
-    schedule = InGraphSchedule(gm, timestep_callback, timesteps)
+    schedule = InGraphSchedule(gm, timestep_callback, plan)
     calls = Counter(region.module_id for region in broadcast)
     seen: Counter[str] = Counter()
     caches: dict[str, tuple[str, ...]] = {}

@@ -52,8 +52,8 @@ def kwargs_of(entry: zoo.Entry, t: float = 950, seed: int = 0) -> zoo.Kwargs:
 
 
 def is_scaled(entry: zoo.Entry) -> bool:
-    """Whether the model is given something else than the scheduler's timestep."""
-    return float(next(iter(entry.timestep(950).values())).amax()) != 950
+    """Whether the model is given something else than the scheduler's timestep, or by another name."""
+    return entry.timestep_name != "timestep" or float(entry.timestep(950)["timestep"].amax()) != 950
 
 
 def exported(entry: zoo.Entry, model: nn.Module, **options: Any) -> torch.export.ExportedProgram:
@@ -220,7 +220,7 @@ def test_the_small_model_is_broadcast() -> None:
 
 @pytest.mark.parametrize("scale", [1, 1e-3], ids=["timesteps", "thousandths"])
 def test_with_timesteps_a_generation_may_be_cut_off_after_any_step(scale: float) -> None:
-    program = pab_fx.export(small(), inputs(900), CONFIG, timesteps=torch.tensor(SHORT)).module()
+    program = pab_fx.export(small(), inputs(900, scale=scale), CONFIG, timesteps=torch.tensor(SHORT)).module()
     for done in range(1, len(SHORT) + 1):
         assert equal(run(program, SHORT[:done], done, scale), expected(SHORT[:done], done, scale)), done
     assert equal(run(program, SHORT, scale=scale), expected(SHORT, scale=scale))
@@ -230,7 +230,7 @@ def test_with_timesteps_a_generation_may_be_cut_off_after_any_step(scale: float)
 def test_timesteps_that_the_input_cannot_tell_apart_begin_no_generation(dtype: torch.dtype) -> None:
     timesteps = (700.4, 700.2, 700.1, 600, 600, 500)
     config = PABConfig(spatial_attention_block_skip_range=4)
-    program = pab_fx.export(small(), inputs(700, dtype=dtype), config, timesteps=timesteps).module()
+    program = pab_fx.export(small(), inputs(timesteps[0], dtype=dtype), config, timesteps=timesteps).module()
     for generation in range(2):
         for step, t in enumerate(timesteps):
             program(**inputs(t, dtype=dtype))
@@ -336,6 +336,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "text for timesteps": ({"timesteps": ("900",)}, "must be numbers .* got '900'"),
     "endless timestep": ({"timesteps": (900, math.inf)}, "must be numbers .* got inf"),
     "scale": ({"timesteps": (0.9, 0.7, 0.6)}, "nothing would be reused at the timesteps 0.9, 0.7, 0.6"),
+    "a later step": (
+        {"kwargs": inputs(0.7), "timesteps": SHORT},
+        "those of the first step, at timestep 900: .* 0.7, is that of step 1, 700",
+    ),
     "one context": ({"contexts": "cond"}, "contexts must be names.* got 'cond'"),
     "twins": ({"contexts": ("cond", "cond")}, "names that differ"),
     "numbers for contexts": ({"contexts": (0, 1)}, "names that differ"),
