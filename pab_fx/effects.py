@@ -223,7 +223,13 @@ def is_removable(node: fx.Node) -> bool:
         return isinstance(leaf_module(node), nn.Module) and not node.is_impure()
     if node.op == "call_method":
         return True
-    return not is_wait(node) and not node.is_impure()
+    return not is_wait(node) and (not node.is_impure() or _may_draw(node))
+
+
+def _may_draw(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers for some arguments, as attention does with dropout: impure to `torch.fx`
+    whatever they are."""
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def unused(graph: fx.Graph) -> frozenset[fx.Node]:

@@ -593,6 +593,20 @@ def test_masks_that_are_combined_are_not_updated_and_go_when_nothing_reads_them(
     assert effects.is_removable(unused)
 
 
+def test_an_exported_attention_that_nobody_reads_goes() -> None:
+    """`torch.fx` takes the operator for impure, since it draws random numbers where it is told to drop some."""
+
+    class Dead(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            scaled_dot_product_attention(x, x, x)
+            return x + 1
+
+    gm = torch.export.export(Dead(), (torch.ones(1, 2, 3, 4),)).module()
+    assert ops(gm)[ATTENTION_OP] == 1
+    effects.eliminate_dead_code(gm.graph)
+    assert ops(gm)[ATTENTION_OP] == 0
+
+
 # ------------------------------------------------------------------------------------- the backend's graphs
 
 

@@ -120,8 +120,9 @@ class Hooked:
             hook.state.reset()
 
     def _hooks(self) -> Iterator[Any]:
-        for module in filter(_diffusers.has_hooks, self.model.modules()):
-            yield module._diffusers_hook.hooks["pyramid_attention_broadcast"]  # type: ignore[union-attr]
+        modules: Iterator[Any] = filter(_diffusers.has_hooks, self.model.modules())
+        for module in modules:
+            yield module._diffusers_hook.hooks["pyramid_attention_broadcast"]
 
     def _count(self, module: Any, role: str) -> None:
         """Count a call as reused until the module's own `forward` is reached."""
@@ -205,8 +206,7 @@ def assert_broadcasts_like(
     """
     clock = Clock()
     generations = _split(generations)
-    told = config.current_timestep_callback is not None
-    own = dataclasses.replace(config, current_timestep_callback=clock if told else None)
+    own = config if config.current_timestep_callback is None else _told_by(config, clock)  # type: ignore[union-attr]
     if broadcast is not None:
         running: Any = broadcast(model, own)
         backend = getattr(running, "backend", None)
@@ -222,14 +222,19 @@ def assert_broadcasts_like(
     expected = run.steps(_references(model, config, reference, clock, alone, len(contexts)))
     plain = run.steps([copy.deepcopy(model)] * len(contexts)) if changes else ()
 
-    problem = _first_difference(steps, expected, tolerance, backend)
+    problem: tuple[Step | None, str] | None = _first_difference(steps, expected, tolerance, backend)
     if problem is None and reuses and (nothing := _reuses_nothing(steps, expected)):
         problem = (None, nothing)
     if problem is None and changes and all(_distance(a, b)[0] <= tolerance for a, b in zip(steps, plain, strict=True)):
         problem = (None, "nothing is shown: without PAB the model has the same outputs (changes=False allows that).")
     if problem is not None:
         at, what = problem
-        said = {"contexts": tuple(contexts), "tracer": tracer, "dynamic": dynamic, "tolerance": tolerance}
+        said: dict[str, Any] = {
+            "contexts": tuple(contexts),
+            "tracer": tracer,
+            "dynamic": dynamic,
+            "tolerance": tolerance,
+        }
         said |= {"reuses": reuses, "changes": changes, "breaks": breaks, "mode": mode, **options}
         code = repro_of(model, config, reference, inputs, _until(generations, at), said, repro)
         raise AssertionError("\n".join([what, *_strips(steps, expected, at), *_left_alone(backend), code]))
@@ -330,6 +335,11 @@ def _rewritten(model: nn.Module, config: Any, tracer: str, inputs: Inputs, t: fl
     return torch.compile(model, backend=lambda gm, _: rewrite(gm, config, model=model))
 
 
+def _told_by(config: Any, clock: Clock) -> Any:
+    """The config with the clock for its callback."""
+    return dataclasses.replace(config, current_timestep_callback=clock)
+
+
 def _broken(backend: PABBackend) -> list[str]:
     """Attentions of which no graph holds the whole, or the part that yields the output."""
     regions = backend.report().regions
@@ -345,8 +355,7 @@ def _references(
     """What the model is compared with, for each context."""
     hooks = config if reference is None else reference
     if isinstance(hooks, PyramidAttentionBroadcastConfig):
-        hooks = dataclasses.replace(hooks, current_timestep_callback=clock)
-        return [Hooked(model, hooks, alone) for _ in range(count)]
+        return [Hooked(model, _told_by(hooks, clock), alone) for _ in range(count)]
     if reference is None:
         raise ValueError(
             "a PABConfig says nothing of diffusers' hooks: give reference=PyramidAttentionBroadcastConfig(...), with "

@@ -346,7 +346,8 @@ def _identity(held: Any, by: Tensors) -> Hashable:
     """What tells a tensor or module from others.
 
     By identity a tensor is where it lies: a parameter and a detached alias of it are the same. A module that holds
-    nothing, an activation function or the guards that `torch.export` makes anew for each trace, is what it does.
+    nothing, such as an activation function, is what it does; the guards of a trace, which `torch.export` puts into a
+    module, restate what its inputs were and count as nothing.
     """
     if isinstance(held, torch.Tensor):
         if by == "value":
@@ -356,18 +357,14 @@ def _identity(held: Any, by: Tensors) -> Hashable:
             return (_storage(held), str(sizes), held.dtype)
     elif isinstance(held, nn.Module) and not any((held._modules, held._parameters, held._buffers)):
         own = {name: each for name, each in vars(held).items() if not name.startswith("_")}
-        return (type(held), tuple((name, constant(_code(each), Same)) for name, each in sorted(own.items())))
+        if type(held).__name__ == "GuardsFn":  # of torch.export
+            own = {}
+        return (type(held), tuple((name, constant(each, Same)) for name, each in sorted(own.items())))
     elif isinstance(held, nn.Module) and by == "value":
         parts = tuple((type(part), part.training) for part in held.modules())
         state = (*held.named_parameters(), *held.named_buffers())
         return (repr(held), parts, tuple((name, _value_of(each)) for name, each in state))
     return Same(held)
-
-
-def _code(given: Any) -> Any:
-    """What a function does, if that is all in its code."""
-    is_closed = getattr(given, "__closure__", None) is None
-    return given.__code__ if is_closed and hasattr(given, "__code__") else given
 
 
 def _value_of(tensor: torch.Tensor) -> Hashable:
@@ -376,7 +373,7 @@ def _value_of(tensor: torch.Tensor) -> Hashable:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     except (RuntimeError, NotImplementedError, TypeError):  # fake, sparse, quantised: no bytes to read
         return (*spec, Same(tensor))
-    return (*spec, hashlib.sha256(data).hexdigest())
+    return (*spec, hashlib.sha256(data.tobytes()).hexdigest())
 
 
 def _symbols(inputs: list[fx.Node]) -> dict[str, str]:
