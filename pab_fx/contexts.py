@@ -31,6 +31,7 @@ The branch that reads takes its context's entry of the cache: where the attentio
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -85,7 +86,8 @@ def _read_inside(gm: fx.GraphModule, cond: fx.Node, caches: list[torch.Tensor], 
     with gm.graph.inserting_before(cond):
         index = _on_device_of(caches[0], index)
     cond.args = (*cond.args[:3], (*operands_of(cond), index))
-    compute, read = (gm.get_submodule(str(branch.target)) for branch in cond.args[1:3])  # type: ignore[union-attr]
+    branches: list[Any] = [gm.get_submodule(str(branch.target)) for branch in cond.args[1:3]]  # type: ignore[union-attr]
+    compute, read = branches
     for branch in (compute, read):
         last = branch.graph.find_nodes(op="placeholder")[-1]
         with branch.graph.inserting_after(last):
@@ -117,6 +119,7 @@ def _conds(graph: fx.Graph) -> set[fx.Node]:
 
 def _write_entry(graph: fx.Graph, write: fx.Node, index: fx.Node) -> None:
     stack, written = write.args
+    assert isinstance(stack, fx.Node)
     with graph.inserting_before(write):
         index = _on_device_of(graph.owning_module.get_buffer(str(stack.target)), index)  # type: ignore[union-attr]
         entry = graph.call_function(torch.unsqueeze, (written, 0))

@@ -20,16 +20,17 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from . import _diffusers
 from .contexts import CONTEXT, stack_contexts
+from .dataflow import value
 from .lift import fix_operand_strides
 from .modules import ModuleNames
 from .notices import warn
 from .predicates import TIMESTEP_NAMES, Plan, resolution
 from .region import Region
-from .rewrite import copy_of, insert_conditions
+from .rewrite import conditionals, copy_of, insert_conditions, operands_of
 from .schedule import SkipRange, reused_calls
 from .tag import tag
 
@@ -100,8 +101,27 @@ def export(
         if contexts:
             stack_contexts(gm, len(contexts))
             kwargs[CONTEXT] = torch.tensor(0)
-        fix_operand_strides(gm)
+        fix_operand_strides(_close_gaps(gm))
         return torch.export.export(gm, args, kwargs, strict=False)
+
+
+def _close_gaps(gm: fx.GraphModule) -> fx.GraphModule:
+    """Hand each `cond` tensors without gaps, in place: the strides of others cannot be held to.
+
+        %a    = chunk(%x, 2)[0]                       %a    = chunk(%x, 2)[0]
+        %cond = cond(..., (%cache, %a))        ->     %c    = contiguous(%a)
+                                                      %cond = cond(..., (%cache, %c))
+    """
+    for cond, conditional in conditionals(gm).items():
+        operands = list(operands_of(cond))
+        for i, operand in enumerate(operands[len(conditional.caches) :], len(conditional.caches)):
+            recorded = value(operand)
+            if isinstance(recorded, torch.Tensor) and recorded.stride() != torch.empty_like(recorded).stride():
+                with gm.graph.inserting_before(cond):
+                    operands[i] = gm.graph.call_method("contiguous", (operand,))
+                operands[i].meta = {**operand.meta, "val": recorded.contiguous()}
+        cond.args = (*cond.args[:3], tuple(operands))
+    return gm
 
 
 def _checked(
@@ -186,6 +206,10 @@ def _check_regions(name: str, regions: Sequence[Region]) -> None:
     if not any(region.is_broadcast for region in regions):
         idle = "".join(f"\n  {region.name} ({region.role}): {region.why}" for region in regions if not region.rule)
         raise ValueError(f"nothing of {name} would be broadcast:{reasons + idle or ' no attention was found.'}")
+    for region in regions:
+        if region.is_broadcast and not all(isinstance(s, int) for node in region.outputs for s in value(node).shape):
+            where = f"{region.name} ({region.role})"
+            raise ValueError(f"{where} yields a length that only the data tell: no buffer can hold it.")
     if unsafe:
         warn(f"pab_fx: computed in every step of the exported {name}:{reasons}")
 

@@ -29,6 +29,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 import pab_fx
 from pab_fx import MLPBroadcast, PABConfig
+from pab_fx.predicates import TIMESTEP_NAMES
 
 ROOT = Path(__file__).parents[1]
 TIMESTEPS = (950, 790, 700, 650, 600, 500, 400, 300, 90, 50)
@@ -36,8 +37,19 @@ MODELS = ("LatteTransformer3DModel", "CogVideoXTransformer3DModel", "FluxTransfo
 # Of a package's float32 outputs: Inductor sums products in another order, and fuses. Of one of Flux without PAB the
 # relative distance is up to 9e-6; with PAB it is the same, since nothing but that order differs.
 ROUNDING = 3e-5
-# what no torch.export makes a graph of: see the reason that it raises
-UNEXPORTABLE: dict[str, str] = {}
+FRAMEPACK = "HunyuanVideoFramepackTransformer3DModel"  # torch.export makes a graph of it, in which lengths are unknown
+# what torch.export itself makes no graph of, or none that runs, or computes the same (2.13)
+UNEXPORTABLE = {
+    "HunyuanImageTransformer2DModel",  # lengths that only the data tell, as in the next two and in OmniGen
+    "HunyuanVideo15Transformer3DModel",
+    "QwenImage21Transformer2DModel",
+    "OmniGenTransformer2DModel",
+    "NucleusMoEImageTransformer2DModel",  # the graph does not run: views of complex numbers
+    "HiDreamImageTransformer2DModel",  # calls numpy
+    "Lumina2Transformer2DModel",  # hashes a length
+    "ZImageTransformer2DModel",  # the graph computes something else than the model
+    FRAMEPACK,
+}
 Outputs = list[tuple[Tensor, ...]]
 
 
@@ -99,7 +111,9 @@ TOLD_BY_RISING = (TIMESTEPS, TIMESTEPS, TIMESTEPS[:4], TIMESTEPS)
 
 def assert_broadcasts(entry: zoo.Entry, model: nn.Module, program: Callable[..., Any], rounding: float = 0) -> None:
     """That a program equals the hooks over several generations, and does not equal the model."""
-    for i, timesteps in enumerate(GENERATIONS if is_scaled(entry) else TOLD_BY_RISING):
+    # one that is cut off is not told from the next where the timestep is no input called so
+    whole = entry.timestep_name not in TIMESTEP_NAMES
+    for i, timesteps in enumerate(GENERATIONS[:2] if whole else GENERATIONS if is_scaled(entry) else TOLD_BY_RISING):
         outputs = generation(entry, program, timesteps, first=10 * i)
         expected = hooked(entry, model, timesteps, first=10 * i)
         assert max(distance(outputs, expected)) <= rounding
@@ -368,6 +382,13 @@ def test_a_model_without_attention_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"nothing of Perceptron would be broadcast: no attention was found"):
         pab_fx.export(Perceptron(8, 8), {"x": torch.ones(2, 8), "timestep": torch.ones(1)})
+
+
+@pytest.mark.slow
+def test_lengths_that_only_the_data_tell_are_refused() -> None:
+    entry = zoo.BY_NAME[FRAMEPACK]
+    with pytest.raises(ValueError, match=r"attn \(\w+\) yields a length that only the data tell"):
+        exported(entry, entry.build())
 
 
 def test_a_config_that_matches_nothing_is_refused() -> None:
