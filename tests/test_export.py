@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import zoo
 from diffusers.models.attention import AttentionModuleMixin
+from pipelines import prompted
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -519,3 +521,55 @@ def test_a_cpp_program_without_python_equals_the_hooks(tmp_path: Path) -> None:
     assert any(path.endswith(".wrapper.so") or "model" in path for path in opened), opened
     assert not [path for path in opened if "python" in Path(path).name]
 
+
+
+# --------------------------------------------------------------------------------------------- docs/export.md
+
+BLOCKS = dict(
+    re.findall(r"<!-- code: (.*?) -->\n```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+)
+
+
+def run_blocks(blocks: Iterable[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
+    """The names that blocks of the page leave, run one after the other on a tiny pipeline."""
+    monkeypatch.setattr(diffusers.CogVideoXPipeline, "from_pretrained", lambda *args, **kwargs: prompted.cogvideox())
+    monkeypatch.setattr(diffusers.CogVideoXPipeline, "to", lambda pipe, device: pipe)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(BLOCKS[block], f"export.md, {block}", "exec"), names)
+    return names
+
+
+def test_the_page_shows_all_of_its_code_in_order() -> None:
+    assert list(BLOCKS) == ["export", "run", "reset", "contexts", "package", "reset package"]
+
+
+def test_the_code_of_the_page_exports_and_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = run_blocks(["export", "run", "reset"], monkeypatch, tmp_path)
+    assert isinstance(names["program"], torch.export.ExportedProgram)
+    pipe, call = names["pipe"], names["calls"][0]
+    timestep = pipe.scheduler.timesteps[:1].expand(2)
+    assert torch.equal(names["sample"], pipe.transformer(**{**call, "timestep": timestep})[0])
+    assert float(names["transformer"].pab_calls) == 0
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_packages_and_the_pipeline_runs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = run_blocks(BLOCKS, monkeypatch, tmp_path)
+    assert (tmp_path / "transformer.pt2").is_file()
+
+    def latents(pipe: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a panda", num_inference_steps=50, output_type="latent", generator=generator).frames
+
+    pipe = prompted.cogvideox()
+    plain = latents(pipe)
+    with pab_fx.enable(pipe, PABConfig.preset("cogvideox"), inner="eager"):
+        broadcast = latents(pipe)
+    error = float((latents(names["pipe"]) - broadcast).norm())
+    # rounding goes through the 50 steps of a generation, and is far less than what broadcasting changes
+    assert error < 1e-2 * float((plain - broadcast).norm())
+    assert error < 1e-3 * float(broadcast.norm())
