@@ -67,7 +67,7 @@ def export(
             input has to be on that scale and to fall; with them it may be on any, a thousandth of it for Flux.
         contexts: names of what is called in turn with one program, `("cond", "uncond")` for the branches of guidance:
             each has a state of its own, and the program takes one more keyword argument, `pab_context`, an int64
-            tensor of shape [] with the number of the context.
+            tensor of shape [] on the CPU with the number of the context.
 
     Returns:
         The program, to be run (`program.module()`), saved (`torch.export.save`) or compiled
@@ -147,8 +147,8 @@ def _checked(
         raise ValueError(f"args and kwargs are not those of {type(model).__name__}.forward: {error}.") from None
     named = {**arguments, **arguments.get("kwargs", {})}
     given = next((named[name] for name in TIMESTEP_NAMES if named.get(name) is not None), None)
-    if isinstance(given, Real):
-        raise ValueError(f"the timestep is the number {given!r}, which torch.export makes a constant: pass a tensor.")
+    if given is not None and not isinstance(given, torch.Tensor):
+        raise ValueError(f"the timestep is {given!r}, and torch.export makes a number a constant: pass a tensor.")
     if plan is None and given is None:
         raise ValueError(
             f"none of the arguments is called {', '.join(TIMESTEP_NAMES)}: pass the timesteps of a generation, "

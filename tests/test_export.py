@@ -342,7 +342,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "args": ({"args": 3}, "args must be a tuple .* got 3"),
     "unknown argument": ({"kwargs": {**inputs(900), "timestamp": 3}}, "Small.forward: .*timestamp"),
     "missing argument": ({"kwargs": {"timestep": torch.ones(2)}}, "Small.forward: .*hidden_states"),
-    "number": ({"kwargs": {**inputs(900), "timestep": 900.0}}, "is the number 900.0.*pass a tensor"),
+    "number": ({"kwargs": {**inputs(900), "timestep": 900.0}}, "the timestep is 900.0, .*pass a tensor"),
     "callback": (
         {"config": PABConfig(current_timestep_callback=zoo.Clock())},
         "current_timestep_callback.*cannot call it: pass .* timesteps=scheduler.timesteps",
