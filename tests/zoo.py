@@ -80,6 +80,10 @@ class Entry:
         """Keyword arguments for one step: hidden states drawn from `seed`, conditions the same for each."""
         return self.make_inputs(Draw(seed))
 
+    def step(self, t: float, seed: int) -> Kwargs:
+        """All keyword arguments of `forward` for a step at `pipe.current_timestep == t`."""
+        return {**self.inputs(seed), **self.timestep(t), "return_dict": False}
+
 
 def redraw_(model: nn.Module) -> None:
     """Draw all parameters from a normal, so that no zero-initialised gate or projection hides an attention.
@@ -98,7 +102,7 @@ def redraw_(model: nn.Module) -> None:
 def call(entry: Entry, model: Callable[..., Any], t: float, seed: int) -> tuple[torch.Tensor, ...]:
     """The output tensors of one denoising step at `pipe.current_timestep == t`."""
     with torch.no_grad():
-        output = model(**entry.inputs(seed), **entry.timestep(t), return_dict=False)
+        output = model(**entry.step(t, seed))
     return tuple(tensors(output))
 
 
