@@ -329,7 +329,9 @@ def traced_shapes(gm: fx.GraphModule) -> Iterator[list[Any]]:
     mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     with tracing(TracingContext(mode)):
         yield [
-            mode.from_tensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else value
+            mode.from_tensor(value, static_shapes=True)
+            if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+            else value
             for value in values
         ]
 

@@ -111,8 +111,6 @@ class Lowerings:
         self._symbols = [
             (i, value(node)) for i, node in enumerate(self.inputs) if isinstance(value(node), torch.SymInt)
         ]
-        # floats of the call have symbols as well, and those too are known only where they were traced
-        self._has_floats = any(isinstance(value(node), torch.SymFloat) for node in rewritten.graph.nodes)
         self._expected: dict[tuple[int, ...], Expected] = {}
         self._compiled: dict[Any, Compiled] = {}
 
@@ -138,24 +136,20 @@ class Lowerings:
                     declare_static(node)
         return lifted
 
-    def compiled(self, key: Any, args: Sequence[Any] | None = None) -> Compiled:
-        """The compiled graph for a key; compiled when it is first needed, for inputs like these.
+    def compiled(self, key: Any) -> Compiled:
+        """The compiled graph for a key, as for `lowered`; compiled when it is first needed, for what was recorded.
 
-        Args:
-            key: as for `lowered`.
-            args: inputs of the captured graph, `None` for what was recorded of them.
+        Real inputs beside the recorded caches would not do: outside of Dynamo's call, AOTAutograd takes the sizes of
+        those for symbols, though Dynamo has a graph of these sizes only.
         """
         if key not in self._compiled:
-            if self._symbols or self._has_floats or args is None:
-                lifted = self.lowered(key)
-                with traced_shapes(lifted.gm) as inputs, operands_freed_in_both_branches():
-                    self._compiled[key] = self._with_caches(lifted, compiled_later(self._compiler, lifted.gm, inputs))
-            else:
-                self.compile_as_captured(key, args)
+            lifted = self.lowered(key)
+            with traced_shapes(lifted.gm) as inputs, operands_freed_in_both_branches():
+                self._compiled[key] = self._with_caches(lifted, compiled_later(self._compiler, lifted.gm, inputs))
         return self._compiled[key]
 
     def compile_as_captured(self, key: Any, example_inputs: Sequence[Any]) -> None:
-        """Compile the graph for a key, inside of Dynamo's call or for static shapes."""
+        """Compile the graph for a key inside of Dynamo's call."""
         lifted = self.lowered(key)
         further = [value(node) for node in lifted.gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]]
         if not self._symbols:

@@ -132,7 +132,7 @@ class BroadcastGraph:
                 decision.record(backend.counts)
             if call.generation is None and before.n > 0 and before.t == t:
                 self._warn_of_second_call(t, decisions)
-            return self._run(args, self._plan(modules, decisions, args), expected)
+            return self._run(args, self._plan(modules, decisions), expected)
         except BaseException:
             modules.reset()
             raise
@@ -175,11 +175,11 @@ class BroadcastGraph:
         kept = cell.caches[i]  # type: ignore[index]
         return kept if self.backend.holder is None else self.backend.holder.lend(kept)
 
-    def _plan(self, modules: Lockstep, decisions: Sequence[Decision], args: Sequence[Any]) -> Plan:
+    def _plan(self, modules: Lockstep, decisions: Sequence[Decision]) -> Plan:
         """What decisions come to; found once for equal ones."""
         key = (self.lowerings, *[(decision.reuses, decision.keeps) for decision in decisions])
         if key not in modules.plans:
-            modules.plans[key] = self._planned(modules, decisions, args)
+            modules.plans[key] = self._planned(modules, decisions)
         return modules.plans[key]
 
     def warmup(self, timesteps: Sequence[float]) -> None:
@@ -204,9 +204,9 @@ class BroadcastGraph:
     def _key(self, reuses: tuple[bool, ...]) -> Any:
         return "cond" if self.backend.lowering == "cond" else reuses
 
-    def _planned(self, modules: Lockstep, decisions: Sequence[Decision], args: Sequence[Any]) -> Plan:
+    def _planned(self, modules: Lockstep, decisions: Sequence[Decision]) -> Plan:
         cells, reuses = modules.cells, self._reuses(decisions)
-        compiled = self.lowerings.compiled(self._key(reuses), args)
+        compiled = self.lowerings.compiled(self._key(reuses))
         of_module = {m: decision for decision in decisions for m in decision.group.modules}
         written = {m: positions for m, positions in compiled.writes if of_module[m].keeps}
         # a cache that stays is neither let go nor written; of a module that has one, none is let go before
