@@ -79,6 +79,9 @@ def is_tensor(node: fx.Node) -> bool:
     recorded = value(node)
     if recorded is not None:
         return isinstance(recorded, torch.Tensor)
+    if takes_item(node) and node.all_input_nodes:  # of a shape: a number
+        source = node.all_input_nodes[0]
+        return is_tensor(source) or is_tuple(source)
     return op_name(node) not in ("size", "dim", "numel", "getattr", "ndim") and not is_tuple(node)
 
 

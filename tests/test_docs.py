@@ -66,6 +66,14 @@ def test_code_in_documents_compiles(document: Path) -> None:
         compile(code, f"{document.name}, block {i}", "exec")
 
 
+def test_the_code_about_testing_runs_and_prints_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/testing.md").read_text()
+    scope: dict[str, object] = {}
+    for code, shown in re.findall(r"```python\n(.*?)```(?:\n\n<!-- output -->\n```\n(.*?)```)?", text, re.DOTALL):
+        exec(code, scope)
+        assert capsys.readouterr().out.rstrip() == shown.rstrip()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_relative_links_point_to_something(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", document.read_text())
