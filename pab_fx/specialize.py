@@ -23,6 +23,7 @@ import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from . import effects
@@ -77,21 +78,31 @@ def specialize(
             raise ValueError(f"{conditional.name} is in both reuse={reuse!r} and compute={compute!r}.")
         if reused or computed:
             decisions[conditional.index] = reused
-    return copy_of(decide(result, decisions))  # the copy holds only what the graph still refers to
+    return copy_of(decide(result, decisions, writes_in_place=True))  # the copy holds only what the graph still refers to
 
 
 def _names(conditional: Conditional) -> tuple[str, ...]:
     return (conditional.role, conditional.name, f"{conditional.name}#{conditional.call}")
 
 
-def decide(gm: fx.GraphModule, reuse: dict[int, bool]) -> fx.GraphModule:
-    """Decide conditionals of `gm`, in place: index of the conditional to whether it reuses."""
+def decide(gm: fx.GraphModule, reuse: dict[int, bool], writes_in_place: bool = False) -> fx.GraphModule:
+    """Decide conditionals of `gm`, in place.
+
+    Args:
+        gm: is changed.
+        reuse: index of the conditional to whether it reuses.
+        writes_in_place: whether caches are tensors that the graph writes to. Then what one call of a module reuses is
+            copied if there is a later one, whose output may be kept before this one's is read for the last time.
+    """
     unused = effects.unused(gm.graph)
     for cond, conditional in conditionals(gm).items():
         if conditional.index not in reuse:
             continue
         items = _items(cond)
         caches = operands_of(cond)[: len(conditional.caches)]
+        if reuse[conditional.index] and writes_in_place and conditional.call + 1 < conditional.calls:
+            with gm.graph.inserting_before(cond):
+                caches = tuple(gm.graph.call_function(torch.clone, (cache,)) for cache in caches)
         results = caches if reuse[conditional.index] else _inline(gm, cond)
         for i, item in items.items():
             if reuse[conditional.index]:
