@@ -81,14 +81,27 @@ class InGraphSchedule:
 
     def _count_through(self, plan: Plan) -> None:
         """Take the timestep of a step from a table; a generation begins after its end, or where the input tells it."""
-        calls = self._buffer("pab_calls", 0.0)
-        begins = self._call("over", torch.ge, calls, float(len(plan.timesteps)))
         source = self._input()
+        calls = self._unfolded(self._buffer("pab_calls", 0.0), source)
+        begins = self._call("over", torch.ge, calls, float(len(plan.timesteps)))
         if source is not None and plan.first is not None:
             again = self._comes_again(plan.timesteps, plan.first, source, calls)
             begins = self._call("begins", torch.logical_or, begins, again)
         self.calls = self._call("n", torch.where, begins, 0.0, calls)
         self.timestep = self._row("pab_timesteps", plan.timesteps, self.calls)
+
+    def _unfolded(self, calls: fx.Node, source: fx.Node | None) -> fx.Node:
+        """The counter, as far as a compiler can tell dependent on an input.
+
+        AOTInductor folds what depends on buffers alone, also on those that the graph updates (seen in 2.13): whether
+        `pab_calls` has come to the end of the table would be decided when the package is compiled.
+        """
+        if source is None:
+            inputs = self.graph.find_nodes(op="placeholder")
+            source = next(node for node in inputs if isinstance(value(node), torch.Tensor))
+            source = self._call("any", torch.amax, source)
+        never = self._call("never", torch.gt, self._scalar(source), math.inf)
+        return self._call("calls", torch.where, never, 0.0, calls)
 
     def _comes_again(self, timesteps: Sequence[float], first: float, source: fx.Node, calls: fx.Node) -> fx.Node:
         """Whether the first step's input comes in a step whose own input differs, as far as its dtype can tell."""

@@ -193,6 +193,17 @@ class Attention(nn.Module, AttentionModuleMixin):
         return self.to_out(scaled_dot_product_attention(*self.to_qkv(x).chunk(3, dim=-1)))
 
 
+class Timeless(nn.Module):
+    """The small model, always at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = small()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.small(hidden_states, torch.zeros(2))
+
+
 SHORT = (900, 700, 600, 500, 400, 50)
 CONFIG = PABConfig(spatial_attention_block_skip_range=3)
 
@@ -268,14 +279,6 @@ def test_a_first_call_at_another_timestep_is_no_part_of_the_generation() -> None
 
 
 def test_a_model_without_a_timestep_counts_through_those_that_are_given() -> None:
-    class Timeless(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.small = small()
-
-        def forward(self, hidden_states: Tensor) -> Tensor:
-            return self.small(hidden_states, torch.zeros(2))
-
     model = Timeless()
     program = pab_fx.export(model, {"hidden_states": inputs(0)["hidden_states"]}, CONFIG, timesteps=SHORT).module()
     clock = zoo.Clock()
@@ -431,6 +434,21 @@ def loaded(package: Path) -> Callable[..., Any]:
 def test_a_package_equals_the_hooks_over_generations(name: str) -> None:
     entry = zoo.BY_NAME[name]
     assert_broadcasts(entry, entry.build(), loaded(package_of(name)), ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("takes_timestep", [True, False])
+def test_a_package_counts_through_the_timesteps_of_each_generation(takes_timestep: bool) -> None:
+    """AOTInductor folds what depends on buffers alone, updated or not: a counter at its first value is what is meant."""
+    model = small() if takes_timestep else Timeless()
+    kwargs = inputs(900) if takes_timestep else {"hidden_states": inputs(900)["hidden_states"]}
+    package = loaded(packaged(pab_fx.export(model, kwargs, CONFIG, timesteps=SHORT)))
+    clock = zoo.Clock()
+    for timesteps in (SHORT, SHORT, *((SHORT[:3], SHORT[:1], SHORT) if takes_timestep else ()), SHORT):
+        oracle = zoo.hooked(model, zoo.diffusers_config(clock, (3, None, None)))
+        for seed, clock.t in enumerate(timesteps):
+            given = {name: tensor for name, tensor in inputs(clock.t, seed).items() if name in kwargs}
+            torch.testing.assert_close(package(**given), oracle(**given))
 
 
 @pytest.mark.slow
