@@ -439,7 +439,7 @@ def test_a_package_equals_the_hooks_over_generations(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("takes_timestep", [True, False])
 def test_a_package_counts_through_the_timesteps_of_each_generation(takes_timestep: bool) -> None:
-    """AOTInductor folds what depends on buffers alone, updated or not: a counter at its first value is what is meant."""
+    """AOTInductor folds what depends on buffers alone, updated or not: a counter would stay at its first value."""
     model = small() if takes_timestep else Timeless()
     kwargs = inputs(900) if takes_timestep else {"hidden_states": inputs(900)["hidden_states"]}
     package = loaded(packaged(pab_fx.export(model, kwargs, CONFIG, timesteps=SHORT)))
