@@ -78,7 +78,8 @@ def specialize(
             raise ValueError(f"{conditional.name} is in both reuse={reuse!r} and compute={compute!r}.")
         if reused or computed:
             decisions[conditional.index] = reused
-    return copy_of(decide(result, decisions, writes_in_place=True))  # the copy holds only what the graph still refers to
+    decided = decide(result, decisions, writes_in_place=True)
+    return copy_of(decided)  # the copy holds only what the graph still refers to
 
 
 def _names(conditional: Conditional) -> tuple[str, ...]:

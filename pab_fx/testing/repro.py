@@ -19,7 +19,14 @@ from diffusers import PyramidAttentionBroadcastConfig
 from pab_fx import MLPBroadcast, PABConfig
 from pab_fx.testing import *
 """
-DEFAULTS = {"contexts": (None,), "tracer": None, "dynamic": None, "tolerance": 0.0, "reuses": True, "changes": True}
+DEFAULTS: dict[str, Any] = {
+    "contexts": (None,),
+    "tracer": None,
+    "dynamic": None,
+    "tolerance": 0.0,
+    "reuses": True,
+    "changes": True,
+}
 DEFAULTS |= {"breaks": False, "mode": torch.no_grad}
 
 
@@ -73,7 +80,8 @@ def config_source(config: PABConfig | PyramidAttentionBroadcastConfig) -> str:
         'PABConfig(cross_attention_block_skip_range=3)'
     """
     said = []
-    for each in dataclasses.fields(config):
+    fields: Any = dataclasses.fields(config)  # type: ignore[arg-type]
+    for each in fields:
         value = getattr(config, each.name)
         if each.name == "current_timestep_callback" and value is not None:
             said.append(f"{each.name}=Clock()")
