@@ -32,6 +32,7 @@ class Attention(nn.Module, AttentionModuleMixin):
     def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
         residual, text = hidden, 0
         if self.spec.kind == "joint":
+            assert context is not None
             text = context.shape[1]
             hidden = torch.cat([context, hidden], dim=1)
         if hasattr(self, "to_qkv"):
