@@ -52,6 +52,16 @@ def _flux2_inputs(draw: Draw) -> Kwargs:
     return inputs | ids | {"guidance": torch.tensor([4.0])}
 
 
+def _helios_inputs(draw: Draw) -> Kwargs:
+    """192 tokens, and 64, 16 and 4 of its short, middle and long history."""
+    return zoo._helios_inputs(draw) | {
+        "hidden_states": draw.noise(1, 4, 3, 16, 16),
+        "latents_history_short": draw.fixed(1, 4, 1, 16, 16),
+        "latents_history_mid": draw.fixed(1, 4, 2, 16, 16),
+        "latents_history_long": draw.fixed(1, 4, 4, 16, 16),
+    }
+
+
 def _thousandth(t: float) -> Kwargs:
     return {"timestep": torch.full((1,), t) / 1000}
 
@@ -125,7 +135,7 @@ MODELS = {
     "helios": Entry(
         "HeliosTransformer3DModel",
         lambda: diffusers.HeliosTransformer3DModel(**zoo._WAN | HEADS, rope_dim=(4, 6, 6)),
-        lambda draw: zoo._helios_inputs(draw) | {"encoder_hidden_states": draw.fixed(1, 8, 16)},
+        _helios_inputs,
         lambda t: {"timestep": torch.full((1,), float(t))},
         "tokens are split and gathered around each attention and feed-forward, not around the model",
     ),
