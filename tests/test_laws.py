@@ -20,9 +20,11 @@ from pab_fx.schedule import reused_calls
 from pab_fx.tag import tag
 from pab_fx.testing import (
     TRACERS,
+    AttentionSpec,
     Clock,
     GraphSpec,
     Schedule,
+    Site,
     TransformerSpec,
     assert_broadcasts_like,
     assert_graphs_equivalent,
@@ -315,3 +317,11 @@ def test_the_laws_hold_for_many_models(tracer: str) -> None:
             check_trajectories(gm, config, spec.inputs, schedule.generations)
 
     check()
+
+
+def test_what_one_call_reuses_is_not_overwritten_by_the_next_before_its_last_use() -> None:
+    """Found by the search: the first call's output is read after the second one has computed and written the cache."""
+    sites = Site(uses=("late",)), Site(prepare=("modulate",), uses=("add",))
+    spec = TransformerSpec((AttentionSpec(),), (sites,))
+    config = PABConfig(spatial_attention_block_skip_range=3, spatial_attention_timestep_skip_range=(100, 1001))
+    check_trajectories(graph_from(spec, "symbolic_trace"), config, spec.inputs, [(1000, 800, 700, 600, 500)])
