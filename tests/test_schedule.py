@@ -15,17 +15,13 @@ from torch.nn.functional import scaled_dot_product_attention
 import pab_fx
 from pab_fx import MLPBroadcast, PABBackend, PABConfig
 from pab_fx.schedule import END, NEVER, AfterTimesteps, Rule, SkipRange, reused_calls
+from pab_fx.testing import captured as captured_graph
+from pab_fx.testing import strategies
+from pab_fx.testing.strategies import TIMESTEPS, timestep_lists
 
 lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
 
-# Few values, so that steps fall onto the edges of windows and timesteps repeat.
-TIMESTEPS = (50, 100, 101, 300, 400, 500, 600, 700, 799, 800, 900, 1000)
-timestep = st.sampled_from(TIMESTEPS)
-generation = st.lists(timestep, min_size=1, max_size=9).map(lambda ts: tuple(sorted(ts, reverse=True)))
-window = st.tuples(timestep, timestep).map(lambda edges: tuple(sorted(edges)))
-skip_range = st.builds(lambda n, edges: SkipRange(n, *edges), st.integers(1, 5), window)
-listed = st.lists(st.tuples(timestep, st.integers(1, 4)), min_size=1, max_size=4, unique_by=lambda pair: pair[0])
-after_timesteps = listed.map(lambda pairs: AfterTimesteps(tuple((float(t), n) for t, n in pairs)))
+skip_range, after_timesteps, generation = strategies.skip_ranges(), strategies.after_timesteps(), timestep_lists()
 history = st.lists(st.tuples(st.booleans(), generation), min_size=1, max_size=4)  # (reset before it, timesteps)
 few_examples = settings(max_examples=30, deadline=None)
 
@@ -167,14 +163,7 @@ def probe_inputs(step: int, t: float) -> dict[str, torch.Tensor]:
 @functools.cache
 def captured() -> tuple[fx.GraphModule, tuple[str, ...], list[Any]]:
     """The graph of a `Probe` as Dynamo hands it to a backend, its inputs by argument, example inputs."""
-    found: list[Any] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        found.extend((gm, example_inputs))
-        return gm.forward
-
-    torch.compile(Probe(), backend=backend, fullgraph=True)(**probe_inputs(0, 0))
-    gm, example_inputs = found
+    gm, example_inputs = captured_graph(Probe(), (), probe_inputs(0, 0))
     inputs = gm.graph.find_nodes(op="placeholder")
     names = tuple(next(name for name in probe_inputs(0, 0) if f"l_{name}_" == node.target.lower()) for node in inputs)
     return gm, names, example_inputs

@@ -6,7 +6,10 @@ def test_my_pass_keeps_what_the_model_computes(spec, schedule): ...
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 try:
     from hypothesis import strategies as st
@@ -57,10 +60,10 @@ def timestep_lists(draw: st.DrawFn, min_size: int = 1, max_size: int = 9, restar
     if kind == "leading":  # DDIM, DDPM
         return tuple(t * (1000 // steps) + 1 for t in reversed(range(steps)))
     if kind == "linspace":  # Euler
-        return tuple(999.0 * (steps - 1 - i) / max(steps - 1, 1) for i in range(steps))
+        return _single(999.0 * (steps - 1 - i) / max(steps - 1, 1) for i in range(steps))
     if kind == "flow matching":  # sigmas shifted towards noise
         shift, sigmas = draw(st.sampled_from((1.0, 3.0, 7.0))), [1 - i / steps for i in range(steps)]
-        return tuple(1000 * shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas)
+        return _single(1000 * shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas)
     found = sorted(draw(st.lists(timesteps, min_size=steps, max_size=steps)), reverse=True)
     if kind == "repeated":  # Heun evaluates each twice
         found = [t for t in found for _ in range(2)][:steps]
@@ -68,6 +71,11 @@ def timestep_lists(draw: st.DrawFn, min_size: int = 1, max_size: int = 9, restar
         at = draw(st.integers(0, steps))
         found = found[at:] + found[:at]
     return tuple(found)
+
+
+def _single(found: Iterable[float]) -> tuple[float, ...]:
+    """Numbers in single precision, as a scheduler's tensor holds them."""
+    return tuple(torch.tensor(list(found)).tolist())
 
 
 @st.composite
