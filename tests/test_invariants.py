@@ -1,6 +1,5 @@
 """What does not change between steps is computed once, and every step yields what it did, to the bit."""
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ import pytest
 import torch
 import zoo
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pab_fx import effects
 from pab_fx.dataflow import is_state, op_name, value
 from pab_fx.invariants import Invariants, split_invariants
+from pab_fx.testing import GraphSpec
+from pab_fx.testing.strategies import graphs
 
 COGVIDEOX, WAN = "CogVideoXTransformer3DModel", "WanTransformer3DModel"
 MODELS = (COGVIDEOX, WAN, "FluxTransformer2DModel", "LatteTransformer3DModel", "HunyuanVideoTransformer3DModel")
@@ -506,108 +505,22 @@ def test_the_graph_is_not_changed() -> None:
 # ------------------------------------------------------------------------------------------- random graphs
 
 
-@dataclass
-class Drawing:
-    """Draws a graph of tensors of 4 x 4 and 2 x 4 elements, with views, updates in place and random numbers."""
-
-    draw: st.DrawFn
-
-    def __post_init__(self) -> None:
-        self.graph = fx.Graph()
-        self.names = ("x", "y", "text", "mask", "pooled", "l_self_parameters_weight_")
-        self.whole: list[fx.Node] = [self.graph.placeholder(name) for name in self.names]
-        self.half: list[fx.Node] = []
-
-    def pick(self, nodes: list[fx.Node]) -> fx.Node:
-        return self.draw(st.sampled_from(nodes[-6:] + nodes[2:6] + nodes[:1]))
-
-    def add(self) -> None:
-        """One more operation."""
-        call, method, pool = self.graph.call_function, self.graph.call_method, self.whole
-        kinds = ["binary", "binary", "unary", "matmul", "view", "chunk", "half", "copy", "factory", "update", "random"]
-        kind = self.draw(st.sampled_from([*kinds, "write"] + (["cat", "halves"] if self.half else [])))
-        a, b = self.pick(pool), self.pick(pool)
-        made = pool[6:] if self.draw(st.integers(0, 9)) else pool  # inputs are updated now and then
-        if kind == "binary":
-            pool.append(call(torch.add if self.draw(st.booleans()) else torch.mul, (a, b)))
-        elif kind == "unary":
-            pool.append(method(self.draw(st.sampled_from(["sin", "relu", "tanh"])), (a,)))
-        elif kind == "matmul":
-            pool.append(call(torch.matmul, (a, b)))
-        elif kind == "view":
-            views = [("transpose", (a, 0, 1)), ("view_as", (a, a)), ("detach", (a,))]
-            pool.append(method(*self.draw(st.sampled_from(views))))
-        elif kind == "chunk":
-            chunk = method("chunk", (a, 2))
-            self.half += [call(operator.getitem, (chunk, i)) for i in range(2)]
-        elif kind == "half":
-            self.half.append(call(operator.getitem, (a, slice(None, 2))))
-        elif kind == "copy":
-            copies = [("contiguous", (a,)), ("to", (a, torch.float32)), ("reshape", (a, 4, 4))]
-            pool.append(method(*self.draw(st.sampled_from(copies))))
-        elif kind == "factory":
-            pool.append(call(torch.zeros, (4, 4)))
-        elif kind == "update":
-            a = self.pick(made or pool)
-            updates: list[tuple[str, Any]] = [("add_", (a, b)), ("copy_", (a, b)), ("mul_", (a, 0.5)), ("tanh_", (a,))]
-            pool.append(method(*self.draw(st.sampled_from(updates))))
-        elif kind == "random":
-            pool.append(call(torch.nn.functional.dropout, (a, 0.5, True)))
-        elif kind == "write":
-            written = self.pick(self.half) if self.half else 1.0
-            call(operator.setitem, (self.pick(made or pool), slice(2, None), written))
-        elif kind == "cat":
-            pool.append(call(torch.cat, ([self.pick(self.half), self.pick(self.half)],)))
-        else:
-            self.half.append(method("mul_", (self.pick(self.half), self.pick(self.half))))
-
-    def finish(self, returns: bool) -> fx.GraphModule:
-        """The graph, with outputs, and the values that Dynamo would have recorded."""
-        read = [self.pick(self.whole) for _ in range(3)]
-        returned = [self.graph.call_function(torch.sub, (self.whole[0], each)) for each in read]
-        if returns and self.draw(st.booleans()):
-            returned.append(self.pick(self.whole[6:] + self.half or self.whole))
-        self.graph.output(tuple(returned))
-        gm = fx.GraphModule(nn.Module(), self.graph)
-        with FakeTensorMode():
-            Recording(gm).run(*(torch.empty(4, 4) for _ in self.names))
-        return gm
-
-
-class Recording(fx.Interpreter):
-    """Records the value of each node."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        n.meta["example_value"] = super().run_node(n)
-        return n.meta["example_value"]
-
-
-@st.composite
-def drawn_graphs(draw: st.DrawFn, returns: bool = True) -> fx.GraphModule:
-    """A graph; where it `returns`, it may return a tensor that is invariant or an input, too."""
-    drawing = Drawing(draw)
-    for _ in range(draw(st.integers(3, 18))):
-        drawing.add()
-    return drawing.finish(returns)
-
-
-def drawn_steps() -> tuple[tuple[Any, ...], ...]:
-    torch.manual_seed(0)
-    lasting = torch.randn(4, 4, 4).unbind()
-    return tuple((torch.randn(4, 4), torch.randn(4, 4), *(each.clone() for each in lasting)) for _ in range(3))
+def small_steps(spec: GraphSpec) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(spec.inputs(seed)) for seed in range(3))
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=list(HealthCheck))
-@given(drawn_graphs())
-def test_random_graphs_yield_the_same_to_the_bit(gm: fx.GraphModule) -> None:
+@given(graphs())
+def test_random_graphs_yield_the_same_to_the_bit(spec: GraphSpec) -> None:
+    gm = spec.build()
     split = split_invariants(gm, {2, 3, 4})
     if split is None:
         return
     try:
-        gm(*drawn_steps()[0])
+        gm(*spec.inputs(0))
     except RuntimeError:  # a tensor that is updated by its own transpose
         return
-    check(Captured(gm, drawn_steps()), split)
+    check(Captured(gm, small_steps(spec)), split)
     assert not any(effects.draws_random_numbers(node) for node in split.once.graph.nodes)
     assert not {"x", "y"} & read(split.once)
     assert {node.name for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if i in split.reads} == read(
@@ -616,9 +529,9 @@ def test_random_graphs_yield_the_same_to_the_bit(gm: fx.GraphModule) -> None:
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=100, suppress_health_check=list(HealthCheck))
-@given(drawn_graphs(returns=False))
-def test_random_graphs_do_not_compute_again_what_is_kept(gm: fx.GraphModule) -> None:
-    split = split_invariants(gm, {2, 3, 4})
+@given(graphs(returns=False))
+def test_random_graphs_do_not_compute_again_what_is_kept(spec: GraphSpec) -> None:
+    split = split_invariants(spec.build(), {2, 3, 4})
     if split is not None:
         kept = {node.name for node in outputs(split.once)}
         assert not kept & {node.name for node in split.rest.graph.nodes}
@@ -629,9 +542,9 @@ def test_random_graphs_are_split_often_enough() -> None:
     seen: Counter[str] = Counter()
 
     @settings(deadline=None, derandomize=True, database=None, max_examples=100, suppress_health_check=list(HealthCheck))
-    @given(drawn_graphs())
-    def count(gm: fx.GraphModule) -> None:
-        split = split_invariants(gm, {2, 3, 4})
+    @given(graphs())
+    def count(spec: GraphSpec) -> None:
+        split = split_invariants(spec.build(), {2, 3, 4})
         seen["graphs"] += 1
         seen["split"] += split is not None
         seen["updates"] += split is not None and any(map(effects.updated, split.once.graph.nodes))
