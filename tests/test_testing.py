@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import importlib
+import pkgutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -546,3 +548,10 @@ def test_hooks_are_counted_by_role() -> None:
     for _ in range(2):
         hooked(*SPEC.inputs(500, 0))
     assert +hooked.counts == {("spatial", False): 1, ("spatial", True): 1, ("cross", False): 1, ("cross", True): 1}
+
+
+@pytest.mark.parametrize("name", [info.name for info in pkgutil.iter_modules(pab_fx.testing.__path__)])
+def test_examples_in_docstrings_run(name: str) -> None:
+    with torch.enable_grad():
+        module = importlib.import_module(f"pab_fx.testing.{name}")
+        assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
