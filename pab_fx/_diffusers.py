@@ -86,7 +86,7 @@ def prepare_split_hooks(model: Any) -> None:
     """
     for module in model.modules():
         for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
-            metadata = getattr(hook, "module_forward_metadata", None)
+            metadata: Any = getattr(hook, "module_forward_metadata", None)
             if getattr(metadata, "cached_parameter_indices", {}) is None:
                 parameters = list(inspect.signature(metadata._cls.forward).parameters)[1:]  # without `self`
                 metadata.cached_parameter_indices = {name: i for i, name in enumerate(parameters)}
