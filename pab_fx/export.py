@@ -83,8 +83,8 @@ def export(
         ...         return x + torch.nn.functional.scaled_dot_product_attention(x, x, x)
         >>> kwargs = {"x": torch.randn(1, 4, 8), "timestep": torch.tensor([900.0])}
         >>> module = export(Attention(), kwargs, timesteps=(900, 600, 300)).module()
-        >>> for _ in range(5):
-        ...     output = module(**kwargs)
+        >>> for t in (900.0, 600.0, 300.0, 900.0, 600.0):
+        ...     output = module(**{**kwargs, "timestep": torch.tensor([t])})
         >>> module.pab_calls  # it is in the second step of its second generation
         tensor(2., dtype=torch.float64)
     """
