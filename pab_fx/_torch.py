@@ -71,7 +71,7 @@ def boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any]:
 
 @contextlib.contextmanager
 def operands_freed_in_both_branches() -> Iterator[None]:
-    """Compile conditions so that what is read last in one is freed in either branch.
+    """Compile conditions so that what is read last in one is freed in either branch, and what is read is not copied.
 
     Inductor emits the `del`s into the true branch alone (seen in 2.9 and 2.13), so that where the false one runs its
     operands live to the end of the graph: every cache, and every input of an attention. Here they go before the `if`:
@@ -82,6 +82,11 @@ def operands_freed_in_both_branches() -> Iterator[None]:
         else:                                    else:
             args = [a, b]                            out = false_graph(args)
             out = false_graph(args)
+
+    A false branch that copies operands, since a branch may not return them, for outputs of the whole graph, which no
+    kernel writes to, hands them on:
+
+            out = false_graph(args)        ->        out = [args[0]]; args.clear()
 
     Private are the wrapper's methods; where they are not those that were seen (2.15), nothing is changed.
     """
@@ -105,14 +110,21 @@ def operands_freed_in_both_branches() -> Iterator[None]:
         self.writeline(f"{name} = [None] * {len(conditional.outputs)}")
         self.writeline(f"{name}_args, {name}_decided = [{operands}], {predicate}")
         V.graph.scheduler.free_buffers()
-        for line, subgraph in (
-            (f"if {name}_decided:", conditional.true_subgraph),
-            ("else:", conditional.false_subgraph),
+        returned = set(V.graph.get_output_names())
+        is_returned = all(output.get_name() in returned for output in conditional.outputs)
+        for line, subgraph, may_hand_on in (
+            (f"if {name}_decided:", conditional.true_subgraph, False),
+            ("else:", conditional.false_subgraph, is_returned),
         ):
+            copied = _copied_operands(subgraph.graph_module.graph) if may_hand_on else None
             self.writeline(line)
             self.writeline(EnterSubgraphLine(self, subgraph.graph))
             self.codegen_subgraph_common(subgraph)
-            self.writeline(f"{name} = {subgraph.graph.name}({name}_args)")
+            if copied is None:
+                self.writeline(f"{name} = {subgraph.graph.name}({name}_args)")
+            else:
+                self.writeline(f"{name} = [{', '.join(f'{name}_args[{i}]' for i in copied)}]")
+                self.writeline(f"{name}_args.clear()")
             self.writeline(ExitSubgraphLine(self))
 
     PythonWrapperCodegen.codegen_conditional = codegen_conditional  # type: ignore[method-assign]
@@ -120,6 +132,16 @@ def operands_freed_in_both_branches() -> Iterator[None]:
         yield
     finally:
         PythonWrapperCodegen.codegen_conditional = before  # type: ignore[method-assign]
+
+
+def _copied_operands(branch: fx.Graph) -> list[int] | None:
+    """The positions of the operands that a branch returns copies of, `None` if it does anything else."""
+    operands, outputs = branch.find_nodes(op="placeholder"), branch.output_node().args[0]
+    copies: list[Any] = [outputs] if isinstance(outputs, fx.Node) else list(outputs)  # type: ignore[arg-type]
+    if not all(isinstance(node, fx.Node) and node.target is torch.ops.aten.clone.default for node in copies):
+        return None
+    sources = [node.args[0] for node in copies]
+    return [operands.index(source) for source in sources] if all(source in operands for source in sources) else None
 
 
 def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
