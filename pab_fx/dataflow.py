@@ -16,7 +16,6 @@ from torch import fx, nn
 
 from ._torch import OpOverload, size_hint
 
-
 STATE = "pab_state"
 """Key in the meta of an input that is a parameter or buffer though nothing else tells."""
 

@@ -108,9 +108,9 @@ def export(
 def _close_gaps(gm: fx.GraphModule) -> fx.GraphModule:
     """Hand each `cond` tensors without gaps, in place: the strides of others cannot be held to.
 
-        %a    = chunk(%x, 2)[0]                       %a    = chunk(%x, 2)[0]
-        %cond = cond(..., (%cache, %a))        ->     %c    = contiguous(%a)
-                                                      %cond = cond(..., (%cache, %c))
+    %a    = chunk(%x, 2)[0]                       %a    = chunk(%x, 2)[0]
+    %cond = cond(..., (%cache, %a))        ->     %c    = contiguous(%a)
+                                                  %cond = cond(..., (%cache, %c))
     """
     for cond, conditional in conditionals(gm).items():
         operands = list(operands_of(cond))

@@ -192,9 +192,9 @@ class _Recorder(fx.Interpreter):
 def _record_modules(graph: fx.Graph, new: AbstractSet[fx.Node]) -> None:
     """Place new nodes in modules, in place: with what reads them, or with what they read, whichever is further in.
 
-        %k = to_k(%x)   # in attn                       %kv    = linear(%x, cat(...))   # new, its readers are in attn
-        %v = to_v(%x)   # in attn                ->     %k, %v = split(%kv)             # new, its readers are in attn
-        %o = attention(%q, %k, %v)   # in attn          %o     = attention(%q, %k, %v)  # in attn
+    %k = to_k(%x)   # in attn                       %kv    = linear(%x, cat(...))   # new, its readers are in attn
+    %v = to_v(%x)   # in attn                ->     %k, %v = split(%kv)             # new, its readers are in attn
+    %o = attention(%q, %k, %v)   # in attn          %o     = attention(%q, %k, %v)  # in attn
     """
     unplaced = {node for node in new if "nn_module_stack" not in node.meta}
     around = {node: list((node.meta.get("nn_module_stack") or {}).items()) for node in graph.nodes}

@@ -540,7 +540,6 @@ def test_a_cpp_program_without_python_equals_the_hooks(tmp_path: Path) -> None:
     assert not [path for path in opened if "python" in Path(path).name]
 
 
-
 # --------------------------------------------------------------------------------------------- docs/export.md
 
 BLOCKS = dict(

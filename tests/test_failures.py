@@ -86,9 +86,7 @@ class Failing:
 # ------------------------------------------------------------------------------------- the inner compiler
 
 
-@pytest.mark.parametrize(
-    ("lowering", "number"), [("cond", 1), ("specialize", 1), ("specialize", 2), ("specialize", 3)]
-)
+@pytest.mark.parametrize(("lowering", "number"), [("cond", 1), ("specialize", 1), ("specialize", 2), ("specialize", 3)])
 def test_a_compiler_that_raises_once_is_heard_and_the_next_generation_is_right(lowering: str, number: int) -> None:
     inner = Failing(RuntimeError("no kernel for this"), compilation=number)
     model = zoo.BY_NAME[NAME].build()

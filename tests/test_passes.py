@@ -352,8 +352,8 @@ def test_inductors_own_extension_points_run_under_pab(lowering: str) -> None:
 
 INNERS = [
     "eager",
-    "aot_eager",
     "aot_eager_decomp_partition",
+    pytest.param("aot_eager", marks=pytest.mark.slow),
     pytest.param("inductor", marks=pytest.mark.slow),
     pytest.param(
         "cudagraphs",

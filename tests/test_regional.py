@@ -447,7 +447,7 @@ CAPTURES = {"eager": 1, "aot_eager": 2}
 
 
 @lowerings
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("block", "steps"), SIZES.values(), ids=SIZES.keys())
 def test_three_resolutions_are_served_from_one_capture(block: Run, steps: Run, inner: str, lowering: str) -> None:
     options: dict[str, Any] = {"inner": inner, "lowering": lowering, "lengths": (7, 9, 12), "dynamic": True}
@@ -802,7 +802,7 @@ drawn = (
 )
 
 
-@settings(search, max_examples=12)
+@settings(search, max_examples=8)
 @given(*drawn)
 def test_random_sequences_of_blocks_equal_the_whole(
     model: Model, inner: str, lowering: str, dynamic: bool | None
