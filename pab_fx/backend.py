@@ -98,8 +98,9 @@ class PABBackend:
         self.timesteps = timesteps if callable(timesteps) or timesteps is None else _numbers(timesteps)
         self.inner = inner
         self._inner = _inner_compiler(inner, mode, options)
-        if not isinstance(regional, bool):
-            raise ValueError(f"regional must be True or False, got {regional!r}.")
+        for name, given in (("regional", regional), ("step_invariants", step_invariants)):
+            if not isinstance(given, bool):
+                raise ValueError(f"{name} must be True or False, got {given!r}.")
         self.regional, self.step_invariants = regional, step_invariants
         self.cache_dtype, cache_device = _cache_dtype(cache_dtype), _cache_device(cache_device)
         self._has_cuda_graphs = _records_cuda_graphs(inner, mode, options)
@@ -378,10 +379,17 @@ def _cache_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _cache_device(given: torch.device | str | None) -> torch.device | None:
+    if given is None:
+        return None
     try:
-        return None if given is None else torch.device(given)
+        device = torch.device(given)
     except (RuntimeError, TypeError):
         raise ValueError(f"cache_device={given!r} is no device, such as 'cpu'.") from None
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"cache_device={given!r} holds nothing here: {error}") from None
+    return device
 
 
 def _inductor(

@@ -183,6 +183,12 @@ def _check_is_first(given: torch.Tensor, timesteps: tuple[float, ...]) -> None:
         inputs = [scale(t) for t in timesteps]
         near = 2 * max(resolution(given, t) for t in inputs)
         steps += [i for i, t in enumerate(inputs) if abs(float(given.amax()) - t) <= near][:1]
+    if not steps:
+        warn(
+            f"pab_fx: the timestep in kwargs, {float(given.amax()):g}, is none of the generation's, which begins at "
+            f"{timesteps[0]:g}: a generation that was cut off ends only where exactly this one comes again. Pass "
+            "the kwargs of the first step."
+        )
     if steps and 0 not in steps:
         raise ValueError(
             f"kwargs must be those of the first step, at timestep {timesteps[0]:g}: the timestep in them, "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,7 @@ class Passes:
         Raises:
             ValueError: if it is no list of functions, or has the rewrite in it twice.
         """
-        if callable(passes) or not isinstance(passes, Iterable):
+        if callable(passes) or not isinstance(passes, Iterable) or isinstance(passes, (str, Mapping)):
             raise ValueError(f"passes must be a list of functions gm -> gm, got {passes!r}.")
         listed = tuple(passes)
         for each in listed:
@@ -97,12 +97,16 @@ def applied(each: Pass, gm: fx.GraphModule) -> fx.GraphModule:
     """What a pass makes of a graph, with what tracers record and passes leave out: values, and modules.
 
     Raises:
+        RuntimeError: if the pass raises.
         TypeError: if the pass returns no graph.
         ValueError: if the graph is not well formed, or takes or returns another number of values.
     """
     known, outputs = set(gm.graph.nodes), _outputs(gm)
     inputs = [node.meta for node in gm.graph.find_nodes(op="placeholder")]
-    result = each(gm)
+    try:
+        result = each(gm)
+    except Exception as error:
+        raise RuntimeError(f"the pass {_name(each)} raised {type(error).__name__}: {error}") from error
     if not isinstance(result, fx.GraphModule):
         raise TypeError(f"the pass {_name(each)} must return a GraphModule, got {result!r}.")
     try:

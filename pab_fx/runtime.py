@@ -348,6 +348,12 @@ class BroadcastGraph:
                 f"pab_fx: none of the mlp timesteps {sorted(listed)} is among the generation's {list(timesteps)}, "
                 "so no feed-forward will be reused. List timesteps of the scheduler.",
             )
+        if timesteps and all(abs(t - known) > 1e-3 * max(1.0, abs(known)) for known in timesteps):
+            self.backend.notices.warn_once(
+                "other timesteps",
+                f"pab_fx: the generation starts at timestep {t:g}, which is none of timesteps={list(timesteps)}: what "
+                "is kept is decided by those. Pass the timesteps that the loop runs through, or none.",
+            )
         windows = [rule.high for rule in rules if isinstance(rule, SkipRange)]
         if t <= 1 and windows and max(windows) > 1:
             self.backend.notices.warn_once(

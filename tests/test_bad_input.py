@@ -127,6 +127,13 @@ def test_identifiers_that_match_something_do_not_warn(caught: list[warnings.Warn
     }
 
 
+def test_timesteps_that_are_not_the_generations_warn(caught: list[warnings.WarningMessage]) -> None:
+    compiled = torch.compile(Model(), backend=PABBackend(inner="eager", timesteps=(901.0, 701.0)))
+    with torch.no_grad():
+        compiled(hidden_states(0), torch.tensor(500.0))
+    assert any("starts at timestep 500, which is none of timesteps=" in each for each in pab_warnings(caught))
+
+
 def test_a_warning_points_at_the_line_that_called_the_model(caught: list[warnings.WarningMessage]) -> None:
     compiled = torch.compile(Model(), backend=PABBackend(PABConfig(cross_attention_block_skip_range=2), inner="eager"))
     with torch.no_grad():

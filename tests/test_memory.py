@@ -148,6 +148,8 @@ def test_a_dtype_that_caches_are_not_kept_in_is_refused(given: Any) -> None:
 def test_a_device_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="cache_device='main memory' is no device"):
         pab_fx.PABBackend(cache_device="main memory")
+    with pytest.raises(ValueError, match="cache_device='meta' holds nothing here"):
+        pab_fx.PABBackend(cache_device="meta")
 
 
 @pytest.mark.parametrize("lowering", ["specialize", "cond"])

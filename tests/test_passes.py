@@ -267,6 +267,20 @@ def test_the_rewrite_is_listed_once() -> None:
         PABBackend(passes=[rewrite, rewrite])
 
 
+@pytest.mark.parametrize("given", ["rewrite", {"a": 1}])
+def test_what_is_no_list_of_passes_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"passes must be a list of functions gm -> gm, got"):
+        PABBackend(passes=given)
+
+
+def test_a_pass_that_raises_is_named() -> None:
+    def fails(gm: fx.GraphModule) -> fx.GraphModule:
+        raise KeyError("weights")
+
+    with pytest.raises(Exception, match=r"the pass fails raised KeyError: 'weights'"):
+        with_passes("WanTransformer3DModel", [fails])
+
+
 # ------------------------------------------------------------------------------ torch.fx's own passes
 
 
