@@ -23,14 +23,12 @@ def captured_frames() -> int:
 def cold_compiler() -> Iterator[None]:
     """Compile inside as the first process on a machine does: no cache in memory or on disk knows any kernel.
 
-    `force_disable_caches` leaves the files of generated C++ alone, a folder of its own does not. What is left are
-    headers that the C++ compiler has read before. `fresh_cache` seen in 2.9 to 2.15.
+    Within it, one graph's kernels serve the next, as they do for a user. `force_disable_caches` would give every graph an
+    empty cache of its own. What is left are headers that the C++ compiler has read before. `fresh_cache` seen in 2.9 to 2.15.
     """
-    from torch._inductor import config
     from torch._inductor.utils import fresh_cache
 
-    with config.patch(force_disable_caches=True), fresh_cache(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "dynamo_pgo force disabled")  # which is what is wanted
+    with fresh_cache():
         yield
 
 
