@@ -28,12 +28,7 @@ def combined(cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--range", type=int, default=2, help="compute self-attention every so many steps")
-    parser.add_argument("--inner", default="eager", help="what compiles the graphs: eager, inductor")
-    options = parser.parse_args(arguments)
+    options = parallel.options(__doc__).parse_args(arguments)
 
     device = parallel.start(options.device)
     ranks = dist.get_world_size()

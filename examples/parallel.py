@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
@@ -41,6 +42,16 @@ def start(device: str) -> torch.device:
     torch.cuda.set_device(local)
     dist.init_process_group("nccl", device_id=torch.device("cuda", local))
     return torch.device("cuda", local)
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of both examples."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--range", type=int, default=2, help="compute self-attention every so many steps")
+    parser.add_argument("--inner", default="eager", help="what compiles the graphs: eager, inductor")
+    return parser
 
 
 def stop() -> None:

@@ -9,7 +9,6 @@ The model is a small Wan with random weights. Its tokens are spread over the ran
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import parallel
@@ -37,11 +36,7 @@ def table(without: parallel.Traffic, with_pab: parallel.Traffic, ranks: int) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--range", type=int, default=2, help="compute self-attention every so many steps")
-    parser.add_argument("--inner", default="eager", help="what compiles the graphs: eager, inductor")
+    parser = parallel.options(__doc__)
     parser.add_argument("--lowering", default="specialize", choices=["specialize", "cond"])
     options = parser.parse_args(arguments)
 

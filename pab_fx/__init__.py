@@ -9,7 +9,7 @@ The way of a graph: `tag` finds attention regions and their roles, `rewrite` mak
 
 from ._diffusers import cache_context
 from .backend import PABBackend, pab_backend
-from .config import MLPBroadcast, PABConfig
+from .config import LayerBroadcast, MLPBroadcast, PABConfig
 from .enable import PAB, disable, enable
 from .export import export
 from .rewrite import rewrite
@@ -17,6 +17,7 @@ from .specialize import specialize
 
 __all__ = [
     "PAB",
+    "LayerBroadcast",
     "MLPBroadcast",
     "PABBackend",
     "PABConfig",

@@ -70,7 +70,7 @@ def boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any]:
 
 
 @contextlib.contextmanager
-def operands_freed_in_both_branches() -> Iterator[None]:
+def conditions_let_go_of_operands() -> Iterator[None]:
     """Compile conditions so that what is read last in one is freed in either branch, and what is read is not copied.
 
     Inductor emits the `del`s into the true branch alone (seen in 2.9 and 2.13), so that where the false one runs its

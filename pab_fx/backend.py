@@ -35,6 +35,7 @@ from .report import Report, report_of
 from .rewrite import copy_of
 from .running import TiedParameters, module_names, running_modules
 from .runtime import BroadcastGraph, anchors
+from .schedule import checked_timesteps
 from .state import StateStore, TensorSpec
 from .tag import tag
 
@@ -95,7 +96,7 @@ class PABBackend:
             raise ValueError(f"lowering={lowering!r} is unknown; it is one of {', '.join(map(repr, LOWERINGS))}.")
         self.lowering = lowering
         self.passes = Passes.of(passes)
-        self.timesteps = timesteps if callable(timesteps) or timesteps is None else _numbers(timesteps)
+        self.timesteps = timesteps if callable(timesteps) or timesteps is None else checked_timesteps(timesteps)
         self.inner = inner
         self._inner = _inner_compiler(inner, mode, options)
         for name, given in (("regional", regional), ("step_invariants", step_invariants)):
@@ -215,7 +216,7 @@ class PABBackend:
 
     def known_timesteps(self) -> tuple[float, ...] | None:
         """The timesteps of the running generation, `None` if they were not given."""
-        return _numbers(self.timesteps()) if callable(self.timesteps) else self.timesteps
+        return checked_timesteps(self.timesteps()) if callable(self.timesteps) else self.timesteps
 
     def store(self, request: Any) -> StateStore:
         """The state of a request (a session or a pipeline), or what belongs to none; it goes with the request."""
@@ -264,7 +265,7 @@ class PABBackend:
         if not self.graphs:
             raise RuntimeError("nothing was captured yet: call the model, or the pipeline, once, and then warmup().")
         # in a thousand steps every rule meets every state of the others in each window
-        known = self.known_timesteps() if timesteps is None else _numbers(timesteps)
+        known = self.known_timesteps() if timesteps is None else checked_timesteps(timesteps)
         with torch.no_grad():
             for graph in list(self.graphs):
                 graph.warmup(known or tuple(float(1000 - step) for step in range(1000)))
@@ -387,7 +388,7 @@ def _cache_device(given: torch.device | str | None) -> torch.device | None:
         raise ValueError(f"cache_device={given!r} is no device, such as 'cpu'.") from None
     try:
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:  # an assertion is what a torch without CUDA raises
         raise ValueError(f"cache_device={given!r} holds nothing here: {error}") from None
     return device
 
@@ -396,14 +397,6 @@ def _inductor(
     compiler: Callable[..., Any], patches: Mapping[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     return compiler(gm, example_inputs, config_patches=dict(patches))
-
-
-def _numbers(timesteps: Any) -> tuple[float, ...]:
-    try:
-        values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else list(timesteps)
-        return tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        raise ValueError(f"timesteps must be numbers, or a function that returns them, got {timesteps!r}.") from None
 
 
 def _without_numbers(region: Region) -> Region:

@@ -7,11 +7,14 @@ VideoSys (github.com/NUS-HPC-AI-Lab/VideoSys, `PABConfig` of each pipeline) and 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 ATTENTION_ROLES = ("spatial", "temporal", "cross")
@@ -64,6 +67,40 @@ class MLPBroadcast:
 
 
 @dataclass(frozen=True)
+class LayerBroadcast:
+    """Broadcast attentions of certain names otherwise than their role says.
+
+    Args:
+        identifiers: regular expressions; it is for the attentions whose qualified names one of them matches
+            (`re.search`), of whichever role.
+        skip_range: `N` for them, an integer >= 1; `None` leaves them alone.
+        timestep_skip_range: open window `(lo, hi)` for them, on the scheduler's scale, 0 to 1000.
+
+    Raises:
+        ValueError: naming the field and what it must be.
+
+    Example:
+        >>> config = PABConfig(layers=LayerBroadcast((r"blocks.0.",), skip_range=3))
+        >>> config.layer("blocks.0.attn1").skip_range, config.layer("blocks.1.attn1")
+        (3, None)
+    """
+
+    identifiers: tuple[str, ...]
+    skip_range: int | None = None
+    timestep_skip_range: tuple[float, float] = DEFAULT_TIMESTEP_SKIP_RANGE
+
+    def __post_init__(self) -> None:
+        identifiers = _checked_identifiers("layers: identifiers", self.identifiers)
+        if not identifiers:
+            raise ValueError("layers: identifiers is empty; name the attentions that it is for.")
+        object.__setattr__(self, "identifiers", identifiers)
+        if self.skip_range is not None:
+            _check_integer("layers: skip_range", self.skip_range)
+        window = _checked_window("layers: timestep_skip_range", self.timestep_skip_range)
+        object.__setattr__(self, "timestep_skip_range", window)
+
+
+@dataclass(frozen=True)
 class PABConfig:
     """Which outputs to broadcast, how far, and within which timesteps.
 
@@ -77,7 +114,7 @@ class PABConfig:
 
     Args:
         spatial_attention_block_skip_range: `N` for spatial attention, an integer >= 1. `None` leaves the
-            role alone. If no range and no `mlp` is given, spatial is 2, as in diffusers.
+            role alone. If no range, `layers` or `mlp` is given, spatial is 2, as in diffusers.
         temporal_attention_block_skip_range: `N` for temporal attention.
         cross_attention_block_skip_range: `N` for cross-attention.
         spatial_attention_timestep_skip_range: open window `(lo, hi)` on the scheduler's scale, 0 to 1000.
@@ -87,6 +124,8 @@ class PABConfig:
             them matches (`re.search`) is spatial, whatever the dataflow says.
         temporal_attention_block_identifiers: the same for temporal.
         cross_attention_block_identifiers: the same for cross.
+        layers: attentions to broadcast otherwise than their role says: a `LayerBroadcast`, a mapping of its fields,
+            or several, of which the first that matches a name counts. Roles stay what they are.
         mlp: feed-forward outputs to broadcast: an `MLPBroadcast`, several, a mapping of its fields, or
             VideoSys' form `{720: {"block": [0, 1], "skip_count": 2}, ...}`.
         current_timestep_callback: returns the current timestep, on the windows' scale. `None` reads the
@@ -109,12 +148,14 @@ class PABConfig:
     spatial_attention_block_identifiers: tuple[str, ...] = ()
     temporal_attention_block_identifiers: tuple[str, ...] = ()
     cross_attention_block_identifiers: tuple[str, ...] = ()
+    layers: Any = None
     mlp: Any = None
     current_timestep_callback: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _normalise_layers(self.layers))
         object.__setattr__(self, "mlp", _normalise_mlp(self.mlp))
-        if not self.mlp and all(self.skip_range(role) is None for role in ATTENTION_ROLES):
+        if not self.layers and not self.mlp and all(self.skip_range(role) is None for role in ATTENTION_ROLES):
             object.__setattr__(self, "spatial_attention_block_skip_range", 2)
         for role in ATTENTION_ROLES:
             _check_skip_range(role, self.skip_range(role))
@@ -137,6 +178,48 @@ class PABConfig:
     def identifiers(self, role: str) -> tuple[str, ...]:
         """The regular expressions that put an attention into this role."""
         return getattr(self, f"{_attention_role(role)}_attention_block_identifiers")
+
+    def layer(self, name: str) -> LayerBroadcast | None:
+        """What an attention of that qualified name is broadcast by in place of its role's range and window."""
+        found = (each for each in self.layers if any(re.search(identifier, name) for identifier in each.identifiers))
+        return next(found, None)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the config as JSON, for `PABConfig.load`; without `current_timestep_callback`, which is code.
+
+        Raises:
+            OSError: if the file cannot be written.
+
+        Example:
+            >>> PABConfig.preset("latte").save("latte.json")  # doctest: +SKIP
+        """
+        fields = dataclasses.asdict(dataclasses.replace(self, current_timestep_callback=None))
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        said = {name: value for name, value in fields.items() if value != default[name] and value != ()}
+        Path(path).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], **overrides: Any) -> PABConfig:
+        """A config from a JSON file of fields, as `save` and `pab_fx.calibrate` write it. Nothing is unpickled.
+
+        Args:
+            path: the file.
+            overrides: fields to set on top of it, such as `current_timestep_callback`.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: naming the file, if it holds something else than fields of a config.
+        """
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # no JSON, no text
+            raise ValueError(f"{path} is no JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} must hold an object, the fields of a PABConfig by name, got {fields!r}.")
+        try:
+            return cls.of({**fields, **overrides})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> PABConfig:
@@ -204,6 +287,25 @@ def _attention_role(role: str) -> str:
     if role not in ATTENTION_ROLES:
         raise ValueError(f"unknown role {role!r}; the attention roles are {', '.join(ATTENTION_ROLES)}.")
     return role
+
+
+def _normalise_layers(layers: Any) -> tuple[LayerBroadcast, ...]:
+    """Every accepted spelling of `layers` as a tuple of `LayerBroadcast`."""
+    if layers is None or layers == ():
+        return ()
+    if isinstance(layers, LayerBroadcast):
+        return (layers,)
+    if isinstance(layers, Mapping):
+        known = {field.name for field in dataclasses.fields(LayerBroadcast)}
+        for name in layers:
+            if name not in known:
+                raise ValueError(f"unknown option {name!r} in layers; it has {', '.join(sorted(known))}.")
+        if "identifiers" not in layers:
+            raise ValueError("layers: identifiers is missing; name the attentions that it is for.")
+        return (LayerBroadcast(**layers),)
+    if _is_iterable(layers):
+        return tuple(entry for item in layers for entry in _normalise_layers(item))
+    raise ValueError(f"layers must be a LayerBroadcast, a mapping of its fields, or several, got {layers!r}.")
 
 
 def _normalise_mlp(mlp: Any) -> tuple[MLPBroadcast, ...]:

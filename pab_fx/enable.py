@@ -157,7 +157,8 @@ def enable(
             instead of the whole model: a fraction of the compile time, for a little of the speed.
         fullgraph: as for `torch.compile`.
         dynamic: as for `torch.compile`.
-        options: arguments of `PABBackend`: `inner`, `lowering`, `passes`, `timesteps`, `mode`, `options`.
+        options: arguments of `PABBackend`: `inner`, `lowering`, `passes`, `timesteps`, `mode`, `options`,
+            `cache_dtype`, `cache_device`, `step_invariants`.
 
     Returns:
         The handle with `reset()`, `report()` and `disable()`; as a context manager it disables at the end.

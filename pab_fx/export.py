@@ -13,10 +13,8 @@ No Python runs in such a package: docs/export.md calls one from C++.
 from __future__ import annotations
 
 import inspect
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -31,7 +29,7 @@ from .notices import warn
 from .predicates import TIMESTEP_NAMES, Plan, resolution
 from .region import Region
 from .rewrite import conditionals, copy_of, insert_conditions, operands_of
-from .schedule import SkipRange, reused_calls
+from .schedule import SkipRange, checked_timesteps, reused_calls
 from .tag import tag
 
 
@@ -131,11 +129,13 @@ def _checked(
     if not isinstance(model, nn.Module):
         raise TypeError(f"export takes a torch.nn.Module, got {type(model).__name__}: of a pipeline, its transformer.")
     if not isinstance(kwargs, Mapping):
-        raise ValueError(f"kwargs must map the model's arguments of one step to their values, got {kwargs!r}.")
+        raise ValueError(f"kwargs must map the model's arguments of one step to their values, got {_kind(kwargs)}.")
     if not isinstance(args, (tuple, list)):
-        raise ValueError(f"args must be a tuple of the model's positional arguments, got {args!r}.")
+        raise ValueError(f"args must be a tuple of the model's positional arguments, got {_kind(args)}.")
     config = _diffusers.checked_config(config)
-    plan = _checked_timesteps(timesteps)
+    plan = None if timesteps is None else checked_timesteps(timesteps)
+    if plan == ():
+        raise ValueError("timesteps is empty: call scheduler.set_timesteps(...) before, or list one for each step.")
     if plan is None and config.current_timestep_callback is not None:
         raise ValueError(
             "config has a current_timestep_callback, and an exported program cannot call it: pass the timesteps of a "
@@ -160,20 +160,9 @@ def _checked(
     return config, plan, given
 
 
-def _checked_timesteps(timesteps: Any) -> tuple[float, ...] | None:
-    if timesteps is None:
-        return None
-    if isinstance(timesteps, torch.Tensor):
-        timesteps = timesteps.tolist()
-    if isinstance(timesteps, (str, bytes)) or not isinstance(timesteps, Iterable):
-        raise ValueError(f"timesteps must be those of a whole generation, scheduler.timesteps, got {timesteps!r}.")
-    plan = tuple(timesteps)
-    if not plan:
-        raise ValueError("timesteps is empty: call scheduler.set_timesteps(...) before, or list one for each step.")
-    for t in plan:
-        if not isinstance(t, Real) or isinstance(t, bool) or not math.isfinite(t):
-            raise ValueError(f"timesteps must be numbers on the scheduler's scale, 0 to 1000, got {t!r}.")
-    return tuple(map(float, plan))
+def _kind(given: Any) -> str:
+    """What an argument is, without the numbers of tensors."""
+    return type(given).__name__ if isinstance(given, (Iterable, torch.Tensor)) else repr(given)
 
 
 def _check_is_first(given: torch.Tensor, timesteps: tuple[float, ...]) -> None:
@@ -186,8 +175,8 @@ def _check_is_first(given: torch.Tensor, timesteps: tuple[float, ...]) -> None:
     if not steps:
         warn(
             f"pab_fx: the timestep in kwargs, {float(given.amax()):g}, is none of the generation's, which begins at "
-            f"{timesteps[0]:g}: a generation that was cut off ends only where exactly this one comes again. Pass "
-            "the kwargs of the first step."
+            f"{timesteps[0]:g}: a generation that was cut off ends only where exactly this one comes again. That is "
+            "as it should be if these are the kwargs of the first step, on another scale than the scheduler's."
         )
     if steps and 0 not in steps:
         raise ValueError(

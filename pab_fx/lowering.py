@@ -18,10 +18,10 @@ from torch import fx
 from ._torch import (
     boxed,
     compiled_later,
+    conditions_let_go_of_operands,
     declare_static,
     faked_for_compiler,
     keep_sources,
-    operands_freed_in_both_branches,
     sizes_at,
     traced_shapes,
 )
@@ -144,7 +144,7 @@ class Lowerings:
         """
         if key not in self._compiled:
             lifted = self.lowered(key)
-            with traced_shapes(lifted.gm) as inputs, operands_freed_in_both_branches():
+            with traced_shapes(lifted.gm) as inputs, conditions_let_go_of_operands():
                 self._compiled[key] = self._with_caches(lifted, compiled_later(self._compiler, lifted.gm, inputs))
         return self._compiled[key]
 
@@ -154,7 +154,7 @@ class Lowerings:
         further = [value(node) for node in lifted.gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]]
         if not self._symbols:
             further = [faked_for_compiler(each) for each in further]
-        with operands_freed_in_both_branches():
+        with conditions_let_go_of_operands():
             self._compiled[key] = self._with_caches(lifted, self._compiler(lifted.gm, [*example_inputs, *further]))
 
     def expected(self, args: Sequence[Any]) -> Expected:

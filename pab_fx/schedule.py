@@ -8,8 +8,10 @@ that may reuse what is kept (`NEVER` where nothing is).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 NEVER = -math.inf
 """`until` of a module that keeps nothing."""
@@ -85,6 +87,37 @@ class AfterTimesteps:
 
 
 Rule = SkipRange | AfterTimesteps
+
+
+def checked_timesteps(timesteps: Any) -> tuple[float, ...]:
+    """The timesteps of a whole generation, as they were given.
+
+    Args:
+        timesteps: numbers on the scheduler's scale, or tensors, from noise to sample.
+
+    Raises:
+        ValueError: if they are no such numbers, or begin lower than they end.
+
+    Example:
+        >>> checked_timesteps([900, 600, 300])
+        (900.0, 600.0, 300.0)
+    """
+    listed = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    if isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable):
+        raise ValueError(
+            f"timesteps must be those of a whole generation, such as scheduler.timesteps, got {timesteps!r}."
+        )
+    listed = [t.item() if hasattr(t, "item") else t for t in listed]
+    for t in listed:
+        if not isinstance(t, Real) or isinstance(t, bool) or not math.isfinite(t):
+            raise ValueError(f"timesteps must be numbers on the scheduler's scale, 0 to 1000, got {t!r}.")
+    found = tuple(map(float, listed))
+    if found and found[0] < found[-1]:
+        raise ValueError(
+            f"timesteps begin at {found[0]:g} and end at {found[-1]:g}, and those of a generation fall: pass them in "
+            "the order in which the steps run, scheduler.timesteps."
+        )
+    return found
 
 
 def reused_calls(rule: Rule, timesteps: Sequence[float]) -> tuple[bool, ...]:

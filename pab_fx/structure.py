@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -73,9 +74,7 @@ def structure_of(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Stru
 
 def _held(gm: fx.GraphModule, name: str) -> Hashable:
     """What tells something that a graph holds from others."""
-    held: Any = gm
-    for part in name.split("."):
-        held = getattr(held, part)
+    held: Any = attrgetter(name)(gm)
     return structure_of(held) if isinstance(held, fx.GraphModule) else Same(held)
 
 

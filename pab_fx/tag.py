@@ -100,7 +100,7 @@ def _by_module(gm: fx.GraphModule, config: Any, names: ModuleNames) -> list[Regi
 def _assigned_as_hooks(config: Any, is_cross: bool, why: str, name: str) -> tuple[str, Rule | None, str]:
     role = _diffusers.role_of(name, is_cross, config)
     if role is not None:
-        return role, _attention_rule(config, role), why
+        return role, _role_rule(config, role), why
     return "cross" if is_cross else "spatial", None, f"{why}; no identifier with a skip range matches"
 
 
@@ -111,7 +111,7 @@ def _uncallable(call: ModuleCall, names: ModuleNames) -> str | None:
     return None if names.yields_output_of(call) else BREAKS_INSIDE
 
 
-def _attention_rule(config: Any, role: str) -> SkipRange | None:
+def _role_rule(config: Any, role: str) -> SkipRange | None:
     is_own = isinstance(config, PABConfig)
     skip_range = config.skip_range(role) if is_own else _diffusers.skip_range(config, role)
     window = getattr(config, f"{role}_attention_timestep_skip_range")
@@ -161,8 +161,16 @@ def _assigned_by_dataflow(config: PABConfig, role: str, why: str, name: str) -> 
     for other in ATTENTION_ROLES:
         for identifier in config.identifiers(other):
             if re.search(identifier, name):
-                return other, _attention_rule(config, other), f"its name matches {identifier!r}"
-    return role, _attention_rule(config, role), why
+                return other, _rule(config, other, name), f"its name matches {identifier!r}"
+    return role, _rule(config, role, name), why
+
+
+def _rule(config: PABConfig, role: str, name: str) -> SkipRange | None:
+    """When an attention of that role and name reuses: as its layer says, else as its role."""
+    layer = config.layer(name)
+    if layer is None:
+        return _role_rule(config, role)
+    return None if layer.skip_range is None else SkipRange(layer.skip_range, *layer.timestep_skip_range)
 
 
 def _unnamed(key: str, inside: list[Core], names: ModuleNames) -> str:

@@ -23,3 +23,10 @@ def fresh_dynamo() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """For a module: `pytestmark = pytest.mark.usefixtures("no_gradients")`."""
+    with torch.no_grad():
+        yield

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import diffusers
 import torch
-import zoo
-from zoo import Draw, Entry, Kwargs
 
 from pab_fx import PABConfig
+from pab_fx.testing import zoo
+from pab_fx.testing.zoo import Draw, Entry, Kwargs
 
 TIMESTEPS = (900, 760, 700, 600, 500, 400, 300, 200, 50)
 CONFIG = PABConfig(

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 from torch.nn import functional as F
 
 from pab_fx import PABBackend, PABConfig
+from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 50)
 EVERY_2ND = [False, True, False, True, False, False]
@@ -132,6 +132,31 @@ def test_timesteps_that_are_not_the_generations_warn(caught: list[warnings.Warni
     with torch.no_grad():
         compiled(hidden_states(0), torch.tensor(500.0))
     assert any("starts at timestep 500, which is none of timesteps=" in each for each in pab_warnings(caught))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("fast", "those of a whole generation, such as scheduler.timesteps, got 'fast'"),
+        ((900, float("nan")), "got nan"),
+        (TIMESTEPS[::-1], "begin at .* and end at .* those of a generation fall"),
+    ],
+)
+def test_timesteps_that_are_no_generations_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PABBackend(inner="eager", timesteps=given)
+
+
+def test_timesteps_may_be_tensors() -> None:
+    given = torch.tensor(TIMESTEPS)
+    for each in (given, list(given), given.numpy()):
+        assert PABBackend(inner="eager", timesteps=each).timesteps == TIMESTEPS
+
+
+@pytest.mark.parametrize("name", ["regional", "step_invariants"])
+def test_a_switch_that_is_no_bool_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
+        PABBackend(**{name: "no"})
 
 
 def test_a_warning_points_at_the_line_that_called_the_model(caught: list[warnings.WarningMessage]) -> None:

@@ -1,6 +1,6 @@
 """Caches in fewer bytes: what is read differs by no more than rounding, and is kept again to the bit."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 floats = pytest.mark.parametrize("original", FLOATS, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 # ------------------------------------------------------------------------------------------------- numbers

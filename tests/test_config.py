@@ -1,9 +1,11 @@
 """A config says what it means or is refused, with the name of the field and what to write there instead."""
 
+import dataclasses
 import importlib.metadata
 import math
 import pkgutil
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pab_fx
-from pab_fx import MLPBroadcast, PABBackend, PABConfig, pab_backend
+from pab_fx import LayerBroadcast, MLPBroadcast, PABBackend, PABConfig, pab_backend
+from pab_fx.testing import strategies
 
 ROLES = ("spatial", "temporal", "cross")
 EVERY_2ND = [False, True, False, True]
@@ -252,6 +255,83 @@ def test_a_bad_mlp_is_refused(mlp: Any, message: str) -> None:
 def test_one_block_needs_no_list() -> None:
     assert MLPBroadcast(720, blocks=3).blocks == (3,)  # type: ignore[arg-type]
     assert PABConfig(mlp={720: {"block": 3, "skip_count": 2}}).mlp[0].blocks == (3,)
+
+
+# ----------------------------------------------------------------------------------------------------- layers
+
+
+def test_every_form_of_layers_means_the_same() -> None:
+    layer = LayerBroadcast(("blocks.0", "blocks.1"), skip_range=3, timestep_skip_range=(200, 700))
+    fields = {"identifiers": ["blocks.0", "blocks.1"], "skip_range": 3, "timestep_skip_range": [200, 700]}
+    for layers in (layer, [layer], fields, (fields,)):
+        assert PABConfig(layers=layers).layers == (layer,)
+    assert PABConfig(layers=layer).skip_range("spatial") is None
+    assert PABConfig(layers=[]).layers == PABConfig(layers=None).layers == ()
+
+
+def test_of_several_layers_the_first_that_matches_counts() -> None:
+    config = PABConfig(layers=[LayerBroadcast(("0.attn2",)), LayerBroadcast(("attn2$",), skip_range=4)])
+    assert config.layer("blocks.0.attn2") == config.layers[0]
+    assert config.layer("blocks.1.attn2") == config.layers[1]
+    assert config.layer("blocks.1.attn1") is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("blocks.0", "layers must be a LayerBroadcast, a mapping of its fields, or several, got 'blocks.0'"),
+        ({"blocks.0": 3}, "unknown option 'blocks.0' in layers; it has identifiers, skip_range, timestep_skip_range"),
+        ({"skip_range": 3}, "layers: identifiers is missing"),
+        ({"identifiers": ()}, "layers: identifiers is empty"),
+        ({"identifiers": "blocks"}, "layers: identifiers must be a tuple of regular expressions, got 'blocks'"),
+        ({"identifiers": ("blocks.(",)}, "layers: identifiers holds .* no regular expression"),
+        ({"identifiers": ("0",), "skip_range": 0}, "layers: skip_range must be an integer >= 1, got 0"),
+        ({"identifiers": ("0",), "timestep_skip_range": (9, 1)}, "layers: timestep_skip_range is reversed"),
+    ],
+    ids=repr,
+)
+def test_a_bad_layer_is_refused(layers: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PABConfig(layers=layers)
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+@given(strategies.configs())
+def test_a_saved_config_is_loaded_as_it_was(config: PABConfig) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pab.json"
+        config.save(path)
+        assert PABConfig.load(path) == config
+
+
+def test_layers_and_presets_are_saved_and_a_callback_is_not(tmp_path: Path) -> None:
+    config = PABConfig.preset("latte", layers=LayerBroadcast(("blocks.0",), skip_range=3))
+    path = tmp_path / "pab.json"
+    dataclasses.replace(config, current_timestep_callback=lambda: 500).save(path)
+    assert PABConfig.load(path) == config
+    assert PABConfig.load(path, spatial_attention_block_skip_range=5).skip_range("spatial") == 5
+    assert "callback" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "pab.json is no JSON"),
+        ("[3]", r"pab.json must hold an object, .* got \[3\]"),
+        ('{"ranges": 3}', "pab.json: unknown option 'ranges'"),
+        (
+            '{"spatial_attention_block_skip_range": 0}',
+            "pab.json: spatial_attention_block_skip_range must be an integer",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_config_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "pab.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PABConfig.load(path)
 
 
 # ---------------------------------------------------------------------------------------------------- backend

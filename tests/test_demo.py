@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -41,12 +42,16 @@ def test_the_animation_shows_all_frames(result: Result, tmp_path: Path) -> None:
 
 def test_the_command_writes_the_animation_and_prints_the_table(tmp_path: Path) -> None:
     path = tmp_path / "clips.gif"
-    arguments = ["demo", "--steps", "6", "--clips", "1", "--rounds", "1", "--output", str(path)]
+    numbers = tmp_path / "result.json"
+    arguments = ["demo", "--steps", "6", "--clips", "1", "--rounds", "1", "--output", str(path), "--json", str(numbers)]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
     assert path.stat().st_size > 0
     for word in ("spatial", "temporal", "cross", "speed-up", "PSNR", "SSIM"):
         assert word in shown.output
+    found = json.loads(numbers.read_text())
+    assert found["steps"] == 6
+    assert {role["role"] for role in found["roles"]} == {"spatial", "temporal", "cross", "mlp"}
 
 
 @pytest.mark.parametrize(

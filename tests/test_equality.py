@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import BY_NAME, Entry, diffusers_config
+from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
-from pab_fx import PABBackend
+from pab_fx import LayerBroadcast, PABBackend, PABConfig
+from pab_fx.schedule import SkipRange, reused_calls
 from pab_fx.testing import Broadcast, Clock, assert_broadcasts_like
+from pab_fx.testing.zoo import BY_NAME, Entry, diffusers_config
 
 TIMESTEPS = (950, 790, 700, 650, 600, 500, 400, 300, 90, 50)
 BREAKS_INSIDE_AN_ATTENTION = {"MochiTransformer3DModel": {"capture_dynamic_output_shape_ops": True}}
@@ -49,7 +51,7 @@ def broadcast(entry: Entry, timesteps: Sequence[float], reference: Any = None, *
         reference,
         inputs=entry.step,
         generations=[timesteps],
-        repro=f"from zoo import BY_NAME  # tests/zoo.py\nentry = BY_NAME[{entry.name!r}]\n"
+        repro=f"from pab_fx.testing.zoo import BY_NAME\nentry = BY_NAME[{entry.name!r}]\n"
         "model, inputs = entry.build(), entry.step",
         **options,
     )
@@ -83,3 +85,37 @@ def test_an_attention_that_breaks_is_computed_not_guessed() -> None:
 def test_inductor_equals_the_hooks_to_rounding(name: str, lowering: str) -> None:
     """1e-4 relative: Inductor fuses and reorders float32 sums, which costs a few units in the last place a layer."""
     broadcast(BY_NAME[name], (950, 700, 650, 600, 90), inner="inductor", lowering=lowering, tolerance=1e-4)
+
+
+class HookedByLayer:
+    """A copy of a model whose layers have diffusers' hooks with a range and a window each."""
+
+    def __init__(self, entry: Entry, layers: dict[str, tuple[int, tuple[int, int]]]) -> None:
+        self.model, self.clock = entry.build(), Clock()
+        for identifier, (skip_range, window) in layers.items():
+            config = PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=skip_range,
+                spatial_attention_timestep_skip_range=window,
+                spatial_attention_block_identifiers=(identifier,),
+                current_timestep_callback=self.clock,
+            )
+            apply_pyramid_attention_broadcast(self.model, config)
+
+    def __call__(self, **kwargs: Any) -> Any:
+        self.clock.t = float(kwargs["timestep"].max())
+        return self.model(**kwargs)
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+def test_layers_have_ranges_and_windows_of_their_own(lowering: str) -> None:
+    entry = BY_NAME["CogVideoXTransformer3DModel"]
+    layers = (LayerBroadcast(("blocks.1",), skip_range=3, timestep_skip_range=(300, 700)),)
+    config = PABConfig(spatial_attention_block_skip_range=2, layers=layers)
+    reference = HookedByLayer(entry, {"blocks.0": (2, (100, 800)), "blocks.1": (3, (300, 700))})
+    found = assert_broadcasts_like(
+        entry.build(), config, reference, inputs=entry.step, generations=[TIMESTEPS], lowering=lowering
+    )
+    assert found.backend is not None
+    reused = reused_calls(SkipRange(2, 100, 800), TIMESTEPS), reused_calls(SkipRange(3, 300, 700), TIMESTEPS)
+    assert found.backend.report().reused == sum(map(sum, reused))
+    assert reused[0] != reused[1]

@@ -15,14 +15,13 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-import zoo
 from diffusers.models.attention import AttentionModuleMixin
 from pipelines import prompted
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 import pab_fx
 from pab_fx import MLPBroadcast, PABConfig
 from pab_fx.predicates import TIMESTEP_NAMES
+from pab_fx.testing import zoo
 
 ROOT = Path(__file__).parents[1]
 TIMESTEPS = (950, 790, 700, 650, 600, 500, 400, 300, 90, 50)
@@ -55,10 +55,7 @@ UNEXPORTABLE = {
 Outputs = list[tuple[Tensor, ...]]
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def kwargs_of(entry: zoo.Entry, t: float = 950, seed: int = 0) -> zoo.Kwargs:
@@ -341,7 +338,7 @@ def test_programs_share_parameters_with_the_model_and_leave_it_as_it_was() -> No
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"model": "pipe"}, "takes a torch.nn.Module, got str"),
     "config": ({"config": 3}, "config must be a PABConfig"),
-    "kwargs": ({"kwargs": [1]}, r"kwargs must map .* got \[1\]"),
+    "kwargs": ({"kwargs": [1]}, r"kwargs must map .* got list"),
     "args": ({"args": 3}, "args must be a tuple .* got 3"),
     "unknown argument": ({"kwargs": {**inputs(900), "timestamp": 3}}, "Small.forward: .*timestamp"),
     "missing argument": ({"kwargs": {"timestep": torch.ones(2)}}, "Small.forward: .*hidden_states"),
@@ -353,6 +350,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no timesteps": ({"timesteps": ()}, "timesteps is empty"),
     "one timestep": ({"timesteps": 900}, "timesteps must be those of a whole generation.* got 900"),
     "text for timesteps": ({"timesteps": ("900",)}, "must be numbers .* got '900'"),
+    "timesteps in reverse": ({"timesteps": SHORT[::-1]}, "timesteps begin at 50 and end at 900"),
     "endless timestep": ({"timesteps": (900, math.inf)}, "must be numbers .* got inf"),
     "scale": ({"timesteps": (0.9, 0.7, 0.6)}, "nothing would be reused at the timesteps 0.9, 0.7, 0.6"),
     "a later step": (
@@ -400,6 +398,16 @@ def test_a_config_that_matches_nothing_is_refused() -> None:
     config = PABConfig(temporal_attention_block_skip_range=2)
     with pytest.raises(ValueError, match=r"nothing of Small would be broadcast:\n  blocks.0.attn \(spatial\)"):
         pab_fx.export(small(), inputs(900), config)
+
+
+def test_a_timestep_that_is_none_of_the_generations_is_warned_of() -> None:
+    """A Cosmos is given the sigma of a step, on which nothing here can check that it is the first one's."""
+    with pytest.warns(UserWarning, match="in kwargs, 77, is none of the generation's, which begins at 900"):
+        program = pab_fx.export(small(), inputs(77), CONFIG, timesteps=SHORT)
+    module = program.module()
+    for t in SHORT:
+        module(**inputs(t - 823))
+    assert module.pab_calls == len(SHORT)
 
 
 def test_a_timestep_off_the_windows_scale_is_warned_of() -> None:

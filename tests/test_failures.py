@@ -7,17 +7,17 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, fx
 
 import pab_fx
 from pab_fx import PABBackend, PABConfig
+from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 NAME = "WanTransformer3DModel"
@@ -26,10 +26,7 @@ CONFIG = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_s
 lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def oracle(timesteps: Sequence[float] = TIMESTEPS) -> list[Tensor]:
@@ -217,9 +214,10 @@ def test_a_compiled_generation_needs_no_recompilation_that_a_stance_forbids(stan
 # ----------------------------------------------------------------------------------------- processes
 
 SCRIPT = """
-import sys, time, torch, zoo, pab_fx
+import sys, time, torch, pab_fx
 from torch._dynamo.utils import counters
 from pab_fx import PABConfig
+from pab_fx.testing import zoo
 
 config = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip_range=4)
 entry = zoo.BY_NAME["WanTransformer3DModel"]

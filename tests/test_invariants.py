@@ -1,21 +1,20 @@
 """What does not change between steps is computed once, and every step yields what it did, to the bit."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-import zoo
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx, nn
 
 from pab_fx import effects
 from pab_fx.dataflow import is_state, op_name, value
 from pab_fx.invariants import Invariants, split_invariants
-from pab_fx.testing import GraphSpec
+from pab_fx.testing import GraphSpec, zoo
 from pab_fx.testing.strategies import graphs
 
 COGVIDEOX, WAN = "CogVideoXTransformer3DModel", "WanTransformer3DModel"
@@ -24,10 +23,7 @@ CHANGING = ("_hidden_states_", "_timestep_", "_timesteps_")
 models = pytest.mark.parametrize("name", MODELS)
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,24 @@ def test_a_step_holds_one_copy_of_the_caches_beside_what_the_compiled_model_need
     assert held(pab) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+def test_a_cache_that_is_reused_and_kept_on_is_not_copied(lowering: str) -> None:
+    model = build()
+    every_third = PABConfig(spatial_attention_block_skip_range=3)
+    pab = pab_fx.enable(model, every_third, lowering=lowering, timesteps=TIMESTEPS)
+    places = []
+    for t in (900, 700, 600, 500):
+        call(model, t)
+        cells = [cell for store in pab.backend.stores() for _, _, cell in store.cells()]
+        places.append([kept.data_ptr() for cell in cells for kept in cell.caches or ()])
+    computed, reused, kept_on, last = places  # 900 is computed, 700 and 600 are reused, 500 is computed
+    assert len(computed) == 3
+    assert reused == computed
+    assert not kept_on
+    assert len(last) == 3
+
+
 def test_the_report_tells_the_bytes_of_each_role_in_each_cache_context() -> None:
     model = build()
     pab = pab_fx.enable(model, CONFIG, inner="eager")

@@ -17,11 +17,11 @@ import numpy as np
 import pipelines
 import pytest
 import torch
-import zoo
 from pipelines import prompted
 from pipelines.oracle import hooked_run, observed
 
 import pab_fx
+from pab_fx.testing import zoo
 
 GUIDE = (Path(__file__).parents[1] / "docs/migrating.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- code: (.*?) -->\n```python\n(.*?)```", GUIDE, re.DOTALL))

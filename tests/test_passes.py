@@ -1,13 +1,12 @@
 """Other compile passes, before and after the rewrite and inside of Inductor, and PAB beside other compilers."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import test_rewrite
 import torch
-import zoo
 from torch import Tensor, fx, nn
 from torch.fx.experimental import optimization
 from torch.fx.subgraph_rewriter import replace_pattern
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 import pab_fx
 from pab_fx import PABBackend, PABConfig, rewrite
 from pab_fx.dataflow import op_name
+from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 RANGES = {
@@ -26,10 +26,7 @@ RANGES = {
 MODELS = ("LatteTransformer3DModel", "WanTransformer3DModel", "FluxTransformer2DModel", "CogVideoXTransformer3DModel")
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 # ------------------------------------------------------------------------------------------------- passes
@@ -188,6 +185,31 @@ def test_passes_run_in_their_order_around_the_rewrite() -> None:
     assert set(names[4:]) == {"third", "fourth"}
     assert ("third", True) in seen
     assert ("first", True) not in seen
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_call_that_nobody_reads_stays_behind_the_rewrite_or_where_it_is_declared(
+    declared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fx.node, "_side_effectful_functions", set(fx.node._side_effectful_functions))
+    calls: list[bool] = []
+
+    def log(x: Tensor) -> None:
+        calls.append(True)
+
+    if declared:
+        fx.node.has_side_effect(log)
+
+    def logs(gm: fx.GraphModule) -> fx.GraphModule:
+        with gm.graph.inserting_before(gm.graph.output_node()):
+            gm.graph.call_function(log, (gm.graph.find_nodes(op="placeholder")[0],))
+        return gm
+
+    with_passes("LatteTransformer3DModel", [logs])
+    assert len(calls) == (len(TIMESTEPS) if declared else 0)
+    calls.clear()
+    with_passes("LatteTransformer3DModel", [rewrite, logs], step_invariants=False)
+    assert len(calls) == len(TIMESTEPS)
 
 
 def test_enable_and_options_take_passes_around_the_rewrite() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import pipelines
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pipelines.oracle import hooked_run
@@ -23,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pab_fx
 from pab_fx import PABBackend, PABConfig, regional
 from pab_fx.structure import structure_of
+from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 50)
 CONFIG = PABConfig(spatial_attention_block_skip_range=2)
@@ -32,10 +32,7 @@ lowerings = pytest.mark.parametrize("lowering", LOWERINGS)
 Run = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class Attention(nn.Module):

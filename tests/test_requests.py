@@ -16,7 +16,6 @@ import diffusers
 import pipelines
 import pytest
 import torch
-import zoo
 from diffusers import DiffusionPipeline
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -28,16 +27,14 @@ from torch import nn
 
 import pab_fx
 from pab_fx import PAB
+from pab_fx.testing import zoo
 
 
 def config_of(clock: Callable[[], Any] | None = None) -> Any:
     return zoo.diffusers_config(clock, ranges=(2, 3, 3), window=(100, 900))  # type: ignore[arg-type]
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def held(pab: PAB) -> int:

@@ -3,19 +3,18 @@
 import copy
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
-import zoo
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from pab_fx import MLPBroadcast, PABBackend, PABConfig, effects, rewrite, specialize
 from pab_fx.bounds import UPDATED_LATER
-from pab_fx.testing import assert_graphs_equivalent
+from pab_fx.testing import assert_graphs_equivalent, zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 RANGES = (2, 3, 4)
@@ -23,10 +22,7 @@ CONFIG = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_s
 Model = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 # ------------------------------------------------------------------------------------------------- models

@@ -5,12 +5,11 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-import zoo
 from diffusers import CacheMixin
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
@@ -18,15 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import pab_fx
 from pab_fx import PABBackend, PABConfig
+from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class Attention(nn.Module, AttentionModuleMixin):

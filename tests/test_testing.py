@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -41,10 +41,7 @@ from pab_fx.testing.strategies import configs, graphs, schedules, timestep_lists
 search = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def symbolic(function: Callable[..., Any]) -> fx.GraphModule:
@@ -412,6 +409,9 @@ def test_a_graph_of_5000_nodes_is_compared_in_seconds() -> None:
 def test_what_is_no_graph_is_refused() -> None:
     with pytest.raises(TypeError, match="trace the model first"):
         assert_graphs_equivalent(nn.Linear(1, 1), nn.Linear(1, 1))  # type: ignore[arg-type]
+    program = torch.export.export(nn.Linear(1, 1), (torch.ones(1),))
+    with pytest.raises(TypeError, match=r"got ExportedProgram: pass its module\(\)"):
+        assert_graphs_equivalent(program, program)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'identity' or 'value'"):
         assert_graphs_equivalent(symbolic(lambda x: x), symbolic(lambda x: x), tensors="name")  # type: ignore[arg-type]
 
@@ -425,6 +425,12 @@ SCHEDULE = Schedule(ranges=(2, None, None))
 def check(config: Any, reference: Any = None, spec: TransformerSpec = SPEC, **options: Any) -> Any:
     given_ = {"inputs": spec.inputs, "generations": SCHEDULE.generations, **options}
     return assert_broadcasts_like(spec.build(), config, reference, **given_)
+
+
+@pytest.mark.parametrize("given_", [(), ((),), (900, 700), 900])
+def test_generations_that_are_none_are_refused(given_: Any) -> None:
+    with pytest.raises(ValueError, match=r"generations must be the timesteps of each, .* got"):
+        check(SCHEDULE.config(), generations=given_)
 
 
 def test_a_wrong_schedule_is_shown_and_its_repro_fails_in_the_same_way() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,8 +22,9 @@ def captured_frames() -> int:
 def cold_compiler() -> Iterator[None]:
     """Compile inside as the first process on a machine does: no cache in memory or on disk knows any kernel.
 
-    Within it, one graph's kernels serve the next, as they do for a user. `force_disable_caches` would give every graph an
-    empty cache of its own. What is left are headers that the C++ compiler has read before. `fresh_cache` seen in 2.9 to 2.15.
+    Within it one graph's kernels serve the next, as they do for a user; `force_disable_caches` would give every graph
+    an empty cache of its own. What is left are headers that the C++ compiler has read before. `fresh_cache` seen in
+    2.9 to 2.15.
     """
     from torch._inductor.utils import fresh_cache
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -11,15 +10,14 @@ from .chart import check_chart, save_chart
 from .results import BenchResult, caption_of, markdown_of, tables_of
 
 
-def check_paths(numbers: Path | None, chart: Path | None, tables: Path | None) -> None:
+def check_paths(chart: Path | None, tables: Path | None) -> None:
     """Refuse files that could not be written, before anything runs.
 
     Raises:
         ValueError: for a folder that is not there, or as `check_chart`.
     """
-    for path in (numbers, tables):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"cannot write {path}: there is no folder {path.parent}.")
+    if tables is not None and not tables.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {tables}: there is no folder {tables.parent}.")
     if chart is not None:
         check_chart(chart)
 
@@ -34,10 +32,8 @@ def show(result: BenchResult, console: Console) -> None:
             console.print(f"{note}.", highlight=False)
 
 
-def write(result: BenchResult, numbers: Path | None, chart: Path | None, tables: Path | None) -> None:
-    """Write the numbers as JSON, the chart, and the tables in Markdown, each where there is a path for it."""
-    if numbers is not None:
-        numbers.write_text(json.dumps(result.as_json(), indent=1) + "\n")
+def write(result: BenchResult, chart: Path | None, tables: Path | None) -> None:
+    """Write the chart, and the tables in Markdown, each where there is a path for it."""
     if chart is not None:
         save_chart(result, chart)
     if tables is not None:

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,16 @@ class Result:
     psnr: float
     ssim: float
     roles: tuple[RoleReport, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it but the frames, as JSON has it."""
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name != "frames"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, RoleReport):
+        return {"role": value.role, "modules": value.modules, "computed": value.computed, "reused": value.reused}
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def demo_config(timesteps: Sequence[float]) -> PABConfig:

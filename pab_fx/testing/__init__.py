@@ -8,8 +8,9 @@ docs/testing.md shows how a pass of one's own is tested with it. `pab_fx.testing
 hypothesis.
 """
 
-from .broadcasts import Broadcast, Clock, Hooked, Step, assert_broadcasts_like
+from .broadcasts import Broadcast, Step, assert_broadcasts_like
 from .graphs import assert_graphs_equivalent, graph_difference
+from .hooked import Clock, Hooked
 from .small_graphs import GraphSpec
 from .specs import AttentionSpec, Schedule, Site, TransformerSpec
 from .tracing import TRACERS, captured, traced

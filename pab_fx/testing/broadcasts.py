@@ -12,41 +12,24 @@ To reproduce: ...
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers import PyramidAttentionBroadcastConfig
 from torch import Tensor, nn
 
 from .. import _diffusers
 from ..backend import PABBackend
 from ..config import ROLES, PABConfig
 from ..rewrite import rewrite
+from .hooked import Clock, Counts, Hooked, told_by
 from .repro import repro_of
 from .tracing import traced
 
 Inputs = Callable[[float, int], Any]
-Counts = Counter[tuple[str, bool]]
-
-
-@dataclass
-class Clock:
-    """Stands in for `pipe.current_timestep`: a config's callback that returns whatever `t` was set to.
-
-    Example:
-        >>> clock = Clock(900)
-        >>> clock()
-        900
-    """
-
-    t: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.t
 
 
 @dataclass(frozen=True)
@@ -87,58 +70,6 @@ class Broadcast:
     steps: tuple[Step, ...]
     reference: tuple[Step, ...]
     backend: PABBackend | None
-
-
-class Hooked:
-    """A copy of a model with diffusers' hooks, which counts what they compute and reuse.
-
-    Args:
-        model: is not changed.
-        config: diffusers'.
-        alone: names of modules to leave without hooks.
-    """
-
-    def __init__(self, model: nn.Module, config: PyramidAttentionBroadcastConfig, alone: Sequence[str] = ()) -> None:
-        self.model = copy.deepcopy(model)
-        self.counts: Counts = Counter()
-        apply_pyramid_attention_broadcast(self.model, config)
-        for name, module in self.model.named_modules():
-            if not _diffusers.has_hooks(module):
-                continue
-            if name in alone:
-                module._diffusers_hook.remove_hook("pyramid_attention_broadcast")
-                continue
-            role = _diffusers.role_of(name, bool(getattr(module, "is_cross_attention", False)), config)
-            self._count(module, role or "")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def reset(self) -> None:
-        """Start a new generation, as pipelines do at their end."""
-        for hook in self._hooks():
-            hook.state.reset()
-
-    def _hooks(self) -> Iterator[Any]:
-        modules: Iterator[Any] = filter(_diffusers.has_hooks, self.model.modules())
-        for module in modules:
-            yield module._diffusers_hook.hooks["pyramid_attention_broadcast"]
-
-    def _count(self, module: Any, role: str) -> None:
-        """Count a call as reused until the module's own `forward` is reached."""
-        hook = module._diffusers_hook.hooks["pyramid_attention_broadcast"]
-        compute, forward = hook.fn_ref.original_forward, module.forward
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.counts[role, True] -= 1
-            self.counts[role, False] += 1
-            return compute(*args, **kwargs)
-
-        def called(*args: Any, **kwargs: Any) -> Any:
-            self.counts[role, True] += 1
-            return forward(*args, **kwargs)
-
-        hook.fn_ref.original_forward, module.forward = counted, called
 
 
 def assert_broadcasts_like(
@@ -193,7 +124,7 @@ def assert_broadcasts_like(
 
     Raises:
         AssertionError: with the step and the tensor that differ first, what was reused when, and code to reproduce it.
-        ValueError: if the reference is to be the hooks, but there is no config of diffusers.
+        ValueError: if the reference is to be the hooks, but there is no config of diffusers; without generations.
 
     Example:
         >>> from pab_fx.testing import Schedule, TransformerSpec
@@ -206,7 +137,7 @@ def assert_broadcasts_like(
     """
     clock = Clock()
     generations = _split(generations)
-    own = config if config.current_timestep_callback is None else _told_by(config, clock)  # type: ignore[union-attr]
+    own = config if config.current_timestep_callback is None else told_by(config, clock)  # type: ignore[union-attr]
     if broadcast is not None:
         running: Any = broadcast(model, own)
         backend = getattr(running, "backend", None)
@@ -315,6 +246,9 @@ def _counts(model: Any, backend: PABBackend | None) -> Counts | None:
 
 def _split(generations: Sequence[Sequence[float]]) -> list[list[float]]:
     """The generations, where a timestep that rises begins another."""
+    is_nested = isinstance(generations, Sequence) and all(isinstance(each, Sequence) and each for each in generations)
+    if not generations or not is_nested:
+        raise ValueError(f"generations must be the timesteps of each, [(900, 600, 300)], got {generations!r}.")
     found: list[list[float]] = []
     for timesteps in generations:
         found.append([])
@@ -335,11 +269,6 @@ def _rewritten(model: nn.Module, config: Any, tracer: str, inputs: Inputs, t: fl
     return torch.compile(model, backend=lambda gm, _: rewrite(gm, config, model=model))
 
 
-def _told_by(config: Any, clock: Clock) -> Any:
-    """The config with the clock for its callback."""
-    return dataclasses.replace(config, current_timestep_callback=clock)
-
-
 def _broken(backend: PABBackend) -> list[str]:
     """Attentions of which no graph holds the whole, or the part that yields the output."""
     regions = backend.report().regions
@@ -355,7 +284,7 @@ def _references(
     """What the model is compared with, for each context."""
     hooks = config if reference is None else reference
     if isinstance(hooks, PyramidAttentionBroadcastConfig):
-        return [Hooked(model, _told_by(hooks, clock), alone) for _ in range(count)]
+        return [Hooked(model, told_by(hooks, clock), alone) for _ in range(count)]
     if reference is None:
         raise ValueError(
             "a PABConfig says nothing of diffusers' hooks: give reference=PyramidAttentionBroadcastConfig(...), with "

@@ -22,6 +22,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ def graph_difference(
     """
     for gm in (a, b):
         if not isinstance(gm, fx.GraphModule):
-            raise TypeError(f"graphs are compared, got {type(gm).__name__}: trace the model first.")
+            hint = "pass its module()" if isinstance(gm, torch.export.ExportedProgram) else "trace the model first"
+            raise TypeError(f"graphs are compared, got {type(gm).__name__}: {hint}.")
     if tensors not in ("identity", "value"):
         raise ValueError(f"tensors={tensors!r} is unknown; it is 'identity' or 'value'.")
     numbers, pattern = Numbers(), re.compile(private) if private is not None else None
@@ -296,9 +298,7 @@ def _called(graph: Numbered, node: fx.Node) -> str:
 
 def _described(graph: Numbered, node: fx.Node) -> str:
     """A tensor, module or graph that a graph holds; those of one number are the same."""
-    held: Any = graph.gm
-    for part in str(node.target).split("."):
-        held = getattr(held, part)
+    held: Any = attrgetter(str(node.target))(graph.gm)
     if isinstance(held, fx.GraphModule):
         return "the graph above"
     if isinstance(held, torch.Tensor):

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -92,7 +93,7 @@ class Numbered:
         """What a node's value lies in: its storages, where they were recorded, else those of what it is a view of."""
         recorded = effects.storages(node)
         if node.op == "get_attr":
-            held = _attribute(self.gm, str(node.target))
+            held = attrgetter(str(node.target))(self.gm)
             own = _storage(held) or (node.op, str(node.target))
             self._same |= {("storage", each): own for each in recorded or ()}
             return frozenset((own,))
@@ -186,7 +187,7 @@ class Numbered:
 
     def _held(self, node: fx.Node) -> Hashable:
         """What tells a tensor, module or graph that a graph holds from others."""
-        held = _attribute(self.gm, str(node.target))
+        held = attrgetter(str(node.target))(self.gm)
         if isinstance(held, fx.GraphModule):
             self.nested[node] = Numbered(held, self.numbers, self.tensors, self.private, self.dead)
             return self.numbers.of(("graph", self.nested[node].signature))
@@ -325,13 +326,6 @@ def _is_exit(node: fx.Node) -> bool:
     return (op_name_or_none(node) or "").startswith("_exit_")
 
 
-def _attribute(gm: nn.Module, path: str) -> Any:
-    found: Any = gm
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
-
-
 # ------------------------------------------------------------------------------------------------- tensors
 
 
@@ -371,7 +365,7 @@ def _value_of(tensor: torch.Tensor) -> Hashable:
     spec = (type(tensor), tensor.dtype, str(tuple(tensor.shape)), str(tensor.device), tensor.requires_grad)
     try:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    except (RuntimeError, NotImplementedError, TypeError):  # fake, sparse, quantised: no bytes to read
+    except (RuntimeError, TypeError):  # fake, sparse, quantised: no bytes to read
         return (*spec, Same(tensor))
     return (*spec, hashlib.sha256(data.tobytes()).hexdigest())
 

@@ -65,6 +65,8 @@ def _source(given: Any) -> str:
     """A value as Python that makes it."""
     if isinstance(given, (PABConfig, PyramidAttentionBroadcastConfig)):
         return config_source(given)
+    if isinstance(given, list) and any(map(callable, given)):  # passes
+        return f"[{', '.join(getattr(each, '__name__', repr(each)) for each in given)}],  # functions of yours\n   "
     if isinstance(given, type):
         return f"{'torch.' if given.__module__.startswith('torch') else ''}{given.__name__}"
     if isinstance(given, (nn.Module, Callable)):  # type: ignore[arg-type]

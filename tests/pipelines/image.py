@@ -9,7 +9,8 @@ from typing import Any
 
 import diffusers
 import torch
-import zoo
+
+from pab_fx.testing import zoo
 
 from . import Kwargs, PipelineEntry
 

@@ -1,4 +1,4 @@
-"""The command line: `pab-fx`, or `python -m pab_fx`."""
+"""`pab-fx bench`: generations under hooks, torch.compile and pab_fx, in turns."""
 
 from __future__ import annotations
 
@@ -6,50 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-app = typer.Typer(
-    help="Pyramid Attention Broadcast as a torch.compile graph transformation.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+from .common import Json, check_json, console_for, refused, write_json
 
 
-@app.callback()
-def _commands() -> None:
-    """Pyramid Attention Broadcast as a torch.compile graph transformation."""
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The animation: a .gif or .mp4 file.")] = Path(
-        "pab_demo.gif"
-    ),
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a generation.")] = 50,
-    clips: Annotated[int, typer.Option(min=1, max=96, help="How many clips, in one batch.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured generations of each kind.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the captions and the noise.")] = 0,
-    inner: Annotated[str, typer.Option(help="Compiler under both: eager, inductor, ...")] = "eager",
-    lowering: Annotated[str, typer.Option(help="specialize or cond.")] = "specialize",
-) -> None:
-    """Generate the same clips without and with PAB with a small trained video model, and compare them."""
-    from .demo.run import check_path, run_demo, save_animation, table_of
-
-    console = Console()
-    try:
-        check_path(output)
-        result = run_demo(steps, clips, rounds, seed, inner, lowering, console)
-        save_animation(result, output)
-    except ValueError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from None
-    console.print(table_of(result))
-    console.print(f"The clips, side by side: {output}", soft_wrap=True)
-
-
-@app.command()
 def bench(
     context: typer.Context,
     model: Annotated[list[str] | None, typer.Option(help="cogvideox, latte, flux or wan; repeatable. All.")] = None,
@@ -70,19 +30,20 @@ def bench(
     minutes: Annotated[
         float | None, typer.Option(help="Time for a model; what does not fit is left out. 8 on cuda, else no limit.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    json: Json = None,
     chart: Annotated[Path | None, typer.Option(help="Write a bar chart: .png, .svg or .pdf.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables in Markdown.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models: shows that it runs, and no more.")] = False,
 ) -> None:
     """Time generations under hooks, torch.compile and pab_fx, in turns, and how near they are to the lower bound."""
-    from .bench.run import run_bench
-    from .bench.settings import Settings, columns_of, config_of, default_minutes
-    from .bench.write import check_paths, show, write
+    from ..bench.run import run_bench
+    from ..bench.settings import Settings, columns_of, config_of, default_minutes
+    from ..bench.write import check_paths, show, write
 
-    console = Console()
-    try:
-        check_paths(json, chart, markdown)
+    console = console_for(json)
+    with refused():
+        check_json(json)
+        check_paths(chart, markdown)
         settings = Settings(
             models=tuple(dict.fromkeys(model or Settings.models)),
             columns=Settings.columns if columns is None else columns_of(columns),
@@ -98,11 +59,9 @@ def bench(
         )
         with console.status("") as status:  # which shows nothing but in a terminal
             result = run_bench(settings, status.update if console.is_terminal else _log)
-    except (ValueError, RuntimeError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
     show(result, console)
-    write(result, json, chart, markdown)
+    write(result, chart, markdown)
+    write_json(json, result.as_json())
 
 
 def _log(text: str) -> None:
@@ -122,8 +81,3 @@ def _command_of(context: typer.Context, *left_out: str) -> str:
             option = parameter.opts[0] if value is not False else parameter.secondary_opts[0]
             parts.append(option if isinstance(value, bool) else f"{option} {value}")
     return " ".join(parts)
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()

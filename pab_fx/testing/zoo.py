@@ -24,6 +24,8 @@ from diffusers.models.embeddings import (
 )
 from torch import nn
 
+from .hooked import Clock
+
 Kwargs = dict[str, Any]
 
 
@@ -122,16 +124,6 @@ def tensors(output: Any) -> Iterable[torch.Tensor]:
 SPATIAL_IDENTIFIERS = (r"^(?!temporal_)",)
 TEMPORAL_IDENTIFIERS = (r"^temporal_",)
 CROSS_IDENTIFIERS = (r"",)
-
-
-class Clock:
-    """Stands in for `pipe.current_timestep`: a config's callback that returns whatever `t` was set to."""
-
-    def __init__(self, t: float = 1000.0) -> None:
-        self.t = t
-
-    def __call__(self) -> float:
-        return self.t
 
 
 def diffusers_config(
