@@ -144,6 +144,23 @@ def _copied_operands(branch: fx.Graph) -> list[int] | None:
     return [operands.index(source) for source in sources] if all(source in operands for source in sources) else None
 
 
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Call a model and its modules as they are, whichever have been compiled in place.
+
+    `_compiled_call_impl`, which `Module.compile` sets, seen in 2.9 to 2.15.
+    """
+    modules = [each for each in model.modules() if each._compiled_call_impl is not None]
+    compiled = [each._compiled_call_impl for each in modules]
+    for each in modules:
+        each._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for each, call in zip(modules, compiled, strict=True):
+            each._compiled_call_impl = call
+
+
 def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, held to the strides it is traced with. Inductor's `force_stride_order`, seen in 2.9 to 2.15."""
     from torch._inductor import inductor_prims

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from . import _diffusers
+from ._torch import uncompiled
 from .contexts import CONTEXT, stack_contexts
 from .dataflow import value
 from .lift import fix_operand_strides
@@ -53,7 +54,8 @@ def export(
     after `program.module().pab_calls.zero_()`.
 
     Args:
-        model: in eval mode; it is not changed, and the program shares its parameters.
+        model: in eval mode; it is not changed, and the program shares its parameters. That it was compiled, or has PAB
+            enabled, does not matter.
         kwargs: its keyword arguments for one step, the first one if there are `timesteps`, as `torch.export.export`
             takes them. The timestep is the one called `timestep`, `timesteps` or `t`: a tensor of any shape, of which
             the largest element counts.
@@ -89,7 +91,7 @@ def export(
     config, timesteps, given = _checked(model, kwargs, config, args, timesteps, contexts)
     args, kwargs = tuple(args), dict(kwargs)
     plan = Plan(timesteps, None if given is None else float(given.amax())) if timesteps is not None else None
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled(model):
         exported = torch.export.export(model, args, kwargs, strict=False)
         gm = copy_of(exported.module())  # type: ignore[arg-type]
         regions = tag(gm, config, ModuleNames.of(model))

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 import pab_fx
 from pab_fx import MLPBroadcast, PABConfig
 from pab_fx.predicates import TIMESTEP_NAMES
-from pab_fx.testing import zoo
+from pab_fx.testing import assert_graphs_equivalent, zoo
 
 ROOT = Path(__file__).parents[1]
 TIMESTEPS = (950, 790, 700, 650, 600, 500, 400, 300, 90, 50)
@@ -398,6 +399,19 @@ def test_a_config_that_matches_nothing_is_refused() -> None:
     config = PABConfig(temporal_attention_block_skip_range=2)
     with pytest.raises(ValueError, match=r"nothing of Small would be broadcast:\n  blocks.0.attn \(spatial\)"):
         pab_fx.export(small(), inputs(900), config)
+
+
+def test_a_model_that_pab_is_enabled_on_is_exported_as_it_was() -> None:
+    model, steps = small(), [inputs(t) for t in SHORT]
+    program = pab_fx.export(model, inputs(900), CONFIG)
+    expected = [program.module()(**each) for each in steps[:1]]
+    with pab_fx.enable(model, CONFIG, inner="eager"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call = model._compiled_call_impl
+        exported = pab_fx.export(model, inputs(900), CONFIG)
+        assert model._compiled_call_impl is call
+    assert_graphs_equivalent(exported.module(), program.module(), tensors="value")
+    assert torch.equal(exported.module()(**steps[0]), expected[0])
 
 
 def test_a_timestep_that_is_none_of_the_generations_is_warned_of() -> None:

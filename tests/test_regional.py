@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pab_fx
 from pab_fx import PABBackend, PABConfig, regional
 from pab_fx.structure import structure_of
-from pab_fx.testing import zoo
+from pab_fx.testing import assert_graphs_equivalent, zoo
 
 TIMESTEPS = (900, 700, 600, 500, 50)
 CONFIG = PABConfig(spatial_attention_block_skip_range=2)
@@ -836,8 +836,10 @@ def test_graphs_whose_nodes_are_named_otherwise_have_one_structure() -> None:
         return torch.relu(total) * 2
 
     inputs = torch.ones(2, 3), torch.ones(2, 3)
-    assert structure_of(traced(one, *inputs)) == structure_of(traced(other, *inputs))
-    assert hash(structure_of(traced(one, *inputs))) == hash(structure_of(traced(other, *inputs)))
+    graph, same = traced(one, *inputs), traced(other, *inputs)
+    assert_graphs_equivalent(graph, same)
+    assert structure_of(graph) == structure_of(same)
+    assert hash(structure_of(graph)) == hash(structure_of(same))
 
 
 HELD = torch.ones(3), torch.ones(3)
