@@ -87,6 +87,8 @@ class SteppingCall:
         if not self._has_broadcast:
             called = {role for role, _ in list(backend.counts)}  # a list: another thread may count meanwhile
             notices.warn_of_unmatched_roles(self._name, backend.config, backend.regions, called)
+            if len(backend.roots) == 1:  # else they may be another model's
+                notices.warn_of_unmatched_layers(self._name, backend.config, backend.regions)
         if self._has_broadcast and not broadcasts and not torch.is_grad_enabled():
             notices.warn_of_no_graph(self._name)
         self._has_broadcast |= broadcasts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -109,6 +110,21 @@ class Notices:
                     f"no {role}",
                     f"pab_fx: no {role} attention was found in {name}, though the config has a range for it; found: "
                     f"{shown}. If one of them is {role}, say so with {role}_attention_block_identifiers.",
+                )
+
+    def warn_of_unmatched_layers(self, name: str, config: Any, regions: Sequence[Region]) -> None:
+        """Warn of `layers` that are for none of the attentions found in the model of that class.
+
+        Nothing is said of frames that serve several blocks: their regions are named after the first of them.
+        """
+        if not isinstance(config, PABConfig) or any(region.relative is not None for region in regions):
+            return
+        for identifier in (each for layer in config.layers for each in layer.identifiers):
+            if not any(re.search(identifier, region.name) for region in regions):
+                shown = ", ".join(sorted({region.name for region in regions})[:4])
+                self.warn_once(
+                    f"no layer {identifier}",
+                    f"pab_fx: layers has {identifier!r}, which matches no attention of {name}: there are {shown}, ...",
                 )
 
 

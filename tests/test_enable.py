@@ -12,7 +12,7 @@ from diffusers import FirstBlockCacheConfig, PixArtTransformer2DModel
 from torch import nn
 
 import pab_fx
-from pab_fx import PAB, PABConfig
+from pab_fx import PAB, LayerBroadcast, PABConfig
 from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 50)
@@ -349,3 +349,15 @@ def test_a_role_that_no_attention_has_warns_while_others_are_broadcast() -> None
     ):
         generation(model)
     assert pab.report().reused
+
+
+def test_a_layer_that_no_attention_is_called_warns_while_others_are_broadcast() -> None:
+    layers = [LayerBroadcast(("blocks.0.attn1", "blocks.7."), skip_range=3)]
+    model = ENTRY.build()
+    with (
+        pab_fx.enable(model, spatial_attention_block_skip_range=2, layers=layers, inner="eager") as pab,
+        pytest.warns(UserWarning, match="layers has 'blocks.7.', which matches no attention of PixArt"),
+    ):
+        generation(model)
+    assert pab.report().reused
+    assert not any("blocks.0.attn1'" in each for each in pab.report().warnings)

@@ -474,3 +474,15 @@ def test_pab_compiles_what_aot_autograd_hands_it(lowering: str) -> None:
     assert backends[0].report().reused == plain.report().reused > 0
     for left, right in zip(expected, found, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)  # decomposed, operations round differently
+
+
+@pytest.mark.slow
+@lowerings
+def test_inductor_folds_parameters_under_pab(lowering: str) -> None:
+    """`freezing` makes constants of parameters and folds what is computed of them alone."""
+    expected, _ = with_passes("LatteTransformer3DModel", [], inner="inductor", lowering=lowering)
+    found, backend = with_passes(
+        "LatteTransformer3DModel", [], inner="inductor", lowering=lowering, options={"freezing": True}
+    )
+    assert backend.report().reused > 0
+    assert max(map(distance, found, expected)) < 1e-5
