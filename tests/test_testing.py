@@ -25,6 +25,7 @@ from pab_fx.testing import (
     AttentionSpec,
     Clock,
     GraphSpec,
+    Hooked,
     Schedule,
     Site,
     TransformerSpec,
@@ -34,7 +35,6 @@ from pab_fx.testing import (
     graph_difference,
     traced,
 )
-from pab_fx.testing.broadcasts import Hooked
 from pab_fx.testing.small_graphs import STEPS
 from pab_fx.testing.strategies import configs, graphs, schedules, timestep_lists, transformers
 
