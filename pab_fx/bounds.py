@@ -7,7 +7,7 @@ updated meanwhile. No graph is changed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -115,7 +115,9 @@ def _outputs(
         %text  = getitem(%whole, 0:4)    (output)   ->    ---------------------------------------
         %image = getitem(%whole, 4:)     (output)         %text, %image as before, outside
 
-    Views, sizes and items of tuples are cheap to take again from what is kept.
+    Views, sizes and items of tuples are cheap to take again from what is kept. So is a product with a number, such as
+    the `hidden_states / attn.rescale_output_factor` at the end of diffusers' attentions: outside, a compiler fuses it
+    with what follows, and inside, it would make one more tensor of what the last projection yields.
     """
     inside = dict.fromkeys(nodes)
     replayed: dict[fx.Node, None] = {}
@@ -130,6 +132,7 @@ def _outputs(
     while True:
         outputs = [node for node in inside if node not in replayed and is_used_outside(node)]
         outer = next((node for node in outputs if not is_tensor(node) or effects.is_view(node)), None)
+        outer = outer or next((node for node in outputs if _is_rescaled(node, inside)), None)
         if outer is None:
             return tuple(inside), tuple(outputs), tuple(replayed)
         items = [user for user in outer.users if user not in inside]
@@ -139,6 +142,24 @@ def _outputs(
             replayed[outer] = None
         else:
             del inside[outer]
+
+
+def _is_rescaled(node: fx.Node, inside: Container[fx.Node]) -> bool:
+    """Whether a tensor is another one of the region times a number, used only outside and never updated."""
+    if op_name(node) not in ("mul", "div", "truediv") or len(node.all_input_nodes) != 1 or node.kwargs:
+        return False
+    (source,) = node.all_input_nodes
+    kept = value(source)
+    return (
+        source in inside
+        and node.args[0] is source
+        and isinstance(kept, torch.Tensor)
+        and kept.is_floating_point()
+        and _spec(node) == _spec(source)
+        and not any(user in inside for user in node.users)
+        and not effects.updated(node)
+        and not effects.later_updates(node.graph, node)
+    )
 
 
 def _unsafe(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> str | None:

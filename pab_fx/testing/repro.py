@@ -16,7 +16,7 @@ from .transformers import Transformer
 IMPORTS = """\
 import torch
 from diffusers import PyramidAttentionBroadcastConfig
-from pab_fx import MLPBroadcast, PABConfig
+from pab_fx import LayerBroadcast, MLPBroadcast, PABConfig
 from pab_fx.testing import *
 """
 DEFAULTS: dict[str, Any] = {
@@ -66,7 +66,7 @@ def _source(given: Any) -> str:
     if isinstance(given, (PABConfig, PyramidAttentionBroadcastConfig)):
         return config_source(given)
     if isinstance(given, list) and any(map(callable, given)):  # passes
-        return f"[{', '.join(getattr(each, '__name__', repr(each)) for each in given)}],  # functions of yours\n   "
+        return f"[{', '.join(getattr(each, '__name__', repr(each)) for each in given)}]  # functions of yours\n   "
     if isinstance(given, type):
         return f"{'torch.' if given.__module__.startswith('torch') else ''}{given.__name__}"
     if isinstance(given, (nn.Module, Callable)):  # type: ignore[arg-type]
@@ -87,6 +87,6 @@ def config_source(config: PABConfig | PyramidAttentionBroadcastConfig) -> str:
         value = getattr(config, each.name)
         if each.name == "current_timestep_callback" and value is not None:
             said.append(f"{each.name}=Clock()")
-        elif value != each.default and not (each.name == "mlp" and not value):
+        elif value != each.default and not (each.name in ("layers", "mlp") and not value):
             said.append(f"{each.name}={value!r}")
     return f"{type(config).__name__}({', '.join(said)})"
