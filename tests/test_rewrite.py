@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pab_fx import MLPBroadcast, PABBackend, PABConfig, effects, rewrite, specialize
 from pab_fx.bounds import UPDATED_LATER
+from pab_fx.tag import tag
 from pab_fx.testing import assert_graphs_equivalent, zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
@@ -562,6 +563,43 @@ class UpdatedLater(nn.Module):
         x = x + self.attn(x + y)
         y.mul_(0.9)
         return x + y
+
+
+class Rescaled(Attention):
+    """Ends as those of diffusers do."""
+
+    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+        return super().forward(x, text) / 1.5
+
+
+class UsesRescaled(nn.Module):
+    """Adds what a rescaled attention yields, or updates it first."""
+
+    def __init__(self, updates: bool) -> None:
+        super().__init__()
+        self.attn, self.updates = Rescaled(8), updates
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        x = hidden_states + torch.sin(timestep)[:, None, None]
+        y = self.attn(x)
+        return x + (y.add_(1) if self.updates else y)
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_a_number_at_the_end_of_an_attention_stays_outside_unless_its_product_is_updated(updates: bool) -> None:
+    """What the hooks keep is the product itself, and they reuse it as it was updated since."""
+    model, kept = UsesRescaled(updates).eval().requires_grad_(False), []
+
+    def noted(gm: fx.GraphModule) -> fx.GraphModule:
+        (region,) = tag(gm, CONFIG)
+        kept.extend(op(gm, node) for node in region.outputs)
+        return gm
+
+    compiled = torch.compile(model, backend=PABBackend(CONFIG, inner="eager", passes=[noted]))
+    found = run(compiled, TIMESTEPS)
+    assert kept == ["truediv" if updates else "linear"]
+    assert all(equal(found, hooked(model, TIMESTEPS)))
+    assert not all(equal(found, run(model, TIMESTEPS)))
 
 
 @pytest.mark.parametrize("lowering", ["specialize", "cond"])
