@@ -9,6 +9,7 @@ The way of a graph: `tag` finds attention regions and their roles, `rewrite` mak
 
 from ._diffusers import cache_context
 from .backend import PABBackend, pab_backend
+from .calibrate import calibrate
 from .config import LayerBroadcast, MLPBroadcast, PABConfig
 from .enable import PAB, disable, enable
 from .export import export
@@ -22,6 +23,7 @@ __all__ = [
     "PABBackend",
     "PABConfig",
     "cache_context",
+    "calibrate",
     "disable",
     "enable",
     "export",

@@ -35,7 +35,7 @@ from .report import Report, report_of
 from .rewrite import copy_of
 from .running import TiedParameters, module_names, running_modules
 from .runtime import BroadcastGraph, anchors
-from .schedule import checked_timesteps
+from .schedule import Rule, checked_timesteps
 from .state import StateStore, TensorSpec
 from .tag import tag
 
@@ -107,6 +107,7 @@ class PABBackend:
         self._has_cuda_graphs = _records_cuda_graphs(inner, mode, options)
         self.holder = holder_for(cache_device, self._has_cuda_graphs)
         self.runs_eagerly = inner == "eager"
+        self.rule_of: Callable[[str, str], Rule | None] | None = None
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.clear()
         _diffusers.listen()
@@ -139,10 +140,25 @@ class PABBackend:
         inner = self.inner if isinstance(self.inner, str) else getattr(self.inner, "__name__", self.inner)
         return f"{type(self).__name__}({self.config!r}, inner={inner!r}, lowering={self.lowering!r})"
 
-    def clear(self) -> None:
-        """Forget every graph and all state, as for a new backend."""
+    def assign(self, rule_of: Callable[[str, str], Rule | None] | None) -> None:
+        """Let what was captured as conditional go by other rules from now on, in generations that begin afresh.
+
+        Nothing is captured anew, and a set of reusing modules that was lowered for one config serves every other.
+
+        Args:
+            rule_of: the rule for a role and a qualified name, `None` to leave that module alone; without it, the
+                config's.
+        """
+        self.rule_of = rule_of
+        self._forget_state()
+
+    def _forget_state(self) -> None:
         self.state = StateStore()
         self._stores: Any = WeakIdKeyDictionary()
+
+    def clear(self) -> None:
+        """Forget every graph and all state, as for a new backend."""
+        self._forget_state()
         self._clocks: Any = WeakIdKeyDictionary()
         self.counts: Counter[tuple[str, bool]] = Counter()  # of each role, and whether they reused
         self.graphs: list[BroadcastGraph] = []

@@ -193,10 +193,18 @@ class PABConfig:
         Example:
             >>> PABConfig.preset("latte").save("latte.json")  # doctest: +SKIP
         """
+        Path(path).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that are not the default, but for `current_timestep_callback`, which is code.
+
+        Example:
+            >>> PABConfig(cross_attention_block_skip_range=6).as_json()
+            {'cross_attention_block_skip_range': 6}
+        """
         fields = dataclasses.asdict(dataclasses.replace(self, current_timestep_callback=None))
         default = {field.name: field.default for field in dataclasses.fields(self)}
-        said = {name: value for name, value in fields.items() if value != default[name] and value != ()}
-        Path(path).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        return {name: value for name, value in fields.items() if value != default[name] and value != ()}
 
     @classmethod
     def load(cls, path: str | PathLike[str], **overrides: Any) -> PABConfig:

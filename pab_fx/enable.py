@@ -174,7 +174,7 @@ def enable(
         role       modules  computed  reused       cache     at most
         0 graphs compiled
     """
-    models = [getattr(each, "_orig_mod", each) for each in _denoisers(model)]
+    models = [getattr(each, "_orig_mod", each) for each in denoisers(model)]
     for each in models:
         if each in _enabled:
             raise ValueError(f"PAB is enabled on this {type(each).__name__} already: call disable() on it first.")
@@ -213,13 +213,13 @@ def disable(model: Any) -> None:
         >>> model = torch.nn.Linear(2, 2)
         >>> pab = enable(model, inner="eager"); disable(model)
     """
-    for each in _denoisers(model):
+    for each in denoisers(model):
         own = getattr(each, "_orig_mod", each)
         if own in _enabled:
             _enabled[own].disable()
 
 
-def _denoisers(model: Any) -> list[Any]:
+def denoisers(model: Any) -> list[Any]:
     """The models of a model or pipeline that denoise."""
     if isinstance(model, nn.Module):
         return [model]

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ class BroadcastGraph:
         modules.begin(call, expected.caches)
         is_first = modules.first.count.n == 0
         if is_first:
-            self._warn_of_schedule(t, call.timesteps)
+            self._warn_of_schedule(t, call.timesteps, {cell.rule for cell in modules.cells})
         try:
             if self.once is not None:
                 args = (*args, *self._computed_once(args, step, is_first))
@@ -283,7 +284,10 @@ class BroadcastGraph:
             if owner in self.backend.tied:
                 key = (*key, self._instance(m))
             cell = store.find(owner, key, context)
-            cells.append(cell or store.add(owner, key, context, Cell(*self._assigned(m))))
+            if cell is None:
+                role, rule, name = self._assigned(m)
+                cell = store.add(owner, key, context, Cell(role, rule, name=name))
+            cells.append(cell)
         return cells
 
     def _instance(self, m: int) -> Hashable:
@@ -299,16 +303,19 @@ class BroadcastGraph:
         except AttributeError:
             return id(caller), relative
 
-    def _assigned(self, m: int) -> tuple[str, Rule | None]:
-        """Role and rule of the instance of a module that runs now; by its name, where many blocks run this graph."""
+    def _assigned(self, m: int) -> tuple[str, Rule | None, str]:
+        """Role, rule and name of the module instance that runs now; by its name where many blocks run this graph."""
         conditional = self.lowerings.modules[m][0]
-        if conditional.relative is None or conditional.assign is None:
-            return conditional.role, conditional.rule
-        block = name_of_caller(tuple(self.backend.roots))
-        if block is None:
-            return conditional.role, None
-        role, rule, _ = conditional.assign(joined(block, conditional.relative))
-        return role, rule
+        role, name = conditional.role, conditional.name
+        rule: Rule | None = conditional.rule
+        if conditional.relative is not None and conditional.assign is not None:
+            block = name_of_caller(tuple(self.backend.roots))
+            if block is None:
+                return role, None, name
+            name = joined(block, conditional.relative)
+            role, rule, _ = conditional.assign(name)
+        rule_of = self.backend.rule_of
+        return role, rule if rule_of is None else rule_of(role, name), name
 
     def _timestep(self, args: Sequence[Any]) -> float:
         """The timestep of this call: from the callback, the graph's input, or the argument of the model around it."""
@@ -338,9 +345,8 @@ class BroadcastGraph:
             "new generation begins there, call reset().",
         )
 
-    def _warn_of_schedule(self, t: float, timesteps: Sequence[float] | None) -> None:
-        """Warn, at the start of a generation, of timesteps at which the config reuses nothing."""
-        rules = [conditional.rule for conditional in self.lowerings.conditionals]
+    def _warn_of_schedule(self, t: float, timesteps: Sequence[float] | None, rules: AbstractSet[Rule | None]) -> None:
+        """Warn, at the start of a generation, of timesteps at which these rules reuse nothing."""
         listed = {t for rule in rules if isinstance(rule, AfterTimesteps) for t, _ in rule.skip_counts}
         if timesteps and listed and listed.isdisjoint(timesteps):
             self.backend.notices.warn_once(

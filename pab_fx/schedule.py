@@ -59,6 +59,19 @@ class SkipRange:
 
 
 @dataclass(frozen=True)
+class ComputeAndKeep(SkipRange):
+    """Compute in every call and hand on what it leaves, for somebody to compare it with what other calls leave."""
+
+    skip_range: int = 1
+    low: float = 0.0
+    high: float = 0.0
+
+    def keeps(self, n: int, t: float, until: float, next_t: float | None) -> bool:
+        """Always, also after the last call; arguments as for `SkipRange.keeps`."""
+        return True
+
+
+@dataclass(frozen=True)
 class AfterTimesteps:
     """Compute at each listed timestep and reuse for the given number of calls after it: `((720.0, 2), ...)`.
 

@@ -68,6 +68,7 @@ class Cell:
         caches: what is kept; `None` for nothing.
         specs: what `caches` look like, or looked like last, as the graph that kept them has it.
         buffers: where what is kept is copied to, where that has to be at one address.
+        name: qualified name of the attention or feed-forward.
     """
 
     role: str
@@ -76,6 +77,7 @@ class Cell:
     caches: tuple[Any, ...] | None = None
     specs: Sequence[TensorSpec] = ()
     buffers: tuple[torch.Tensor, ...] | None = None
+    name: str = ""
 
     def reset(self) -> None:
         """Forget the generation: the next call is the first of a new one."""

@@ -111,6 +111,16 @@ def _uncallable(call: ModuleCall, names: ModuleNames) -> str | None:
     return None if names.yields_output_of(call) else BREAKS_INSIDE
 
 
+def rule_of(config: PABConfig, role: str, name: str) -> Rule | None:
+    """When an attention or feed-forward of that role and qualified name reuses; `None` if the config leaves it alone.
+
+    Example:
+        >>> rule_of(PABConfig.preset("cogvideox"), "spatial", "transformer_blocks.0.attn1")
+        SkipRange(skip_range=2, low=100, high=850)
+    """
+    return _assigned_by_block(config, name)[1] if role == "mlp" else _rule(config, role, name)
+
+
 def _role_rule(config: Any, role: str) -> SkipRange | None:
     is_own = isinstance(config, PABConfig)
     skip_range = config.skip_range(role) if is_own else _diffusers.skip_range(config, role)
@@ -270,7 +280,7 @@ def _feed_forwards(
         if call in attends or parent is None or parent not in attends:
             continue
         projections = [i for i, node in enumerate(nodes) if is_projection(node, acts)]
-        if _block_index(parent.name) is None or len(projections) < 2:
+        if block_index(parent.name) is None or len(projections) < 2:
             continue
         if not any(is_nonlinear(node) for node in nodes[projections[0] : projections[-1]]):
             continue
@@ -282,12 +292,13 @@ def _feed_forwards(
     return regions
 
 
-def _block_index(name: str) -> int | None:
+def block_index(name: str) -> int | None:
+    """The number of the block that a feed-forward of that qualified name is in."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _assigned_by_block(config: PABConfig, name: str) -> tuple[str, Rule | None, str]:
-    block = _block_index(name)
+    block = block_index(name)
     skip_counts = tuple(
         (timestep, entry.skip_count)
         for entry in config.mlp

@@ -1,0 +1,119 @@
+"""How much a setting may change the samples, and whether what was measured holds that for prompts yet to come."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .samples import Difference
+
+MOST_PSNR = 100.0
+"""In dB; samples that are equal, or all but equal, are taken to have that much."""
+
+FORMS = "'psnr>=35' (dB), 'relative_l2<=0.05', or both, 'psnr>=35, relative_l2<=0.05'"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that samples with PAB may differ from those without: in the mean over prompts.
+
+    Args:
+        psnr: the least peak signal-to-noise ratio, in dB; a number, or one for each prompt of the calibration.
+        relative_l2: the largest `norm(sample - reference) / norm(reference)`; likewise.
+
+    Raises:
+        ValueError: if neither is given, or one is no number above 0.
+
+    Example:
+        >>> Budget.of("psnr>=35")
+        Budget(psnr=35.0, relative_l2=None)
+    """
+
+    psnr: float | tuple[float, ...] | None = None
+    relative_l2: float | tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.psnr is None and self.relative_l2 is None:
+            raise ValueError(f"a budget needs a limit: {FORMS}.")
+        for name in ("psnr", "relative_l2"):
+            limit = getattr(self, name)
+            for value in limit if isinstance(limit, tuple) else () if limit is None else (limit,):
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                    raise ValueError(f"budget: {name} must be a number above 0, got {value!r}.")
+
+    @classmethod
+    def of(cls, given: Any) -> Budget:
+        """A budget as it is, or from text such as `"psnr>=35"`.
+
+        Raises:
+            ValueError: for anything else, with the forms there are.
+        """
+        if isinstance(given, cls):
+            return given
+        limits: dict[str, float] = {}
+        for part in given.split(",") if isinstance(given, str) else [""]:
+            found = re.fullmatch(r"\s*(?:(psnr)\s*>=|(relative_l2)\s*<=)\s*([0-9.]+(?:e-?\d+)?)\s*(?:dB)?\s*", part)
+            if found is None or (found[1] or found[2]) in limits:
+                raise ValueError(f"budget={given!r} is none; write {FORMS}.")
+            limits[found[1] or found[2]] = float(found[3])
+        return cls(**limits)
+
+    @classmethod
+    def like(cls, differences: Sequence[Difference], peak: float = 1.0) -> Budget:
+        """What a setting has used, prompt by prompt: for one that is to be no worse."""
+        return cls(
+            tuple(min(each.psnr(peak), MOST_PSNR) for each in differences),
+            tuple(max(each.relative_l2, 1e-12) for each in differences),
+        )
+
+    def room(self, differences: Sequence[Difference], peak: float = 1.0, margin: float = 0.0) -> float:
+        """How much worse the samples might be, in dB; below 0 if the budget is not kept.
+
+        Args:
+            differences: of the samples of a setting, one for each prompt.
+            peak: the largest difference that two elements of a sample can have.
+            margin: standard errors of the mean by which it is made worse. The prompts of a calibration are some of
+                many, and with others the mean is another: beyond 2 standard errors for one choice in 40.
+
+        Example:
+            >>> samples = [Difference(squared=0.0001, norm=1.0, size=1)]
+            >>> round(Budget(psnr=35.0).room(samples), 6)
+            5.0
+        """
+        rooms = []
+        if self.psnr is not None:
+            found = [min(each.psnr(peak), MOST_PSNR) for each in differences]
+            rooms.append(_pessimistic([a - b for a, b in zip(found, _each(self.psnr, found), strict=True)], margin))
+        if self.relative_l2 is not None:
+            found = [each.relative_l2 for each in differences]
+            limits = _each(self.relative_l2, found)
+            limit = statistics.fmean(limits)
+            spare = _pessimistic([b - a for a, b in zip(found, limits, strict=True)], margin)
+            rooms.append(20 * math.log10(limit / max(limit - spare, 1e-12)))
+        return min(rooms)
+
+    def mean(self, name: str) -> float | None:
+        """A limit by its name; the mean, if each prompt has its own."""
+        limit = getattr(self, name)
+        return statistics.fmean(limit) if isinstance(limit, tuple) else limit
+
+    def __str__(self) -> str:
+        psnr, relative_l2 = self.mean("psnr"), self.mean("relative_l2")
+        parts = [] if psnr is None else [f"PSNR >= {psnr:.2f} dB"]
+        parts += [] if relative_l2 is None else [f"relative L2 <= {relative_l2:.4g}"]
+        return " and ".join(parts)
+
+
+def _each(limit: float | tuple[float, ...], found: Sequence[float]) -> tuple[float, ...]:
+    """The limit of each prompt."""
+    return limit if isinstance(limit, tuple) else (limit,) * max(len(found), 1)
+
+
+def _pessimistic(values: Sequence[float], margin: float) -> float:
+    """The mean, less a number of its standard errors."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.fmean(values) - margin * error

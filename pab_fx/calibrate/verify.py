@@ -1,0 +1,82 @@
+"""Generate with the most promising settings until the fastest one that keeps the budget is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config import PABConfig
+from .budget import Budget
+from .changes import ModuleChanges
+from .laboratory import Laboratory
+from .prediction import CostModel, ErrorModel
+from .result import Outcome
+from .search import next_try
+from .settings import Setting, config_of, graphs_of, reused_modules
+
+
+class Judge:
+    """Tells of settings what they do to the samples, how fast they are, and whether they keep the budget.
+
+    Args:
+        laboratory: generates.
+        budget: what is to be kept.
+        peak: the largest difference that two elements of a sample can have.
+        margin: standard errors of the mean that are kept in reserve.
+        costs: predicts speed-ups.
+        changes: the modules that there are.
+    """
+
+    def __init__(
+        self,
+        laboratory: Laboratory,
+        budget: Budget,
+        peak: float,
+        margin: float,
+        costs: CostModel,
+        changes: Sequence[ModuleChanges],
+    ) -> None:
+        self._laboratory, self._budget, self._peak, self._margin = laboratory, budget, peak, margin
+        self._costs, self._changes = costs, changes
+
+    def outcome(self, label: str, config: PABConfig) -> Outcome:
+        """Generate with a setting."""
+        differences = self._laboratory.differences(config, label)
+        return Outcome(
+            label=label,
+            config=config,
+            differences=differences,
+            speedup=self._costs.speedup_of(reused_modules(config, self._changes)),
+            graphs=graphs_of(config, self._changes),
+            room=self._budget.room(differences, self._peak, self._margin),
+        )
+
+    def search(
+        self, settings: Sequence[Setting], errors: ErrorModel, base: PABConfig, tries: int
+    ) -> tuple[Outcome, ...]:
+        """Generate with settings of the front, at most so many, until the fastest one that keeps the budget is known.
+
+        Raises:
+            RuntimeError: if none of them keeps it.
+        """
+        predicted = [self._budget.room(errors.differences(each), self._peak, self._margin) for each in settings]
+        tried: dict[int, Outcome] = {}
+        for number in range(1, tries + 1):
+            i = next_try(predicted, {i: outcome.room for i, outcome in tried.items()})
+            if i is None:
+                break
+            tried[i] = self.outcome(f"try {number}", config_of(errors.groups, settings[i], base))
+        if all(outcome.room < 0 for outcome in tried.values()):
+            nearest = max(tried.values(), key=lambda outcome: outcome.room, default=None)
+            told = (
+                ""
+                if nearest is None
+                else (
+                    f" the most careful of {len(tried)} has {nearest.psnr(self._peak):.2f} dB and a relative L2 of "
+                    f"{nearest.relative_l2:.3g};"
+                )
+            )
+            raise RuntimeError(
+                f"no setting keeps the budget, {self._budget}, with {self._margin:g} standard errors in reserve:{told} "
+                "allow more, give more prompts (their mean is then better known), or more tries."
+            )
+        return tuple(tried.values())
