@@ -255,9 +255,10 @@ def finished(folder: Path, lowering: str) -> tuple[list[Tensor], int]:
 @pytest.mark.slow
 @lowerings
 def test_graphs_from_the_cache_of_another_process_are_right(tmp_path: Path, lowering: str) -> None:
+    """Of a graph with conditions Inductor (2.13) keeps the kernels only: `torch.cond` is not cacheable."""
     first, hits = finished(tmp_path, lowering)
     second, later_hits = finished(tmp_path, lowering)
-    assert (hits, later_hits > 0) == (0, True)
+    assert (hits, later_hits > 0) == (0, lowering == "specialize")
     assert same(first, second)
     for left, right in zip(first, oracle((900, 700, 600, 500)), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)  # as Inductor's kernels round
