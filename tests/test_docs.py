@@ -1,25 +1,33 @@
-"""What the documents show is what the code does: graphs, code, commands, links."""
+"""What the documents show is what the code does: graphs, code, output, commands, links, names."""
 
 from __future__ import annotations
 
+import argparse
+import doctest
+import importlib
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pages
 import pytest
 import torch
+import typer
+from pages import PAGES, ROOT, Block, blocks, print_graphs
 
+import pab_fx.report
+import pab_fx.testing
 from pab_fx import rewrite
+from pab_fx.cli import app
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-import print_graphs  # noqa: E402
+every_page = pytest.mark.parametrize("page", PAGES)
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-GRAPHS = dict(
-    re.findall(r"<!-- graph: (.*?) -->\n```python\n(.*?)\n?```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
-)
+# ----------------------------------------------------------------------------------------------------------- graphs
+
+GRAPHS = {block.of("graph"): block.code.rstrip() for block in blocks("docs/architecture.md") if block.of("graph")}
 
 
 @pytest.fixture(scope="module")
@@ -60,24 +68,100 @@ def test_an_exported_graph_is_rewritten_and_exported_again() -> None:
         assert torch.allclose(plain, output, atol=1e-5) != reuses
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_code_in_documents_compiles(document: Path) -> None:
-    for i, code in enumerate(re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)):
-        compile(code, f"{document.name}, block {i}", "exec")
+# ------------------------------------------------------------------------------------------------------------- code
+
+TESTS_OF_THEIR_OWN = {"docs/migrating.md": "test_migrating.py", "docs/export.md": "test_export.py"}
+"""Pages each of whose blocks is run, and what it does compared with something, by another file."""
 
 
-def test_the_code_about_testing_runs_and_prints_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "docs/testing.md").read_text()
-    scope: dict[str, object] = {}
-    for code, shown in re.findall(r"```python\n(.*?)```(?:\n\n<!-- output -->\n```\n(.*?)```)?", text, re.DOTALL):
-        exec(code, scope)
-        assert capsys.readouterr().out.rstrip() == shown.rstrip()
+def runs_here(block: Block) -> bool:
+    return block.page not in TESTS_OF_THEIR_OWN and block.of("graph") is None
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_relative_links_point_to_something(document: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)", document.read_text())
-    assert not [link for link in links if "://" not in link and not (document.parent / link).exists()]
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs_here, blocks(page)))])
+def test_the_code_of_a_page_runs_and_prints_what_is_shown(
+    page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages.stand_in(monkeypatch, tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    try:
+        for block in filter(runs_here, blocks(page)):
+            pages.run(block, names)
+            printed = capsys.readouterr().out
+            assert block.shown is None or printed.rstrip() == block.shown.rstrip(), block
+    finally:
+        pages.leave_ranks()
+
+
+def test_no_block_is_left_out() -> None:
+    every = [block for page in PAGES for block in blocks(page)]
+    assert not [str(block) for block in every if block.of("not run")]
+    for page, file in TESTS_OF_THEIR_OWN.items():
+        assert all(block.of("code") for block in blocks(page)), page
+        assert f'blocks("{page}")' in (ROOT / "tests" / file).read_text()
+
+
+PUBLIC_MODULES = sorted({getattr(pab_fx, name).__module__ for name in pab_fx.__all__} | {"pab_fx.clock"})
+
+
+@pytest.mark.parametrize("name", PUBLIC_MODULES)
+def test_examples_in_docstrings_of_the_api_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages.register_by_name(monkeypatch)
+    with torch.no_grad():
+        assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0
+
+
+# --------------------------------------------------------------------------------------------------------- commands
+
+COMMAND = re.compile(r"^(?:torchrun [\w -]*?(?=examples/)|python (?=examples/|-m pab_fx)|(?=pab-fx ))")
+
+
+def commands(page: str) -> list[str]:
+    """The commands of the package and of its examples: lines of blocks, and spans of code in the text."""
+    text = PAGES[page].read_text()
+    lines = [line for block in blocks(page, "sh") for line in block.code.replace("\\\n", " ").splitlines()]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", pages.FENCE.sub("", text))]
+    parts = [part.strip() for line in (*lines, *spans) for part in line.split("&&")]
+    return [part for part in parts if COMMAND.match(part)]
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+
+
+class Parsed(Exception):
+    """Ends a script once its options are read."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_one_that_there_is(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are those of the package's commands, and of the scripts."""
+    program, *arguments = shlex.split(COMMAND.sub("", command), comments=True)
+    if program in ("pab-fx", "-m"):
+        parse(arguments if program == "pab-fx" else arguments[1:])
+        return
+    source = (ROOT / program).read_text()
+    if "argparse" not in source and "parser(" not in source:
+        assert not arguments
+        return
+    read = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser: argparse.ArgumentParser, given: Any = None, namespace: Any = None) -> Any:
+        read(parser, given, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(Parsed):
+        importlib.import_module(Path(program).stem).main()
+
+
+def parse(arguments: list[str]) -> None:
+    """Read the options of one of the package's commands."""
+    if arguments:
+        group: Any = typer.main.get_command(app)
+        context = group.make_context("pab-fx", arguments)
+        name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+        command.make_context(name, rest, parent=context)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +170,44 @@ def test_relative_links_point_to_something(document: Path) -> None:
 )
 def test_the_readme_has_the_command_that_ci_runs(mark: str, command: str) -> None:
     """As `.ci/run` cuts it out: from the mark to the end of the next fenced block."""
-    block = re.search(rf"^<!-- {mark} -->$(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert block is not None
-    assert [line for line in block[1].splitlines() if line.startswith("pip install")] == [command]
+    block = next(block for block in blocks("README.md", "sh") if block.mark == mark)
+    assert [line for line in block.code.splitlines() if line.startswith("pip install")] == [command]
 
 
-def test_example_files_named_in_documents_exist() -> None:
-    named = {name for path in DOCUMENTS for name in re.findall(r"(?:examples|tests)/\w+\.py", path.read_text())}
+# --------------------------------------------------------------------------------------------------- links and names
+
+
+@every_page
+def test_relative_links_point_to_something(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)", PAGES[page].read_text())
+    assert not [link for link in links if "://" not in link and not (PAGES[page].parent / link).exists()]
+
+
+def test_files_named_in_documents_exist() -> None:
+    named = {name for path in PAGES.values() for name in re.findall(r"(?:examples|tests)/\w+\.py", path.read_text())}
     assert named
     assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert {f"docs/{name}" for name in listed} == set(PAGES) - {"README.md"}
+
+
+def test_every_public_name_is_in_the_api() -> None:
+    """And every name there is something."""
+    text = "".join(path.read_text() for page, path in PAGES.items() if page.startswith("docs/api/"))
+    shown = [named(name) for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]
+    public = {f"{module.__name__}.{name}": getattr(module, name) for module in PACKAGES for name in module.__all__}
+    reports = {name: found for name, found in vars(pab_fx.report).items() if name.endswith("Report")}
+    assert not [name for name, found in {**public, **reports}.items() if not any(found is each for each in shown)]
+
+
+PACKAGES = (pab_fx, pab_fx.testing)
+
+
+def named(name: str) -> Any:
+    """The object, or the module, of that name."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute, None)
+    return importlib.import_module(name) if found is None else found

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers.models.attention import AttentionModuleMixin
+from pages import blocks, stand_in
+from pages import run as run_block
 from pipelines import prompted
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -564,19 +565,14 @@ def test_a_cpp_program_without_python_equals_the_hooks(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------- docs/export.md
 
-BLOCKS = dict(
-    re.findall(r"<!-- code: (.*?) -->\n```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
-)
+BLOCKS = {str(block.of("code")): block for block in blocks("docs/export.md")}
 
 
-def run_blocks(blocks: Iterable[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
-    """The names that blocks of the page leave, run one after the other on a tiny pipeline."""
-    monkeypatch.setattr(diffusers.CogVideoXPipeline, "from_pretrained", lambda *args, **kwargs: prompted.cogvideox())
-    monkeypatch.setattr(diffusers.CogVideoXPipeline, "to", lambda pipe, device: pipe)
-    monkeypatch.chdir(folder)
+def names_of_the_page() -> dict[str, Any]:
+    """The names that the blocks of the page leave."""
     names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(BLOCKS[block], f"export.md, {block}", "exec"), names)
+    for block in BLOCKS.values():
+        run_block(block, names)
     return names
 
 
@@ -585,19 +581,24 @@ def test_the_page_shows_all_of_its_code_in_order() -> None:
 
 
 def test_the_code_of_the_page_exports_and_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    names = run_blocks(["export", "run", "reset"], monkeypatch, tmp_path)
+    """A program takes the place of the package."""
+    stand_in(monkeypatch, tmp_path)
+    names = names_of_the_page()
     assert isinstance(names["program"], torch.export.ExportedProgram)
-    pipe, call = names["pipe"], names["calls"][0]
+    pipe, call = prompted.cogvideox(), names["calls"][0]
+    pipe.scheduler.set_timesteps(50)
     timestep = pipe.scheduler.timesteps[:1].expand(2)
     assert torch.equal(names["sample"], pipe.transformer(**{**call, "timestep": timestep})[0])
-    assert float(names["transformer"].pab_calls) == 0
+    assert len(names["video"]) == 9
+    assert float(names["transformer"].module.pab_calls) == 0
 
 
 @pytest.mark.slow
 def test_the_code_of_the_page_packages_and_the_pipeline_runs_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    names = run_blocks(BLOCKS, monkeypatch, tmp_path)
+    stand_in(monkeypatch, tmp_path, packages=True)
+    names = names_of_the_page()
     assert (tmp_path / "transformer.pt2").is_file()
 
     def latents(pipe: Any) -> Tensor:

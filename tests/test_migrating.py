@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,28 +16,21 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+from pages import blocks, stand_in
 from pipelines import prompted
 from pipelines.oracle import hooked_run, observed
 
 import pab_fx
 from pab_fx.testing import zoo
 
-GUIDE = (Path(__file__).parents[1] / "docs/migrating.md").read_text()
-BLOCKS = dict(re.findall(r"<!-- code: (.*?) -->\n```python\n(.*?)```", GUIDE, re.DOTALL))
+BLOCKS = {str(block.of("code")): block.code for block in blocks("docs/migrating.md")}
 ROLES = ("spatial", "temporal", "cross", "mlp")
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Checkpoints are tiny and `enable` is bitwise: nothing else about the guide's code changes."""
-    for cls, make in (
-        (diffusers.CogVideoXPipeline, prompted.cogvideox),
-        (diffusers.LattePipeline, prompted.latte),
-        (diffusers.FluxPipeline, prompted.flux),
-    ):
-        monkeypatch.setattr(cls, "from_pretrained", lambda *args, make=make, **kwargs: make())
-    monkeypatch.setattr(pab_fx, "enable", functools.partial(pab_fx.enable, inner="eager"))
-    return
+    stand_in(monkeypatch, tmp_path)
 
 
 def run_block(name: str, **names: Any) -> dict[str, Any]:
@@ -87,7 +79,6 @@ def counted(name: str, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[dict
 
 def test_no_block_is_left_untested() -> None:
     assert set(re.findall(r'(?:run_block|counted)\("(.*?)"', Path(__file__).read_text())) == set(BLOCKS)
-    assert GUIDE.count("```python") == len(BLOCKS)
 
 
 # ---------------------------------------------------------------------------------------------------------- hooks

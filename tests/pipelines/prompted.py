@@ -25,7 +25,7 @@ def _encode_pair(prompt: Any, *args: Any, negative_prompt: Any = None, **kwargs:
     return _embeds(prompt, 7, 16), _embeds(negative, 7, 16)
 
 
-def _encode_pooled(prompt: Any, **kwargs: Any) -> Any:
+def encode_pooled(prompt: Any, **kwargs: Any) -> Any:
     """As Flux's `encode_prompt`: embeddings, pooled embeddings, positions."""
     return _embeds(prompt, 7, 16), _embeds(prompt, 8), torch.zeros(7, 3)
 
@@ -72,7 +72,7 @@ def wan() -> Any:
 def flux() -> Any:
     pipe = image._flux(diffusers.FluxPipeline)
     pipe.default_sample_size = 8
-    return _prepared(pipe, _encode_pooled)
+    return _prepared(pipe, encode_pooled)
 
 
 def _prepared(pipe: Any, encode_prompt: Callable[..., Any]) -> Any:
