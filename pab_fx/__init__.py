@@ -12,6 +12,7 @@ from .backend import PABBackend, pab_backend
 from .calibrate import calibrate
 from .config import LayerBroadcast, MLPBroadcast, PABConfig
 from .enable import PAB, disable, enable
+from .explain import explain
 from .export import export
 from .rewrite import rewrite
 from .specialize import specialize
@@ -26,6 +27,7 @@ __all__ = [
     "calibrate",
     "disable",
     "enable",
+    "explain",
     "export",
     "pab_backend",
     "rewrite",

@@ -327,16 +327,25 @@ def calling_modules() -> list[nn.Module]:
 
 
 def calling_argument(names: Sequence[str]) -> Any:
-    """The argument called one of `names` that the outermost running module was called with, `None` if none was."""
+    """The argument called one of `names` that the outermost running module was called with, `None` if none was.
+
+    A function that is given a model is none of its methods: its `timesteps` are those of a whole generation.
+    """
     found = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = _receiver(frame.f_code, frame)
-        if isinstance(module, nn.Module):
+        if isinstance(module, nn.Module) and _is_method(frame.f_code):
             given = _arguments(frame, module)
             found = next((given[name] for name in names if given.get(name) is not None), found)
         frame = frame.f_back
     return found
+
+
+def _is_method(code: CodeType) -> bool:
+    """Whether code is that of a method, by the name of its first argument; accelerate's hooks call it `module`."""
+    names = [name for name in code.co_varnames[: code.co_argcount] if not name.startswith("__")]
+    return names[:1] in (["self"], ["module"]) or "self" in code.co_freevars
 
 
 def _arguments(frame: FrameType, module: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _diffusers
 from ._torch import has_cuda_graphs, inductor_patches, inputs_that_are_state, lookup_backend
+from .captured import Captured, Plain, frame_of
 from .clock import PipelineClock, request_of, running_pipeline
 from .compress import DTYPES
 from .config import PABConfig
@@ -37,6 +38,7 @@ from .running import TiedParameters, module_names, running_modules
 from .runtime import BroadcastGraph, anchors
 from .schedule import Rule, checked_timesteps
 from .state import StateStore, TensorSpec
+from .strips import SeenTimesteps
 from .tag import tag
 
 logger = logging.getLogger(__name__)
@@ -163,6 +165,8 @@ class PABBackend:
         self.counts: Counter[tuple[str, bool]] = Counter()  # of each role, and whether they reused
         self.graphs: list[BroadcastGraph] = []
         self.regions: list[Region] = []
+        self.captured: list[Captured] = []
+        self.seen = SeenTimesteps()
         self.tied = TiedParameters()
         self.notices = Notices()
         self._unread: dict[TensorSpec, torch.Tensor] = {}
@@ -194,7 +198,9 @@ class PABBackend:
         if not nodes_of:
             if not any(region.is_broadcast for region in self.regions):
                 self.notices.warn_of_nothing(regions)
-            return self._compiler(names)(gm, example_inputs)
+            plain = Plain(self._compiler(names)(gm, example_inputs))
+            self.captured.append(Captured(rewritten, regions, frame_of(names), plain))
+            return plain
         inputs = rewritten.graph.find_nodes(op="placeholder")
         # adapters are switched within a generation; what has been counted and kept goes on
         adapters = {id(parameter) for module in around for parameter in _diffusers.adapter_parameters(module)}
@@ -210,6 +216,7 @@ class PABBackend:
         variants = Variants(rewritten, regions, partial(self._lowerings, compiler), self.passes.run_after)
         graph = BroadcastGraph(self, variants, unchanging, found, example_inputs, is_model)
         self.graphs.append(graph)
+        self.captured.append(Captured(rewritten, regions, frame_of(names), graph))
         return graph
 
     def _lowerings(self, compiler: Compiler, rewritten: fx.GraphModule) -> Lowerings:

@@ -8,6 +8,7 @@ Either way the state is lifted out (see `lift`): caches come in as inputs and le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from ._torch import (
     declare_static,
     faked_for_compiler,
     keep_sources,
+    size_hint,
     sizes_at,
     traced_shapes,
 )
@@ -119,6 +121,11 @@ class Lowerings:
         """The graphs compiled so far, by their key."""
         return {key: compiled.lifted for key, compiled in self._compiled.items()}
 
+    @property
+    def cache_bytes(self) -> tuple[int, ...]:
+        """Bytes that the caches of each module hold when kept, at the sizes that were captured."""
+        return tuple(sum(_size(self._recorded[name]) for name in names) for names in self._caches)
+
     def lowered(self, key: Any) -> Lifted:
         """The graph lowered for a key: whether each conditional reuses, or "cond"."""
         gm = copy_of(self.rewritten)
@@ -179,6 +186,10 @@ class Lowerings:
         ]
         reads, returns = tuple(place[name] for name in lifted.reads), self.outputs + len(lifted.writes)
         return Compiled(lifted, boxed(run), reads, tuple(writes), returns)
+
+
+def _size(recorded: torch.Tensor) -> int:
+    return math.prod(map(size_hint, recorded.shape)) * recorded.dtype.itemsize
 
 
 def _spec(recorded: torch.Tensor, known: Sequence[tuple[torch.SymInt, int]]) -> TensorSpec:

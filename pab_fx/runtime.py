@@ -84,6 +84,10 @@ class BroadcastGraph:
         anchors: for each `module_id` of the conditionals, how to tell its instances apart.
         is_model: whether the graph is of the outermost model's own frame. In a block's, an input called
             timestep may be an embedding of it.
+
+    Attributes:
+        runs: how often the graph was called.
+        instances: by qualified name, role and rule of each module that it has run, by the module's number in the graph.
     """
 
     def __init__(
@@ -97,6 +101,8 @@ class BroadcastGraph:
     ) -> None:
         self.backend, self._variants = backend, variants
         self._has_erred = False
+        self.runs = 0
+        self.instances: dict[int, dict[str, tuple[str, Rule | None]]] = {}
         self._buffers: dict[Hashable, list[torch.Tensor]] = {}
         self._use(unchanging)
         self.anchors = tuple(anchors[calls[0].module_id] for calls in self.lowerings.modules)
@@ -116,12 +122,14 @@ class BroadcastGraph:
     def __call__(self, *args: Any) -> Any:
         backend, step = self.backend, current_step.get() or self._step_of_its_own()
         backend.calls += 1
+        self.runs += 1
         t = self._timestep(args) if step.t is None else step.t
         call = Call(t, step.next_t, step.timesteps or backend.known_timesteps(), step.generation)
         modules, expected = self._modules(args, step), self.lowerings.expected(args)
         before = modules.first.count
         modules.begin(call, expected.caches)
         is_first = modules.first.count.n == 0
+        backend.seen.see(t, call.timesteps, is_first)
         if is_first:
             self._warn_of_schedule(t, call.timesteps, {cell.rule for cell in modules.cells})
         try:
@@ -288,6 +296,7 @@ class BroadcastGraph:
                 role, rule, name = self._assigned(m)
                 cell = store.add(owner, key, context, Cell(role, rule, name=name))
             cells.append(cell)
+            self.instances.setdefault(m, {})[cell.name] = (cell.role, cell.rule)
         return cells
 
     def _instance(self, m: int) -> Hashable:

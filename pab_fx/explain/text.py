@@ -1,0 +1,136 @@
+"""A report for a terminal: as plain text, and in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from ..report import Report
+from ..strips import COMPUTE, PARTLY, REUSE, ruler
+from .content import (
+    Table,
+    graph_lines,
+    graph_table,
+    left_alone,
+    notes,
+    reasons,
+    region_table,
+    role_table,
+    source_of,
+    step_line,
+    strip_labels,
+    title_of,
+)
+
+COLOURS = {COMPUTE: "white on grey37", PARTLY: "black on yellow", REUSE: "black on green"}
+ROLE_COLOURS = {"spatial": "cyan", "temporal": "magenta", "cross": "yellow", "mlp": "blue"}
+WIDE = 40
+"""From so many steps on, the letters of a strip stand without spaces between them."""
+
+
+def plain(report: Report) -> str:
+    """The report as text without colours, a blank line between its parts.
+
+    Args:
+        report: from `PAB.report()` or `pab_fx.explain`.
+    """
+    regions, graphs = _without(region_table(report), "why"), graph_table(report)
+    parts = [
+        _aligned(role_table(report)),
+        _strips(report),
+        [*_aligned(regions), *filter(None, [step_line(report)]), *(f"{role}: {why}" for role, why in reasons(report))],
+        _aligned(graphs),
+    ]
+    lines = [line for part in parts if part for line in (*part, "")] if regions.rows else parts[0]
+    said = [f"left alone: {line}" for line in left_alone(report)] + [f"note: {line}" for line in notes(report)]
+    return "\n".join([*lines, *graph_lines(report), *said, *report.warnings])
+
+
+def _without(table: Table, title: str) -> Table:
+    kept = [i for i, column in enumerate(table.columns) if column.title != title]
+    return Table(tuple(table.columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in table.rows))
+
+
+def _aligned(table: Table) -> list[str]:
+    """The lines of a table; none for one without columns."""
+    cells = [tuple(column.title for column in table.columns), *table.rows]
+    widths = [
+        max(column.width, *(len(row[i]) + (2 if i else 0) for row in cells)) for i, column in enumerate(table.columns)
+    ]
+    return [
+        "".join(
+            text.rjust(width) if column.is_number else f"{'  ' if i else ''}{text}".ljust(width)
+            for i, (text, width, column) in enumerate(zip(row, widths, table.columns, strict=True))
+        ).rstrip()
+        for row in cells
+        if row
+    ]
+
+
+def _strips(report: Report) -> list[str]:
+    schedule, gap = report.schedule, _gap(report)
+    if not schedule.strips:
+        return []
+    labels = ["timestep", *strip_labels(report)]
+    width = max(map(len, labels)) + 2
+    lines = [ruler(schedule.timesteps, 1 + len(gap)), *(gap.join(strip.steps) for strip in schedule.strips)]
+    legend = f"C computes, R reuses{_partly(report)}; {source_of(report)}"
+    return [*(f"{label.ljust(width)}{line}" for label, line in zip(labels, lines, strict=True)), legend]
+
+
+def _partly(report: Report) -> str:
+    is_partly = any(PARTLY in strip.steps for strip in report.schedule.strips)
+    return ", P reuses in some of its calls" if is_partly else ""
+
+
+def _gap(report: Report) -> str:
+    return " " if len(report.schedule.timesteps) < WIDE else ""
+
+
+def tables(report: Report) -> RenderableType:
+    """The report as tables and coloured strips, for `rich.print`.
+
+    Args:
+        report: from `PAB.report()` or `pab_fx.explain`.
+    """
+    parts: list[RenderableType] = [Text(title_of(report), style="bold"), ""]
+    regions = region_table(report)
+    if regions.rows:
+        parts += [_coloured_strips(report), "", _rich(regions)]
+        parts += [Text(line, style="bold") for line in [step_line(report)] if line]
+        parts += ["", _rich(graph_table(report))]
+    if report.reused:
+        parts += ["", _rich(role_table(report))]
+    parts += [Text(line) for line in graph_lines(report)]
+    parts += _marked("left alone: ", left_alone(report), "red") + _marked("note: ", notes(report), "yellow")
+    return Group(*parts, *_marked("", report.warnings, "yellow"))
+
+
+def _rich(table: Table) -> RichTable:
+    made = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in table.columns:
+        is_prose = column.title == "why"
+        made.add_column(column.title, justify="right" if column.is_number else "left", no_wrap=not is_prose)
+    for row in table.rows:
+        made.add_row(*(Text(text, style=ROLE_COLOURS.get(text, "")) for text in row))
+    return made
+
+
+def _coloured_strips(report: Report) -> RenderableType:
+    schedule, width = report.schedule, 1 + 2 * len(_gap(report))
+    grid = RichTable.grid(padding=(0, 2, 0, 0))
+    grid.add_row(Text("timestep", style="dim"), Text(ruler(schedule.timesteps, width), style="dim"))
+    for label, strip in zip(strip_labels(report), schedule.strips, strict=True):
+        steps = Text.assemble(*((step.center(width), COLOURS[step]) for step in strip.steps))
+        said = f"{strip.reused} of {len(strip.steps)} reused, {strip.rule}"
+        grid.add_row(Text(label, style=ROLE_COLOURS.get(strip.role, "")), steps, Text(said, style="dim"))
+    legend = Text.assemble((" C ", COLOURS[COMPUTE]), " computes  ", (" R ", COLOURS[REUSE]), " reuses")
+    return Group(grid, legend.append(f"{_partly(report)}; {source_of(report)}", style="dim"))
+
+
+def _marked(mark: str, lines: Sequence[str], colour: str) -> list[RenderableType]:
+    return [Text.assemble((mark, colour), line) for line in lines]
