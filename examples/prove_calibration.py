@@ -30,6 +30,9 @@ from pab_fx.calibrate.settings import at_own_timesteps, reused_modules
 from pab_fx.config import PRESETS
 from pab_fx.demo import CAPTIONS, load_pipeline
 
+SEEN, UNSEEN = 100, 3_000_000
+"""Seeds of the first caption of each kind."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -46,12 +49,12 @@ def main() -> None:
     """Calibrate, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/calibration"))
-    parser.add_argument("--captions", type=int, default=12, help="that the calibration sees")
-    parser.add_argument("--unseen", type=int, default=48, help="other captions, that are compared")
-    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--captions", type=int, default=8, help="that the calibration sees")
+    parser.add_argument("--unseen", type=int, default=24, help="other captions, that are compared")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--layer-groups", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="timed generations of each kind")
+    parser.add_argument("--layer-groups", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3, help="timed generations of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of captions")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     args = parser.parse_args()
@@ -66,6 +69,7 @@ def main() -> None:
             PABConfig.preset(name),
             call={"num_inference_steps": args.steps},
             folder=args.folder,
+            seed=SEEN,
             batch=args.batch,
             layer_groups=args.layer_groups,
             rounds=0,
@@ -132,7 +136,7 @@ def clips(pipe: Any, captions: Sequence[str], args: argparse.Namespace) -> np.nd
     found = []
     for start in range(0, len(captions), args.batch):
         some = list(captions[start : start + args.batch])
-        generators = [torch.Generator().manual_seed(3_000_000 + start + i) for i in range(len(some))]
+        generators = [torch.Generator().manual_seed(UNSEEN + start + i) for i in range(len(some))]
         found.append(pipe(some, num_inference_steps=args.steps, generator=generators).frames)
     return np.concatenate(found)
 

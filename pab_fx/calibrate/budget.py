@@ -87,13 +87,11 @@ class Budget:
         rooms = []
         if self.psnr is not None:
             found = [min(each.psnr(peak), MOST_PSNR) for each in differences]
-            rooms.append(_pessimistic([a - b for a, b in zip(found, _each(self.psnr, found), strict=True)], margin))
+            above = [a - b for a, b in zip(found, _each(self.psnr, found), strict=True)]
+            rooms.append(statistics.fmean(above) - margin * _standard_error(above))
         if self.relative_l2 is not None:
             found = [each.relative_l2 for each in differences]
-            limits = _each(self.relative_l2, found)
-            limit = statistics.fmean(limits)
-            spare = _pessimistic([b - a for a, b in zip(found, limits, strict=True)], margin)
-            rooms.append(20 * math.log10(limit / max(limit - spare, 1e-12)))
+            rooms.append(-20 * math.log10(max(_ratio(found, _each(self.relative_l2, found), margin), 1e-9)))
         return min(rooms)
 
     def mean(self, name: str) -> float | None:
@@ -113,7 +111,15 @@ def _each(limit: float | tuple[float, ...], found: Sequence[float]) -> tuple[flo
     return limit if isinstance(limit, tuple) else (limit,) * max(len(found), 1)
 
 
-def _pessimistic(values: Sequence[float], margin: float) -> float:
-    """The mean, less a number of its standard errors."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.fmean(values) - margin * error
+def _ratio(found: Sequence[float], limits: Sequence[float], margin: float) -> float:
+    """The ratio of two means, and standard errors on top: of what is left once each limit is taken times that ratio.
+
+    So what is difficult for any setting, a prompt with large errors under both, makes nothing uncertain.
+    """
+    limit = statistics.fmean(limits)
+    ratio = statistics.fmean(found) / limit
+    return ratio + margin * _standard_error([a - ratio * b for a, b in zip(found, limits, strict=True)]) / limit
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

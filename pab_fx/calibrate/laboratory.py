@@ -56,7 +56,7 @@ class Laboratory:
             found += map(ModuleChanges.from_json, known)
         return mean_changes(found)
 
-    def differences(self, config: PABConfig, label: str) -> tuple[Difference, ...]:
+    def differences(self, config: PABConfig, label: str | None = None) -> tuple[Difference, ...]:
         """What a setting does to the sample of each prompt."""
         return tuple(Difference(*each) for entry in self._entries(config, label) for each in entry["differences"])
 
@@ -78,7 +78,7 @@ class Laboratory:
                     step_seconds(entry["seconds"], len(group.timesteps)), group.reuses(option)
                 )
         vectors = np.stack(sketches, axis=1).astype(np.float64)  # [N, P, sketch]
-        differences = self.differences(config, "probing")
+        differences = self.differences(config)  # of the last one: what it tells of the samples holds for all
         shares = [max(statistics.median(seconds[group.label]), 0.0) for group in groups]
         errors = ErrorModel(
             products=vectors @ vectors.transpose(0, 2, 1),
@@ -89,13 +89,13 @@ class Laboratory:
         )
         return errors, CostModel(tuple(shares), tuple(groups))
 
-    def measured_speedup(self, config: PABConfig, rounds: int) -> float:
+    def measured_speedup(self, config: PABConfig, rounds: int) -> float | None:
         """The ratio of the seconds of denoising without and with a setting, in turns; median over rounds."""
         ratios = []
         for _ in self._shown("timing", range(rounds)):
             without, within = (sum(self._trials.run(each, self._batches[0])[1]) for each in (None, config))
             ratios.append(without / within)
-        return statistics.median(ratios) if ratios else float("nan")
+        return statistics.median(ratios) if ratios else None
 
     def _entries(self, config: PABConfig, label: str | None) -> Iterator[dict[str, Any]]:
         """The results of a setting, batch by batch; with a label they are shown as they come."""
@@ -124,13 +124,16 @@ class Laboratory:
 
     def _shown(self, label: str, items: Sequence[Any]) -> Iterator[Any]:
         """The items, with a line that tells how many are finished."""
-        yield from self._progress.track(items, description=label)
+        return iter(self._progress.track(items, description=label) if items else ())
 
 
 def _check_measured(changes: Sequence[ModuleChanges]) -> None:
     """Refuse a model in which nothing was found, or whose timesteps are on another scale than windows are."""
     if not changes:
         raise ValueError("no attention was found in the model, so there is nothing to calibrate.")
+    steps = max(len(each.timesteps) for each in changes)
+    if steps < 3:
+        raise ValueError(f"a generation of {steps} steps is too short for anything to be reused: 3 is the least.")
     highest = max(t for each in changes for t in each.timesteps)
     if not 1 < highest < float("inf"):
         raise ValueError(

@@ -41,7 +41,9 @@ def changes_by_layer(changes: Sequence[ModuleChanges], path: Path) -> None:
     pyplot = _pyplot()
     rows = [module for role in ROLES for module in changes if module.role == role]
     known = [row[0] for module in rows for row in module.by_lag if row and row[0] > 0]
-    norm = LogNorm(*statistics.quantiles(known, n=50)[:: len(known) and 48]) if len(known) > 1 else None
+    known.sort()
+    few = len(known) // 50  # outliers at either end would leave the rest without contrast
+    norm = LogNorm(vmin=known[few], vmax=known[-1 - few]) if known else None
     labels = len(rows) <= 60
     height = (0.24 if labels else 0.1) * len(rows) + 1.5
     figure, axis = pyplot.subplots(figsize=(9.6, height), layout="constrained")

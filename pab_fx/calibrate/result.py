@@ -60,7 +60,8 @@ class Calibration:
         config: the proposal.
         proposal: what was found for it.
         budget: what it had to keep.
-        measured_speedup: of denoising, with the proposal against without: the median of ratios of generations in turns.
+        measured_speedup: of denoising, with the proposal against without: the median of ratios of generations in turns;
+            `None` if it was not.
         tried: the settings of the front that were generated with, in that order.
         compared: other settings, such as the presets.
         front: what was predicted, from the most careful setting to the fastest.
@@ -73,7 +74,7 @@ class Calibration:
     config: PABConfig
     proposal: Outcome
     budget: Budget
-    measured_speedup: float
+    measured_speedup: float | None
     tried: tuple[Outcome, ...]
     compared: tuple[Outcome, ...]
     front: tuple[Predicted, ...]

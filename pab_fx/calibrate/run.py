@@ -106,8 +106,11 @@ def calibrate(
     _check_ranges(ranges)
     check_plots()
     base, batches = config or PABConfig(), batches_of(prompts, seed, batch)
+    if compare is None:
+        compare = {name: PABConfig.preset(name) for name in PRESETS}
+    not_yet_captured = Trials(model, generate, call or {}, base, inner)
     home = Folder(folder, _identity(model, generate, call or {}, batches, base, inner))
-    with Trials(model, generate, call or {}, base, inner) as trials, _progress(console) as progress:
+    with not_yet_captured as trials, _progress(console) as progress:
         laboratory = Laboratory(home, trials, batches, progress)
         changes = laboratory.changes()
         groups = groups_of(changes, layer_groups)
@@ -116,8 +119,7 @@ def calibrate(
         if isinstance(limit, PABConfig):
             limit = Budget.like(laboratory.differences(at_own_timesteps(limit, timesteps), "the budget"), peak)
         judge = Judge(laboratory, limit, peak, margin, costs, changes)
-        presets = {name: PABConfig.preset(name) for name in PRESETS}
-        others = {name: at_own_timesteps(each, timesteps) for name, each in (compare or presets).items()}
+        others = {name: at_own_timesteps(each, timesteps) for name, each in compare.items()}
         compared = tuple(judge.outcome(name, each) for name, each in others.items())
         settings = _front(errors, costs, ranges)
         tried = judge.search(settings, errors, base, tries)

@@ -72,7 +72,8 @@ class _Problem:
         for group in range(len(choice)):
             saved, error = self._options(choice, group)
             for option in range(len(saved)):
-                found[(*choice[:group], option, *choice[group + 1 :])] = (float(saved[option]), float(error[option]))
+                neighbour = (*choice[:group], option, *choice[group + 1 :])
+                found[neighbour] = (float(saved[option]), float(error[option]))
         return found
 
     def _options(self, choice: Choice, group: int) -> tuple[np.ndarray, np.ndarray]:
