@@ -53,17 +53,19 @@ def changes_by_layer(changes: Sequence[ModuleChanges], path: Path) -> None:
         for module in rows
     ]
     image = axis.imshow(table, aspect="auto", cmap="magma", norm=norm, interpolation="nearest")
-    figure.colorbar(image, ax=axis, label=CHANGE, pad=0.01, fraction=0.04)
+    bar = figure.colorbar(image, ax=axis, label=CHANGE, pad=0.01, fraction=0.04)
+    for subject in (bar.ax.yaxis.set_major_formatter, bar.ax.yaxis.set_minor_formatter):
+        subject(_percent)
+    bar.ax.tick_params(which="both", labelsize=8)
     axis.set_yticks(range(len(rows)) if labels else [], [module.name for module in rows] if labels else [], fontsize=7)
     for label, module in zip(axis.get_yticklabels(), rows, strict=False):
         label.set_color(COLOURS[module.role])
     for i in (i for i in range(1, len(rows)) if rows[i].role != rows[i - 1].role):
         axis.axhline(i - 0.5, color="white", linewidth=1.5)
     for role in dict.fromkeys(module.role for module in rows):
-        places = [i for i, module in enumerate(rows) if module.role == role]
-        axis.text(
-            0.004 * steps, places[0] - 0.35, role, color="white", fontsize=8, fontweight="bold", va="top", ha="left"
-        )
+        middle = statistics.fmean(i for i, module in enumerate(rows) if module.role == role)
+        colour = {"color": COLOURS[role], "fontsize": 9, "fontweight": "bold"}
+        axis.text(0, middle, role, rotation=90, ha="center", va="center", **colour)
     _step_axis(axis, max((module.timesteps for module in rows), key=len))
     axis.set_title("How much each output changes, by layer and step", loc="left", fontsize=11)
     _save(figure, path)
@@ -95,12 +97,15 @@ def changes_by_role(changes: Sequence[ModuleChanges], path: Path) -> None:
             timesteps, [statistics.fmean(at[t]) for t in timesteps], color=COLOURS[role], label=label, linewidth=2
         )
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(_percent)
+    axis.yaxis.set_minor_formatter(lambda value, place: _percent(value, place) if f"{value:e}"[0] in "25" else "")
+    axis.tick_params(which="both", labelsize=9)
     axis.invert_xaxis()
     axis.set_xlabel("timestep, from noise to sample")
     axis.set_ylabel(CHANGE)
     axis.set_title("How much outputs change, by role: mean over layers, and their range", loc="left", fontsize=11)
     axis.grid(alpha=0.25, which="both", linewidth=0.5)
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, ncols=2, loc="lower center")
     _bare(axis)
     _save(figure, path)
 
@@ -138,7 +143,7 @@ def pareto(found: Calibration, path: Path) -> None:
     axis.set_ylabel("speed-up of denoising, predicted from step times")
     axis.set_title("Speed-up against error", loc="left", fontsize=11)
     errors = [*map(error, generated), limit]
-    pad = 0.12 * (max(errors) - min(errors)) or 1.0
+    pad = 0.15 * (max(errors) - min(errors)) or 1.0
     left, right = min(errors) - pad, max(errors) + pad
     axis.set_xlim((left, right) if is_psnr else (right, max(left, 0.0)))
     axis.set_ylim(1.0, most + 0.1)
@@ -160,6 +165,10 @@ def _step_axis(axis: Any, timesteps: Sequence[float]) -> None:
     shown = range(0, len(timesteps), every)
     axis.set_xticks(shown, [f"{i}\n{timesteps[i]:g}" for i in shown], fontsize=8)
     axis.set_xlabel("step, and its timestep; the first step has none before it")
+
+
+def _percent(value: float, place: Any = None) -> str:
+    return f"{100 * value:g} %"
 
 
 def _bare(axis: Any) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .calibrate import calibrate
 from .demo import demo
+from .doctor import doctor
+from .explain import explain
 
 app = typer.Typer(
     help="Pyramid Attention Broadcast as a torch.compile graph transformation.",
@@ -13,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, bench):
+for command in (demo, explain, calibrate, doctor, bench):
     app.command()(command)
 
 
