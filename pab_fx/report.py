@@ -48,7 +48,7 @@ class RegionReport:
         why: why it has that role.
         left_alone: why it is computed in every step; `None` if it is broadcast.
         note: something to know of it.
-        rule: when it is computed, in words; "" if it is left alone.
+        rule: when it is computed or reused, in words; "" if it is left alone.
         operations: how many operations it has in the captured graph.
         spared: how many a step that reuses it runs without: its own, and those that only feed it.
         flops: floating-point operations of those that are spared and not computed once a generation.

@@ -83,7 +83,7 @@ def schedule_of(modules: Iterable[Scheduled], timesteps: Sequence[float], source
     Example:
         >>> modules = [Scheduled(f"blocks.{i}.attn", "spatial", SkipRange(2, 100, 800)) for i in range(3)]
         >>> schedule_of(modules, (900, 700, 600, 500), "known").strips
-        (Strip(role='spatial', rule='every 2nd step in (100, 800)', modules=3, steps='CRCR', computed=2, reused=2),)
+        (Strip(role='spatial', rule='computed every 2nd step in (100, 800)', modules=3, steps='CRCR', computed=2, reused=2),)
     """
     names: dict[tuple[str, Rule, int], set[str]] = {}
     for each in modules:
@@ -100,22 +100,21 @@ def _strip(role: str, rule: Rule, calls: int, modules: int, timesteps: Sequence[
 
 
 def in_words(rule: Rule) -> str:
-    """When a rule computes, for people.
+    """A rule for people; outside of the timesteps in brackets, every step computes.
 
     Example:
         >>> in_words(SkipRange(3, 100, 800)), in_words(AfterTimesteps(((720.0, 2), (640.0, 2))))
-        ('every 3rd step in (100, 800)', '2 steps after 720, 640')
+        ('computed every 3rd step in (100, 800)', 'reused 2 steps after 720, 640')
     """
     if isinstance(rule, SkipRange):
         if rule.skip_range == 1:
-            return "every step"
-        return f"every {_ordinal(rule.skip_range)} step in ({rule.low:g}, {rule.high:g})"
+            return "computed every step"
+        return f"computed every {_ordinal(rule.skip_range)} step in ({rule.low:g}, {rule.high:g})"
     after: dict[int, list[str]] = {}
     for timestep, count in rule.skip_counts:
         after.setdefault(count, []).append(f"{timestep:g}")
-    return "; ".join(
-        f"{count} step{'' if count == 1 else 's'} after {', '.join(listed)}" for count, listed in after.items()
-    )
+    said = (f"{count} step{'' if count == 1 else 's'} after {', '.join(listed)}" for count, listed in after.items())
+    return f"reused {'; '.join(said)}"
 
 
 def _ordinal(number: int) -> str:

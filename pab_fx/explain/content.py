@@ -81,7 +81,7 @@ def region_table(report: Report) -> Table:
         Column("FLOPs", "share of a step's floating-point operations that the row is spared"),
         Column("time", "share of a step's time that the row is spared"),
         Column("cache", "what the row's caches hold when kept, in one cache context"),
-        Column("computed", "within the timesteps in brackets; elsewhere in every step", is_number=False),
+        Column("rule", "when it is computed; outside of the timesteps in brackets in every step", is_number=False),
         Column("why", "why it has that role", is_number=False),
     )
     return Table(columns, rows).without_empty_columns()

@@ -109,18 +109,18 @@ def _draw_plain(to: Element, box: Box, place: Place) -> None:
 def _draw_region(to: Element, box: Box, region: RegionReport, place: Place) -> None:
     _add(to, "rect", **_rect(place, 6), fill=PLAIN_COLOUR if region.left_alone else ROLE_COLOURS[region.role])
     second = "computed in every step" if region.left_alone else counted(box.operations, "operation")
-    _lines(to, place, [f"{_short(box.label, 24)}: {region.role}", second], "light")
+    _lines(to, place, [f"{_end(box.label, 24)}: {region.role}", second], "light")
 
 
 def _draw_condition(to: Element, box: Box, region: RegionReport, place: Place) -> None:
     """A condition: what computes on the left, the cache that keeps it on the right."""
     colour = ROLE_COLOURS[region.role]
     _add(to, "rect", **_rect(place, 10), fill="#ffffff", stroke=colour, stroke_width="1.5", stroke_dasharray="5 4")
-    _text(to, place.middle[0], place.y + 17, f"computed {region.rule}", "small", "middle")
+    _text(to, place.middle[0], place.y + 17, _short(region.rule, 40), "small", "middle")
     computes = Place(place.x + 10, place.y + 26, 136.0, place.height - 36)
     cache = Place(place.right - 88, computes.y, 78.0, computes.height)
     _add(to, "rect", **_rect(computes, 6), fill=colour)
-    _lines(to, computes, [_short(box.label, 18), counted(box.operations, "operation")], "light")
+    _lines(to, computes, [_end(box.label, 18), counted(box.operations, "operation")], "light")
     _arrow(to, f"M {computes.right:g} {computes.middle[1]:g} H {cache.x - 1:g}")
     _cylinder(to, cache, colour)
     _lines(to, Place(cache.x, cache.y + 8, cache.width, cache.height - 8), ["cache", in_bytes(region.cache_bytes)])
@@ -136,7 +136,7 @@ def _told(box: Box) -> str:
         region.name if box.copies == 1 else f"{region.name}, and {box.copies - 1} like it",
         f"{region.role}: {region.why}",
         f"{counted(box.operations, 'operation')}, {in_flops(region.flops)} floating-point operations",
-        region.left_alone or f"computed {region.rule}; cache: {in_bytes(region.cache_bytes)}",
+        region.left_alone or f"{region.rule}; cache: {in_bytes(region.cache_bytes)}",
     ]
     return "\n".join(lines)
 
@@ -200,3 +200,8 @@ def _arrow_head(to: Element) -> None:
 
 def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3].rstrip(', ')}..."
+
+
+def _end(name: str, length: int) -> str:
+    """A qualified name, of a long one the end."""
+    return name if len(name) <= length else f"...{name[3 - length :].lstrip('.')}"

@@ -11,7 +11,6 @@ the same                  of blocks.1 ...
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -191,12 +190,16 @@ def _without_numbers(text: str) -> str:
 def _folded(pieces: Sequence[_Piece]) -> tuple[list[int], dict[int, list[str]]]:
     """For each piece the first that is like it, and for each of those the blocks that they stand for.
 
-    Blocks are alike if their pieces are, and what lies between two blocks if these are.
+    Blocks with attentions are alike if their pieces are; others if what is around them is alike, too. Of what lies
+    between two blocks, only these are looked at.
     """
     stretches = list(_stretches(pieces))
     kinds = [(_without_numbers(pieces[each[0]].block), *(pieces[i].kind() for i in each)) for each in stretches]
     around = list(zip([None, *kinds], [*kinds[1:], None], strict=False))
-    kinds = [kind if kind[0] else around[i] for i, kind in enumerate(kinds)]
+    kinds = [
+        kind if any(pieces[i].region for i in each) else (kind if kind[0] else None, near)
+        for kind, each, near in zip(kinds, stretches, around, strict=True)
+    ]
     first: dict[object, list[int]] = {}
     first_of: list[int] = []
     copies: dict[int, list[str]] = {}
@@ -239,11 +242,10 @@ def _edges(graph: fx.Graph, owner: Mapping[fx.Node, int], boxes: Sequence[Box]) 
 
 
 def _inputs(graph: fx.Graph) -> list[str]:
-    """The model's arguments that a graph reads, by their names."""
+    """The arguments that a graph reads, by their names; those without a name, and parts of tuples, are left out."""
     names = [
         re.sub(r"^l_(kwargs_|args_)?|_+$", "", str(node.target).lower())
         for node in graph.find_nodes(op="placeholder")
         if node.users and not is_state(node) and is_tensor(node)
     ]
-    counts = Counter(re.sub(r"_\d+$", "", name) for name in names)
-    return list(counts)
+    return [name for name in dict.fromkeys(re.sub(r"_\d+$", "", name) for name in names) if not name.isdigit()]

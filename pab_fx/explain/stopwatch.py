@@ -35,8 +35,7 @@ class Stopwatch:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The graph as it is, timed."""
-        timed = _Timed(gm, self._marks)
-        return timed.run
+        return _Timed(gm, self._marks, _runs_on_accelerator(example_inputs)).run
 
     def lap(self) -> Round:
         """Where the time went since the last lap."""
@@ -52,17 +51,17 @@ class Stopwatch:
 class _Timed(fx.Interpreter):
     """Runs one graph, and marks when each node began and ended."""
 
-    def __init__(self, gm: fx.GraphModule, marks: list[tuple[int | None, Any, Any]]) -> None:
+    def __init__(self, gm: fx.GraphModule, marks: list[tuple[int | None, Any, Any]], on_accelerator: bool) -> None:
         super().__init__(gm)
-        self._marks = marks
+        self._marks, self._now = marks, _event if on_accelerator else time.perf_counter
         self._numbers = {node: _number(gm, node) for node in gm.graph.nodes}
 
     def run_node(self, n: fx.Node) -> Any:
         if not n.op.startswith("call"):
             return super().run_node(n)
-        begin = _now()
+        begin = self._now()
         result = super().run_node(n)
-        self._marks.append((self._numbers[n], begin, _now()))
+        self._marks.append((self._numbers[n], begin, self._now()))
         return result
 
 
@@ -74,10 +73,14 @@ def _number(gm: fx.GraphModule, node: fx.Node) -> int | None:
     return next((inside.meta[NUMBER] for inside in reversed(branch.graph.nodes) if NUMBER in inside.meta), None)
 
 
-def _now() -> Any:
-    """This moment: seconds, or an event in the stream of the accelerator."""
-    if not torch.accelerator.is_available():
-        return time.perf_counter()
+def _runs_on_accelerator(inputs: Sequence[Any]) -> bool:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kinds = {each.device.type for each in inputs if isinstance(each, torch.Tensor)}
+    return accelerator is not None and accelerator.type in kinds
+
+
+def _event() -> torch.Event:
+    """This moment in the stream of the accelerator."""
     event = torch.Event(device=torch.accelerator.current_accelerator(), enable_timing=True)
     event.record()
     return event
