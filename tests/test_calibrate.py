@@ -40,6 +40,8 @@ from pab_fx.calibrate.settings import (
 from pab_fx.calibrate.sketch import Sketcher
 from pab_fx.calibrate.trials import Trials
 from pab_fx.cli import app
+from pab_fx.config import PRESETS
+from pab_fx.demo import CAPTIONS, load_pipeline
 from pab_fx.schedule import reused_calls
 from pab_fx.tag import rule_of
 
@@ -471,6 +473,52 @@ def test_the_proposal_keeps_the_budget_and_reuses_on_prompts_that_were_not_seen(
     assert found.measured_speedup is not None
 
 
+def means(
+    model: Any, generate: Any, call: dict[str, Any], config: PABConfig, prompts: Sequence[str]
+) -> tuple[float, float]:
+    """PSNR and relative L2 of samples from other seeds than a calibration's, means."""
+    with Trials(model, generate, call, PABConfig(), "eager") as trials:
+        (batch,) = batches_of(prompts, 5000, len(prompts))
+        differences = [
+            Difference.between(a, b)
+            for a, b in zip(trials.run(config, batch)[0], trials.run(None, batch)[0], strict=True)
+        ]
+    return float(np.mean([each.psnr() for each in differences])), float(np.mean([e.relative_l2 for e in differences]))
+
+
+def assert_better(found: Calibration, preset: PABConfig, model: Any, generate: Any, call: Any, prompts: Any) -> None:
+    """The proposal is as near to the samples without PAB as the preset, by both measures, and faster."""
+    (compared,) = found.compared
+    assert found.proposal.speedup > compared.speedup > 1
+    torch.compiler.reset()
+    psnr, relative_l2 = means(model, generate, call, preset, prompts)
+    own_psnr, own_relative_l2 = means(model, generate, call, found.config, prompts)
+    assert psnr <= own_psnr < 100
+    assert 0 < own_relative_l2 <= relative_l2
+
+
+def test_the_proposal_beats_a_setting_on_prompts_that_calibration_did_not_see(loop: Loop, tmp_path: Path) -> None:
+    setting = PABConfig(spatial_attention_block_skip_range=4, spatial_attention_timestep_skip_range=(100, 960))
+    given_: Any = {"generate": loop, "folder": tmp_path, "segments": 3, "tries": 6, "rounds": 0}
+    found = pab_fx.calibrate(loop.model, PROMPTS, setting, compare={"setting": setting}, **given_)
+    assert_better(found, setting, loop.model, loop, {}, [letter * 9 for letter in "abcdefgh"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_proposal_beats_every_preset_on_captions_that_calibration_did_not_see(name: str, tmp_path: Path) -> None:
+    """As examples/prove_calibration.py, in fewer steps and on fewer captions."""
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 20}
+    pipe.scheduler.set_timesteps(20)
+    preset = at_own_timesteps(PABConfig.preset(name), [float(t) for t in pipe.scheduler.timesteps])
+    captions = [str(CAPTIONS[i]) for i in np.random.default_rng(0).permutation(len(CAPTIONS))]
+    given_: Any = {"call": call, "folder": tmp_path, "batch": 8, "rounds": 0}
+    found = pab_fx.calibrate(pipe, captions[:8], preset, compare={name: preset}, **given_)
+    assert_better(found, preset, pipe, None, call, captions[8:24])
+
+
 def test_the_model_is_left_as_it_was(loop: Loop, found: Calibration) -> None:
     assert loop.model._compiled_call_impl is None
     pab_fx.enable(loop.model, inner="eager").disable()
@@ -568,7 +616,10 @@ def test_a_pipeline_with_two_branches_of_guidance_is_calibrated(tmp_path: Path) 
         ({"segments": 0}, "segments must be an integer of at least 1"),
         ({"tries": True}, "tries must be an integer"),
         ({"ranges": [1, 2]}, "ranges must be"),
-        ({"margin": -1}, "margin must be a number"),
+        ({"margin": -1}, "margin must be a number of at least 0"),
+        ({"peak": 0}, "peak must be a number above 0"),
+        ({"config": {"layers": None}}, "config must be a PABConfig"),
+        ({"compare": {"mine": "latte"}}, r"compare\['mine'\] must be a PABConfig"),
         ({"budget": "quick"}, "budget='quick' is none"),
         ({"inner": "inductr"}, "not a registered Dynamo backend"),
     ],

@@ -8,8 +8,9 @@
     verify.py        the fastest of them that really keeps the budget
     run.py           all of it in order
 
-Beside them: `trials.py` runs one captured model under any setting, `samples.py` generates and compares, `budget.py` is
-what is to be kept, `sketch.py` makes large tensors small, `files.py` remembers what is finished, `plots.py` draws.
+Beside them: `given.py` checks what it is given, `trials.py` runs one captured model under any setting, `samples.py`
+generates and compares, `budget.py` is what is to be kept, `sketch.py` makes large tensors small, `files.py` remembers
+what is finished, `result.py` is what comes out, `plots.py` draws.
 """
 
 from .budget import Budget

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
-from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..config import ATTENTION_ROLES, PRESETS, PABConfig
-from ..enable import denoisers
+from ..config import PRESETS, PABConfig
 from .budget import MOST_PSNR, Budget
 from .files import Folder
+from .given import check_amounts, check_configs, check_counts, check_model, check_ranges, identity
 from .laboratory import Laboratory
 from .plots import check_plots, save_plots
 from .prediction import CostModel, ErrorModel, scales
 from .result import Calibration, Predicted
-from .samples import Batch, Generate, batches_of
+from .samples import Generate, batches_of
 from .search import front
 from .settings import Setting, at_own_timesteps, groups_of, options_of, segments_of
 from .trials import Trials
@@ -99,18 +95,19 @@ def calibrate(
         >>> pab = pab_fx.enable(pipe, PABConfig.load("calibration/config.json"))  # doctest: +SKIP
     """
     limit = budget if isinstance(budget, PABConfig) else Budget.of(budget)
-    _check_model(model, prompts, generate, batch)
-    _check_counts(1, batch=batch, segments=segments, layer_groups=layer_groups, tries=tries)
-    _check_counts(0, rounds=rounds)
-    _check_amounts(peak=peak, margin=margin)
-    _check_ranges(ranges)
+    base = PABConfig() if config is None else config
+    others = {name: PABConfig.preset(name) for name in PRESETS} if compare is None else compare
+    check_model(model, prompts, generate, batch)
+    check_counts(1, batch=batch, segments=segments, layer_groups=layer_groups, tries=tries)
+    check_counts(0, rounds=rounds)
+    check_amounts(peak, margin)
+    check_ranges(ranges)
+    check_configs(config=base, **{f"compare[{name!r}]": each for name, each in others.items()})
     check_plots()
-    base, batches = config or PABConfig(), batches_of(prompts, seed, batch)
-    if compare is None:
-        compare = {name: PABConfig.preset(name) for name in PRESETS}
-    not_yet_captured = Trials(model, generate, call or {}, base, inner)
-    home = Folder(folder, _identity(model, generate, call or {}, batches, base, inner))
-    with not_yet_captured as trials, _progress(console) as progress:
+    batches = batches_of(prompts, seed, batch)
+    to_enter = Trials(model, generate, call or {}, base, inner)
+    home = Folder(folder, identity(model, generate, call or {}, batches, base, inner))
+    with to_enter as trials, _progress(console) as progress:
         laboratory = Laboratory(home, trials, batches, progress)
         changes = laboratory.changes()
         groups = groups_of(changes, layer_groups)
@@ -119,11 +116,10 @@ def calibrate(
         if isinstance(limit, PABConfig):
             limit = Budget.like(laboratory.differences(at_own_timesteps(limit, timesteps), "the budget"), peak)
         judge = Judge(laboratory, limit, peak, margin, costs, changes)
-        others = {name: at_own_timesteps(each, timesteps) for name, each in compare.items()}
-        compared = tuple(judge.outcome(name, each) for name, each in others.items())
+        compared = tuple(judge.outcome(name, at_own_timesteps(each, timesteps)) for name, each in others.items())
         settings = _front(errors, costs, ranges)
         tried = judge.search(settings, errors, base, tries)
-        proposal = max((each for each in tried if each.room >= 0), key=lambda each: each.speedup)
+        proposal = judge.best((*tried, *compared))
         measured = laboratory.measured_speedup(proposal.config, rounds)
     found = Calibration(
         config=proposal.config,
@@ -165,70 +161,6 @@ def _predicted(setting: Setting, errors: ErrorModel, costs: CostModel, peak: flo
         float(np.mean([min(each.psnr(peak), MOST_PSNR) for each in differences])),
         float(np.mean([each.relative_l2 for each in differences])),
     )
-
-
-# ------------------------------------------------------------------------------------------ what is given
-
-
-def _check_model(model: Any, prompts: Any, generate: Any, batch: int) -> None:
-    """Refuse what cannot be generated with."""
-    denoisers(model)
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-        raise ValueError(f"prompts must be a list of prompts, one at least, got {prompts!r}.")
-    if generate is None and not isinstance(model, DiffusionPipeline):
-        raise ValueError(
-            f"{type(model).__name__} is no pipeline: pass generate=, a function (model, prompt, seed) that returns a "
-            "sample."
-        )
-    if generate is not None and not callable(generate):
-        raise ValueError(f"generate must be a function (model, prompt, seed), got {generate!r}.")
-    if generate is not None and batch != 1:
-        raise ValueError(f"batch={batch} is for pipelines: generate is called with one prompt at a time.")
-
-
-def _check_counts(least: int, **counts: Any) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-
-
-def _check_amounts(**amounts: Any) -> None:
-    for name, value in amounts.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
-
-
-def _check_ranges(ranges: Any) -> None:
-    is_list = isinstance(ranges, Sequence) and not isinstance(ranges, str) and ranges
-    if not is_list or any(isinstance(n, bool) or not isinstance(n, Integral) or int(n) < 2 for n in ranges):
-        raise ValueError(f"ranges must be skip ranges, integers of at least 2, got {ranges!r}.")
-
-
-def _identity(
-    model: Any, generate: Any, call: Mapping[str, Any], batches: Sequence[Batch], base: PABConfig, inner: Any
-) -> dict[str, Any]:
-    """What results depend on: a folder is for one of these."""
-    return {
-        "model": type(model).__name__,
-        "weights": _fingerprint(model),
-        "prompts": [prompt for batch in batches for prompt in batch.prompts],
-        "seeds": [seed for batch in batches for seed in batch.seeds],
-        "batch": len(batches[0].prompts),
-        "call": {name: repr(value) for name, value in sorted(call.items())},
-        "generate": None if generate is None else getattr(generate, "__qualname__", type(generate).__name__),
-        "identifiers": {role: list(base.identifiers(role)) for role in ATTENTION_ROLES},
-        "inner": inner if isinstance(inner, str) else getattr(inner, "__qualname__", type(inner).__name__),
-    }
-
-
-def _fingerprint(model: Any) -> str:
-    """Tells models apart by their parameters: names, shapes, and some values of each."""
-    digest = hashlib.sha256()
-    for denoiser in denoisers(model):
-        for name, parameter in denoiser.named_parameters():
-            some = parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)]
-            digest.update(f"{name} {tuple(parameter.shape)} {float(some.double().sum()):.9g}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _progress(console: Console | None) -> Progress:

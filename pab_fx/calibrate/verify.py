@@ -53,11 +53,7 @@ class Judge:
     def search(
         self, settings: Sequence[Setting], errors: ErrorModel, base: PABConfig, tries: int
     ) -> tuple[Outcome, ...]:
-        """Generate with settings of the front, at most so many, until the fastest one that keeps the budget is known.
-
-        Raises:
-            RuntimeError: if none of them keeps it.
-        """
+        """Generate with settings of the front, at most so many, until the fastest that keeps the budget is known."""
         predicted = [self._budget.room(errors.differences(each), self._peak, self._margin) for each in settings]
         tried: dict[int, Outcome] = {}
         for number in range(1, tries + 1):
@@ -65,18 +61,23 @@ class Judge:
             if i is None:
                 break
             tried[i] = self.outcome(f"try {number}", config_of(errors.groups, settings[i], base))
-        if all(outcome.room < 0 for outcome in tried.values()):
-            nearest = max(tried.values(), key=lambda outcome: outcome.room, default=None)
-            told = (
-                ""
-                if nearest is None
-                else (
-                    f" the most careful of {len(tried)} has {nearest.psnr(self._peak):.2f} dB and a relative L2 of "
-                    f"{nearest.relative_l2:.3g};"
-                )
-            )
-            raise RuntimeError(
-                f"no setting keeps the budget, {self._budget}, with {self._margin:g} standard errors in reserve:{told} "
-                "allow more, give more prompts (their mean is then better known), or more tries."
-            )
         return tuple(tried.values())
+
+    def best(self, outcomes: Sequence[Outcome]) -> Outcome:
+        """The fastest that keeps the budget.
+
+        Raises:
+            RuntimeError: if none does, saying how near the most careful one was.
+        """
+        keeping = [outcome for outcome in outcomes if outcome.room >= 0]
+        if keeping:
+            return max(keeping, key=lambda outcome: outcome.speedup)
+        nearest = max(outcomes, key=lambda outcome: outcome.room, default=None)
+        told = ""
+        if nearest is not None:
+            psnr, relative_l2 = nearest.psnr(self._peak), nearest.relative_l2
+            told = f" the nearest of {len(outcomes)} has {psnr:.2f} dB and a relative L2 of {relative_l2:.3g};"
+        raise RuntimeError(
+            f"no setting keeps the budget, {self._budget}, with {self._margin:g} standard errors in reserve:{told} "
+            "allow more, give more prompts (their mean is then better known), or more tries."
+        )

@@ -1,0 +1,87 @@
+"""What a calibration is given: refused before anything runs, and remembered, since a folder is for one of these."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from ..config import ATTENTION_ROLES, PABConfig
+from ..enable import denoisers
+from .samples import Batch
+
+
+def check_model(model: Any, prompts: Any, generate: Any, batch: int) -> None:
+    """Refuse what cannot be generated with."""
+    denoisers(model)
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise ValueError(f"prompts must be a list of prompts, one at least, got {prompts!r}.")
+    if generate is None and not isinstance(model, DiffusionPipeline):
+        raise ValueError(
+            f"{type(model).__name__} is no pipeline: pass generate=, a function (model, prompt, seed) that returns a "
+            "sample."
+        )
+    if generate is not None and not callable(generate):
+        raise ValueError(f"generate must be a function (model, prompt, seed), got {generate!r}.")
+    if generate is not None and batch != 1:
+        raise ValueError(f"batch={batch} is for pipelines: generate is called with one prompt at a time.")
+
+
+def check_counts(least: int, **counts: Any) -> None:
+    """Refuse numbers of something that are none."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def check_amounts(peak: Any, margin: Any) -> None:
+    """Refuse a peak or margin that is no number, or too small."""
+    for name, value, least in (("peak", peak, "above 0"), ("margin", margin, "of at least 0")):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        if not is_number or (name == "peak" and not value):
+            raise ValueError(f"{name} must be a number {least}, got {value!r}.")
+
+
+def check_ranges(ranges: Any) -> None:
+    """Refuse skip ranges by which nothing is reused."""
+    is_list = isinstance(ranges, Sequence) and not isinstance(ranges, str) and ranges
+    if not is_list or any(isinstance(n, bool) or not isinstance(n, Integral) or int(n) < 2 for n in ranges):
+        raise ValueError(f"ranges must be skip ranges, integers of at least 2, got {ranges!r}.")
+
+
+def identity(
+    model: Any, generate: Any, call: Mapping[str, Any], batches: Sequence[Batch], base: PABConfig, inner: Any
+) -> dict[str, Any]:
+    """What results depend on: a folder is for one of these."""
+    return {
+        "model": type(model).__name__,
+        "weights": _fingerprint(model),
+        "prompts": [prompt for batch in batches for prompt in batch.prompts],
+        "seeds": [seed for batch in batches for seed in batch.seeds],
+        "batch": len(batches[0].prompts),
+        "call": {name: repr(value) for name, value in sorted(call.items())},
+        "generate": None if generate is None else getattr(generate, "__qualname__", type(generate).__name__),
+        "identifiers": {role: list(base.identifiers(role)) for role in ATTENTION_ROLES},
+        "inner": inner if isinstance(inner, str) else getattr(inner, "__qualname__", type(inner).__name__),
+    }
+
+
+def _fingerprint(model: Any) -> str:
+    """Tells models apart by their parameters: names, shapes, and some values of each."""
+    digest = hashlib.sha256()
+    for denoiser in denoisers(model):
+        for name, parameter in denoiser.named_parameters():
+            some = parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)]
+            digest.update(f"{name} {tuple(parameter.shape)} {float(some.double().sum()):.9g}".encode())
+    return digest.hexdigest()[:16]
+
+
+def check_configs(**configs: Any) -> None:
+    """Refuse what stands for a config elsewhere."""
+    for name, value in configs.items():
+        if not isinstance(value, PABConfig):
+            raise ValueError(f"{name} must be a PABConfig, got {value!r}.")
