@@ -11,12 +11,18 @@ A comment above a block says what is particular about it:
     <!-- code: NAME -->              tests of its own run it, on top of what is here
     <!-- graph: NAME -->             is printed by examples/print_graphs.py, and not run
     <!-- not run: WHY -->
+
+`python tests/pages.py docs/start.md` writes what that page's blocks print now into it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +95,22 @@ def run(block: Block, names: dict[str, Any]) -> None:
     exec(compile("\n" * (block.line - 1) + block.code, str(PAGES[block.page]), "exec"), names)
 
 
+def update(page: str) -> None:
+    """Run a page, and write what its blocks print now in place of what it shows."""
+    text, names = PAGES[page].read_text(), dict[str, Any]()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, Path(folder))
+        for block in blocks(page):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                run(block, names)
+            if block.shown is not None:
+                old = f"{block.code}```\n\n<!-- output -->\n```\n{block.shown}```"
+                new = f"{block.code}```\n\n<!-- output -->\n```\n{printed.getvalue().rstrip()}\n```"
+                assert text.count(old) == 1, block
+                text = text.replace(old, new)
+    PAGES[page].write_text(text)
+
+
 # ------------------------------------------------------------------------------------------ what stands in for what
 
 
@@ -140,6 +162,7 @@ def stand_in(patch: pytest.MonkeyPatch, folder: Path, packages: bool = False) ->
     register_by_name(patch)
     init: Any = pab_fx.PABBackend.__init__
     patch.setattr(init, "__defaults__", tuple("eager" if each == "inductor" else each for each in init.__defaults__))
+    patch.setattr(pab_fx, "calibrate", functools.partial(calibrate_shortly, pab_fx.calibrate))
     patch.setattr(torch.distributed, "init_process_group", lambda backend: join_ranks_that_are_not_there())
     patch.setattr(torch.accelerator, "device_count", lambda: 2)
     if not packages:
@@ -148,6 +171,12 @@ def stand_in(patch: pytest.MonkeyPatch, folder: Path, packages: bool = False) ->
         patch.setattr(torch._inductor, "aoti_compile_and_package", compile_package)
         patch.setattr(torch._inductor, "aoti_load_package", lambda path: Package(made[path]))
     patch.chdir(folder)
+
+
+def calibrate_shortly(calibrate: Callable[..., Any], *args: Any, **given: Any) -> Any:
+    """`calibrate` in a few generations of a few steps."""
+    few = {"call": {"num_inference_steps": 8}, "batch": 4, "segments": 1, "tries": 2, "rounds": 1, "compare": {}}
+    return calibrate(*args, **{**given, **few})
 
 
 def register_by_name(patch: pytest.MonkeyPatch) -> None:
@@ -194,3 +223,7 @@ GIVEN: dict[str, dict[str, Callable[[], Any]]] = {
     },
 }
 """What a page leaves to its reader, by name."""
+
+
+if __name__ == "__main__":
+    update(sys.argv[1])

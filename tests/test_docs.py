@@ -82,6 +82,7 @@ def runs_here(block: Block) -> bool:
 def test_the_code_of_a_page_runs_and_prints_what_is_shown(
     page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """`python tests/pages.py PAGE` writes what is printed now into a page."""
     pages.stand_in(monkeypatch, tmp_path)
     names: dict[str, Any] = {"__name__": "page"}
     try:
@@ -181,6 +182,16 @@ def test_the_readme_has_the_command_that_ci_runs(mark: str, command: str) -> Non
 def test_relative_links_point_to_something(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)", PAGES[page].read_text())
     assert not [link for link in links if "://" not in link and not (PAGES[page].parent / link).exists()]
+
+
+@every_page
+def test_pictures_are_there_and_a_command_on_a_page_makes_each(page: str) -> None:
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", PAGES[page].read_text()):
+        path = (PAGES[page].parent / picture).resolve()
+        model = re.fullmatch(r"bench-(\w+)\.png", path.name)
+        said = f"bench --model {model[1]}" if model else f" docs/{path.relative_to(ROOT / 'docs')}"
+        assert path.is_file()
+        assert any(f"{said} " in f"{command} " for command in COMMANDS), picture
 
 
 def test_files_named_in_documents_exist() -> None:

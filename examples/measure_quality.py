@@ -1,0 +1,301 @@
+"""Quality as numbers: what each preset changes in the clips of the demo's model, and what they still show.
+
+    python examples/measure_quality.py --json quality.json --picture docs/quality.png --update docs/quality.md
+
+Each caption is sampled once without PAB and once with each config, from the same noise, with inner="eager". Two runs
+with fewer steps and no PAB are yardsticks. The metrics are scikit-image's; none has learned weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import track
+from skimage.color import deltaE_ciede2000, rgb2lab
+from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
+
+import pab_fx
+from pab_fx import PABConfig
+from pab_fx.demo import CAPTIONS, Caption, ClipPipeline, load_pipeline, recognise
+from pab_fx.demo.run import demo_config
+
+PARTS = ("colour", "direction", "shape")
+console = Console(stderr=True)
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+
+def ssim(reference: np.ndarray, clip: np.ndarray) -> float:
+    """Mean over frames."""
+    pairs = zip(reference, clip, strict=True)
+    return float(np.mean([structural_similarity(a, b, data_range=1.0, channel_axis=-1) for a, b in pairs]))
+
+
+def colour_difference(reference: np.ndarray, clip: np.ndarray) -> float:
+    """CIEDE2000, mean over pixels: about 1 is what an eye just sees."""
+    return float(deltaE_ciede2000(rgb2lab(reference), rgb2lab(clip)).mean())
+
+
+def motion_nrmse(reference: np.ndarray, clip: np.ndarray) -> float:
+    """NRMSE of what changes from frame to frame."""
+    return float(normalized_root_mse(np.diff(reference, axis=0), np.diff(clip, axis=0)))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a clip, [F, H, W, 3] in 0 to 1, against the same clip without PAB.
+
+    Args:
+        name: as a table heads it.
+        measure: takes the reference and the clip.
+        digits: behind the point.
+        more_is_nearer: whether a higher number is a nearer clip.
+    """
+
+    name: str
+    measure: Callable[[np.ndarray, np.ndarray], float]
+    digits: int
+    more_is_nearer: bool = False
+
+    def worst(self, values: Sequence[float], share: float) -> float:
+        """The number that `share` of the clips do not reach: a percentile from the bad end, 0 for the worst."""
+        return float(np.percentile(values, 100 * (share if self.more_is_nearer else 1 - share)))
+
+
+METRICS = (
+    Metric("PSNR, dB", lambda a, b: float(peak_signal_noise_ratio(a, b, data_range=1.0)), 1, more_is_nearer=True),
+    Metric("SSIM", ssim, 4, more_is_nearer=True),
+    Metric("NRMSE", lambda a, b: float(normalized_root_mse(a, b)), 4),
+    Metric("CIEDE2000", colour_difference, 2),
+    Metric("motion NRMSE", motion_nrmse, 4),
+)
+
+
+# --------------------------------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to make the clips: with a config, or without PAB; in all steps, or in fewer."""
+
+    name: str
+    config: PABConfig | None
+    steps: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a way gave.
+
+    Args:
+        way: it.
+        clips: [N, F, H, W, 3] in 0 to 1.
+        reused: the share of all calls of attentions, and of feed-forwards, that reused.
+        right: how many clips have the caption's colour, direction, shape, and all three.
+        metrics: of each clip against the reference, by name; empty for the reference.
+    """
+
+    way: Way
+    clips: np.ndarray
+    reused: dict[str, float]
+    right: dict[str, int]
+    metrics: dict[str, list[float]]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it but the clips."""
+        spread = {
+            metric.name: {
+                "mean": float(np.mean(values)),
+                "worst twentieth": metric.worst(values, 0.05),
+                "worst": metric.worst(values, 0.0),
+            }
+            for metric in METRICS
+            if (values := self.metrics.get(metric.name))
+        }
+        name = {"config": self.way.name, "steps": self.way.steps, "clips": len(self.clips)}
+        return {**name, "reused": self.reused, "right": self.right, "metrics": spread}
+
+
+def ways(pipe: ClipPipeline, steps: int) -> list[Way]:
+    """Without PAB, every config, and without PAB in fewer steps."""
+    pipe.scheduler.set_timesteps(steps)
+    latte = demo_config([float(t) for t in pipe.scheduler.timesteps])
+    fewer = [max(1, round(steps * share)) for share in (0.8, 0.5)]
+    return [
+        Way("without PAB", None, steps),
+        Way("default", PABConfig(), steps),
+        Way("cogvideox", PABConfig.preset("cogvideox"), steps),
+        Way("latte", latte, steps),
+        Way("open-sora", PABConfig.preset("open-sora"), steps),
+        *(Way(f"without PAB, {count} steps", None, count) for count in fewer),
+    ]
+
+
+def sample(pipe: ClipPipeline, captions: Sequence[Caption], steps: int, batch: int, seed: int, what: str) -> np.ndarray:
+    """One clip for each caption, [N, F, H, W, 3] in 0 to 1; each has a seed of its own."""
+    clips: list[Any] = []
+    for start in track(range(0, len(captions), batch), description=f"{what:<24}", console=console):
+        some = captions[start : start + batch]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(some))]
+        clips.append(pipe([str(caption) for caption in some], num_inference_steps=steps, generator=generators).frames)
+    return np.concatenate(clips)
+
+
+def run(way: Way, pipe: ClipPipeline, captions: Sequence[Caption], batch: int, seed: int) -> tuple[np.ndarray, dict]:
+    """The clips of a way, and the shares of calls that reused."""
+    if way.config is None:
+        return sample(pipe, captions, way.steps, batch, seed, way.name), {"attentions": 0.0, "feed-forwards": 0.0}
+    with pab_fx.enable(pipe, way.config, inner="eager") as pab:
+        clips = sample(pipe, captions, way.steps, batch, seed, way.name)
+        return clips, shares(pab.report(), way.steps * -(-len(captions) // batch), pipe)
+
+
+def shares(report: pab_fx.report.Report, calls: int, pipe: ClipPipeline) -> dict[str, float]:
+    """Of all calls of attentions and of feed-forwards, the share that reused; each module is called `calls` times."""
+    attentions = {region.name for region in report.regions if region.role != "mlp"}
+    feed_forwards = [name for name, _ in pipe.transformer.named_modules() if name.endswith(".ff")]
+    found = {role.role: role.reused / (calls * len(attentions)) for role in report.roles if role.role != "mlp"}
+    mlp = sum(role.reused for role in report.roles if role.role == "mlp") / (calls * len(feed_forwards))
+    return {"attentions": sum(found.values()), "feed-forwards": mlp, **found}
+
+
+def right(clips: np.ndarray, captions: Sequence[Caption]) -> dict[str, int]:
+    """How many clips show what their caption says, by the demo's judge: it measures pixels and knows no model."""
+    seen = [recognise(2 * clip - 1) for clip in clips]
+    pairs = list(zip(seen, captions, strict=True))
+    found = {part: sum(s is not None and getattr(s, part) == getattr(c, part) for s, c in pairs) for part in PARTS}
+    return {**found, "all three": sum(s == c for s, c in pairs)}
+
+
+def measure(captions: Sequence[Caption], steps: int, batch: int, seed: int) -> list[Found]:
+    """Sample in every way, and compare with the first one."""
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    found: list[Found] = []
+    for way in ways(pipe, steps):
+        clips, reused = run(way, pipe, captions, batch, seed)
+        metrics = {
+            metric.name: [metric.measure(a, b) for a, b in zip(found[0].clips, clips, strict=True)]
+            for metric in METRICS
+            if found
+        }
+        found.append(Found(way, clips, reused, right(clips, captions), metrics))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- showing
+
+
+def tables(found: Sequence[Found]) -> str:
+    """What is reused and recognised, and how far the clips are from those without PAB, in Markdown."""
+    number = len(found[0].clips)
+    kept = _table(
+        ("", "attention calls reused", "feed-forward calls reused", *PARTS, "all three"),
+        [
+            (
+                each.way.name,
+                *(f"{each.reused[kind]:.1%}" for kind in ("attentions", "feed-forwards")),
+                *(f"{each.right[part]} of {number}" for part in (*PARTS, "all three")),
+            )
+            for each in found
+        ],
+    )
+    distances = _table(
+        ("", *(metric.name for metric in METRICS)),
+        [(each.way.name, *(_cell(metric, each.metrics[metric.name]) for metric in METRICS)) for each in found[1:]],
+    )
+    return f"{kept}\n\n{distances}"
+
+
+def _cell(metric: Metric, values: Sequence[float]) -> str:
+    """Mean, and in brackets the worst twentieth and the worst."""
+    numbers = (np.mean(values), metric.worst(values, 0.05), metric.worst(values, 0.0))
+    mean, twentieth, worst = (f"{number:.{metric.digits}f}" for number in numbers)
+    return f"{mean} ({twentieth}, {worst})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+SCALE, GAP, LINE, LABEL = 4, 6, 16, 130  # screen pixels for one of a clip; between tiles; of a line of text; of a row's
+GAIN = 4
+
+
+def picture(found: Sequence[Found], captions: Sequence[Caption]) -> np.ndarray:
+    """The middle frame in each way, and below it what differs, `GAIN` times: of the worst, the median, the best clip.
+
+    Clips are ordered by their PSNR under the config that changes most.
+    """
+    psnr = [each.metrics[METRICS[0].name] for each in found if each.metrics and each.way.config is not None]
+    order = np.argsort(min(psnr, key=np.mean))
+    chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
+    size = found[0].clips.shape[2] * SCALE
+    width, height = size + GAP, 2 * size + LINE + 3 * GAP
+    sheet = Image.new("RGB", (LABEL + len(found) * width, 2 * LINE + len(chosen) * height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for column, each in enumerate(found):
+        pen.text((LABEL + column * width, 0), each.way.name.replace(", ", ",\n"), "black", font)
+    for row, (which, i) in enumerate(chosen.items()):
+        top, middle = 2 * LINE + row * height, found[0].clips.shape[1] // 2
+        said = str(captions[i]).removeprefix("a ").replace(" moving", "\nmoving")
+        pen.text((GAP, top), f"{which}:\n{said}", "black", font)
+        pen.text((GAP, top + width), f"difference,\n{GAIN} times", "black", font)
+        for column, each in enumerate(found):
+            left, difference = LABEL + column * width, each.clips[i][middle] - found[0].clips[i][middle]
+            sheet.paste(_tile(each.clips[i][middle], size), (left, top))
+            if each.metrics:
+                sheet.paste(_tile(GAIN * np.abs(difference), size), (left, top + width))
+                pen.text((left, top + 2 * width), f"{each.metrics[METRICS[0].name][i]:.1f} dB", "black", font)
+    return np.asarray(sheet)
+
+
+def _tile(frame: np.ndarray, size: int) -> Image.Image:
+    pixels = (np.clip(frame, 0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+
+
+def update(path: Path, written: str) -> None:
+    """Replace what stands between `<!-- quality -->` and `<!-- /quality -->` in a file."""
+    old = re.compile(r"(<!-- quality -->\n).*?(<!-- /quality -->)", re.DOTALL)
+    path.write_text(old.sub(lambda m: f"{m[1]}\n{written}\n\n{m[2]}", path.read_text()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, and write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=int, default=96, help="96 is each caption once")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=2_000_000)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG: the same frames in each way")
+    parser.add_argument("--update", type=Path, metavar="FILE", help="a Markdown file whose tables are replaced")
+    args = parser.parse_args(arguments)
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(args.captions)]
+    found = measure(captions, args.steps, args.batch, args.seed)
+    written = tables(found)
+    print(written)
+    if args.json:
+        args.json.write_text(json.dumps([each.as_json() for each in found], indent=1) + "\n", encoding="utf-8")
+    if args.picture:
+        imageio.imwrite(args.picture, picture(found, captions))
+    if args.update:
+        update(args.update, written)
+
+
+if __name__ == "__main__":
+    main()
