@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _diffusers
 from ._torch import has_cuda_graphs, inductor_patches, inputs_that_are_state, lookup_backend
+from .account import report_of
 from .captured import Captured, Plain, frame_of
 from .clock import PipelineClock, request_of, running_pipeline
 from .compress import DTYPES
@@ -32,7 +33,7 @@ from .notices import Notices
 from .passes import Pass, Passes
 from .region import Region
 from .regional import RegionalCompiler
-from .report import Report, report_of
+from .report import Report
 from .rewrite import copy_of
 from .running import TiedParameters, module_names, running_modules
 from .runtime import BroadcastGraph, anchors
@@ -199,7 +200,7 @@ class PABBackend:
             if not any(region.is_broadcast for region in self.regions):
                 self.notices.warn_of_nothing(regions)
             plain = Plain(self._compiler(names)(gm, example_inputs))
-            self.captured.append(Captured(rewritten, regions, frame_of(names), plain))
+            self.captured.append(Captured(rewritten, regions, frame_of(names), id(names.model), plain))
             return plain
         inputs = rewritten.graph.find_nodes(op="placeholder")
         # adapters are switched within a generation; what has been counted and kept goes on
@@ -216,7 +217,7 @@ class PABBackend:
         variants = Variants(rewritten, regions, partial(self._lowerings, compiler), self.passes.run_after)
         graph = BroadcastGraph(self, variants, unchanging, found, example_inputs, is_model)
         self.graphs.append(graph)
-        self.captured.append(Captured(rewritten, regions, frame_of(names), graph))
+        self.captured.append(Captured(rewritten, regions, frame_of(names), id(names.model), graph))
         return graph
 
     def _lowerings(self, compiler: Compiler, rewritten: fx.GraphModule) -> Lowerings:

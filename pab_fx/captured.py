@@ -42,12 +42,14 @@ class Captured:
         gm: the graph; it is not changed.
         regions: what was found in it, in graph order.
         frame: qualified name of the module whose code it is; "" for the model itself.
+        model: tells the outermost model from others.
         run: what Dynamo calls in its place; it counts its calls.
     """
 
     gm: fx.GraphModule
     regions: tuple[Region, ...]
     frame: str
+    model: int
     run: BroadcastGraph | Plain
 
     @property

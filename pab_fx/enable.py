@@ -171,7 +171,7 @@ def enable(
     Example:
         >>> with enable(torch.nn.Linear(2, 2), inner="eager") as pab:
         ...     print(pab.report())
-        role       modules  computed  reused       cache     at most
+        role        modules  computed  reused       cache     at most
         0 graphs compiled
     """
     models = [getattr(each, "_orig_mod", each) for each in denoisers(model)]

@@ -82,8 +82,8 @@ def schedule_of(modules: Iterable[Scheduled], timesteps: Sequence[float], source
 
     Example:
         >>> modules = [Scheduled(f"blocks.{i}.attn", "spatial", SkipRange(2, 100, 800)) for i in range(3)]
-        >>> schedule_of(modules, (900, 700, 600, 500), "known").strips
-        (Strip(role='spatial', rule='computed every 2nd step in (100, 800)', modules=3, steps='CRCR', computed=2, reused=2),)
+        >>> schedule_of(modules, (900, 700, 600, 500), "known").strips[0].steps
+        'CRCR'
     """
     names: dict[tuple[str, Rule, int], set[str]] = {}
     for each in modules:
@@ -103,6 +103,7 @@ def in_words(rule: Rule) -> str:
     """A rule for people; outside of the timesteps in brackets, every step computes.
 
     Example:
+        >>> from pab_fx.schedule import AfterTimesteps
         >>> in_words(SkipRange(3, 100, 800)), in_words(AfterTimesteps(((720.0, 2), (640.0, 2))))
         ('computed every 3rd step in (100, 800)', 'reused 2 steps after 720, 640')
     """

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..account import Round, report_of
 from ..captured import Captured
 from ..costs import operations
 from ..enable import PAB, enable
 from ..passes import Pass
-from ..report import Report, RoleReport, Round, report_of
+from ..report import Report, RoleReport
 from ..rewrite import rewrite
 from ..schedule import checked_timesteps
 from ..strips import evenly_spaced

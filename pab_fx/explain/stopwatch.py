@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..report import NUMBER, Round
+from ..account import NUMBER, Round
 from ..rewrite import CONDITIONAL
 
 _numbers = itertools.count()
