@@ -11,6 +11,7 @@ of the processor, in generations that take turns. Prints a table in Markdown, an
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +58,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed generations of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of captions")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        nargs=3,
+        metavar=("CHANGES", "ROLES", "PARETO"),
+        help="copies of the last calibration's",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     order = np.random.default_rng(args.seed).permutation(len(CAPTIONS))
@@ -77,6 +85,8 @@ def main() -> None:
         )
         for name in args.presets
     }
+    for name, copy in zip(("changes.png", "roles.png", "pareto.png"), args.pictures or (), strict=False):
+        shutil.copy(args.folder / name, copy)
     plain = clips(pipe, unseen, args)
     print("\n| setting | PSNR, dB | relative L2 | speed-up by operations | speed-up measured |")
     print("| --- | --- | --- | --- | --- |")

@@ -40,7 +40,7 @@ from pab_fx.calibrate.settings import (
 from pab_fx.calibrate.sketch import Sketcher
 from pab_fx.calibrate.trials import Trials
 from pab_fx.cli import app
-from pab_fx.config import PRESETS
+from pab_fx.config import PRESETS, ROLES
 from pab_fx.demo import CAPTIONS, load_pipeline
 from pab_fx.schedule import reused_calls
 from pab_fx.tag import rule_of
@@ -504,9 +504,16 @@ def test_the_proposal_beats_a_setting_on_prompts_that_calibration_did_not_see(lo
     assert_better(found, setting, loop.model, loop, {}, [letter * 9 for letter in "abcdefgh"])
 
 
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("presets")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_proposal_beats_every_preset_on_captions_that_calibration_did_not_see(name: str, tmp_path: Path) -> None:
+def test_the_proposal_beats_every_preset_on_captions_that_calibration_did_not_see(
+    name: str, shared_folder: Path
+) -> None:
     """As examples/prove_calibration.py, in fewer steps and on fewer captions."""
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -514,7 +521,7 @@ def test_the_proposal_beats_every_preset_on_captions_that_calibration_did_not_se
     pipe.scheduler.set_timesteps(20)
     preset = at_own_timesteps(PABConfig.preset(name), [float(t) for t in pipe.scheduler.timesteps])
     captions = [str(CAPTIONS[i]) for i in np.random.default_rng(0).permutation(len(CAPTIONS))]
-    given_: Any = {"call": call, "folder": tmp_path, "batch": 8, "rounds": 0}
+    given_: Any = {"call": call, "folder": shared_folder, "batch": 8, "rounds": 0}
     found = pab_fx.calibrate(pipe, captions[:8], preset, compare={name: preset}, **given_)
     assert_better(found, preset, pipe, None, call, captions[8:24])
 
@@ -652,6 +659,8 @@ def test_the_command_calibrates_writes_and_prints(tmp_path: Path) -> None:
     numbers = json.loads((tmp_path / "found.json").read_text())
     assert numbers["proposal"]["psnr"] >= 15
     assert PABConfig.load(tmp_path / "out" / "config.json") != PABConfig()
+    assert len(numbers["windows"]) == 1
+    assert {role: len(each) for role, each in numbers["probes"].items()} == dict.fromkeys(ROLES, 1)
     for word in ("proposal", "latte", "PSNR", "speed-up", "config.json"):
         assert word in shown.output
 

@@ -53,6 +53,15 @@ class ErrorModel:
         squared = np.einsum("i,nij,j->n", scale, self.products, scale).clip(min=0.0)
         return [Difference(float(s), float(n), self.size) for s, n in zip(squared, self.norms, strict=True)]
 
+    def probes(self, group: int) -> list[list[Difference]]:
+        """What each probe of a group made of the samples: for each segment, prompt by prompt."""
+        count = len(self.segments)
+        squared = np.diagonal(self.products, axis1=1, axis2=2)[:, group * count : (group + 1) * count]  # [N, segments]
+        return [
+            [Difference(float(s), float(n), self.size) for s, n in zip(of_segment, self.norms, strict=True)]
+            for of_segment in squared.T
+        ]
+
     @property
     def balanced(self) -> np.ndarray:
         """The inner products, in the mean over prompts of which each counts alike: [P, P]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from ..config import PABConfig
 from .budget import MOST_PSNR, Budget
 from .changes import ModuleChanges
 from .samples import Difference
+
+
+def mean_psnr(differences: Sequence[Difference], peak: float) -> float:
+    """Mean over prompts, in dB, of which none counts for more than `MOST_PSNR`."""
+    return statistics.fmean(min(each.psnr(peak), MOST_PSNR) for each in differences)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Outcome:
 
     def psnr(self, peak: float = 1.0) -> float:
         """Mean over prompts, in dB."""
-        return statistics.fmean(min(each.psnr(peak), MOST_PSNR) for each in self.differences)
+        return mean_psnr(self.differences, peak)
 
     @property
     def relative_l2(self) -> float:
@@ -66,6 +72,8 @@ class Calibration:
         compared: other settings, such as the presets.
         front: what was predicted, from the most careful setting to the fastest.
         shares: for each group the share of a step's time that it saves where it reuses.
+        probes: for each group the PSNR in dB where it alone reuses every second step, in each of `windows`.
+        windows: the stretches of steps of the probes, as windows of timesteps.
         changes: how much each output changes, mean over prompts.
         peak: the largest difference that two elements of a sample can have.
         folder: where the files are.
@@ -79,6 +87,8 @@ class Calibration:
     compared: tuple[Outcome, ...]
     front: tuple[Predicted, ...]
     shares: dict[str, float]
+    probes: dict[str, tuple[float, ...]]
+    windows: tuple[tuple[float, float], ...]
     changes: tuple[ModuleChanges, ...]
     peak: float
     folder: Path
@@ -94,6 +104,8 @@ class Calibration:
             "compared": [self._outcome(each) for each in self.compared],
             "front": [[each.speedup, each.psnr, each.relative_l2] for each in self.front],
             "shares": self.shares,
+            "probes": self.probes,
+            "windows": self.windows,
             "folder": str(self.folder),
         }
 

@@ -11,16 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..config import PRESETS, PABConfig
-from .budget import MOST_PSNR, Budget
+from .budget import Budget
 from .files import Folder
 from .given import check_amounts, check_configs, check_counts, check_model, check_ranges, identity
 from .laboratory import Laboratory
 from .plots import check_plots, save_plots
 from .prediction import CostModel, ErrorModel, scales
-from .result import Calibration, Predicted
+from .result import Calibration, Predicted, mean_psnr
 from .samples import Generate, batches_of
 from .search import front
-from .settings import Setting, at_own_timesteps, groups_of, options_of, segments_of
+from .settings import Setting, at_own_timesteps, groups_of, options_of, segments_of, window
 from .trials import Trials
 from .verify import Judge
 
@@ -129,6 +129,10 @@ def calibrate(
         tried=tried,
         compared=compared,
         front=tuple(_predicted(each, errors, costs, peak) for each in settings),
+        probes={
+            group.label: tuple(mean_psnr(each, peak) for each in errors.probes(i)) for i, group in enumerate(groups)
+        },
+        windows=tuple(window(timesteps, *segment) for segment in errors.segments),
         shares={group.label: share for group, share in zip(groups, costs.shares, strict=True)},
         changes=changes,
         peak=peak,
@@ -158,7 +162,7 @@ def _predicted(setting: Setting, errors: ErrorModel, costs: CostModel, peak: flo
     differences = errors.differences(setting)
     return Predicted(
         costs.speedup(setting),
-        float(np.mean([min(each.psnr(peak), MOST_PSNR) for each in differences])),
+        mean_psnr(differences, peak),
         float(np.mean([each.relative_l2 for each in differences])),
     )
 

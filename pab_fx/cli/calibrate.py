@@ -84,6 +84,7 @@ def calibrate(
             inner=inner,
             console=console,
         )
+    console.print(_probes_of(found))
     console.print(_table_of(found))
     console.print(f"budget: {found.budget}, kept with {margin:g} standard errors in reserve")
     console.print(f"The setting, for PABConfig.load: {found.folder / 'config.json'}", soft_wrap=True)
@@ -159,6 +160,21 @@ def _loaded(pipeline: str, device: str | None, dtype: str | None) -> Any:
     pipe = load_pipeline(**options) if pipeline == "demo" else DiffusionPipeline.from_pretrained(pipeline, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe if device is None else pipe.to(device)
+
+
+def _probes_of(found: Calibration) -> Table:
+    """Where reuse does harm, and what it saves."""
+    from rich.table import Table
+
+    title = "PSNR, dB, where one role alone reuses every second step within one window"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for low, high in found.windows:
+        table.add_column(f"{high:g} to {low:g}", justify="right")
+    table.add_column("of a step's time", justify="right")
+    for label, psnrs in found.probes.items():
+        table.add_row(label, *(f"{psnr:.1f}" for psnr in psnrs), f"{found.shares[label]:.0%}")
+    return table
 
 
 def _table_of(found: Calibration) -> Table:
