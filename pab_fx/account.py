@@ -134,14 +134,15 @@ def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dic
     Shares of floating-point operations are of what all graphs have run, as if nothing were reused. Blocks that run one
     graph have equal parts in it.
     """
-    total = sum(captured.runs * captured.flops for captured in graphs)
+    flops_of = {captured: captured.flops for captured in graphs}
+    total = sum(captured.runs * sum(found.values()) for captured, found in flops_of.items())
     costs: dict[str, dict[str, Any]] = {}
     shares: dict[str, float] = defaultdict(float)
     for captured in graphs:
         for calls in _by_module(captured.regions):
             names = list(captured.instances.get(calls[0]) or [calls[0].name])
             spared = {node for region in calls for node in captured.spared[region]}
-            flops = captured.flops_of(spared)
+            flops = sum(flops_of[captured].get(node, 0) for node in spared)
             time_share, seconds = _measured(spared, rounds, len(names))
             for name in names:
                 shares[name] += captured.runs * flops / len(names) / total if total else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -95,17 +95,16 @@ class Captured:
 
     @cached_property
     def _flops(self) -> Mapping[fx.Node, int]:
-        return {node: flops(node) for node in self.gm.graph.nodes}
+        counted = {node: flops(node) for node in self.gm.graph.nodes}
+        return {node: count for node, count in counted.items() if count}
 
     @property
-    def flops(self) -> int:
-        """The floating-point operations of a call that reuses nothing."""
-        return self.flops_of(self.gm.graph.nodes)
-
-    def flops_of(self, nodes: Iterable[fx.Node]) -> int:
-        """The floating-point operations of these nodes in a call, without those that are computed once a generation."""
+    def flops(self) -> Mapping[fx.Node, int]:
+        """The floating-point operations of the nodes that have some, without what is computed once a generation."""
         in_step = self._in_step
-        return sum(self._flops[node] for node in nodes if in_step is None or node.meta[ORIGIN] in in_step)
+        if in_step is None:
+            return self._flops
+        return {node: count for node, count in self._flops.items() if node.meta[ORIGIN] in in_step}
 
     @property
     def _in_step(self) -> set[int] | None:
