@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import doctest
 import importlib
 import re
@@ -162,10 +163,8 @@ def parse(arguments: list[str]) -> None:
         group: Any = typer.main.get_command(app)
         context = group.make_context("pab-fx", arguments)
         name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
-        try:
+        with contextlib.suppress(typer.Exit):  # of --help; what is refused raises another error
             command.make_context(name, rest, parent=context)
-        except typer.Exit as end:  # of --help
-            assert end.exit_code == 0
 
 
 @pytest.mark.parametrize(
