@@ -126,7 +126,7 @@ def segments_of(steps: int, count: int) -> tuple[tuple[int, int], ...]:
 
     Example:
         >>> segments_of(steps=50, count=4)
-        ((1, 13), (13, 26), (26, 38), (38, 50))
+        ((1, 13), (13, 25), (25, 38), (38, 50))
     """
     count = max(1, min(count, (steps - 1) // 2))
     edges = [1 + round(i * (steps - 1) / count) for i in range(count + 1)]
