@@ -89,6 +89,19 @@ def is_number(node: fx.Node) -> bool:
     return isinstance(value(node), (float, torch.SymFloat, torch.SymBool))
 
 
+def is_sizes(node: fx.Node) -> bool:
+    """Whether a node's value is a tuple of sizes, which a `cond` does not take as an operand either."""
+    recorded = value(node)
+    if recorded is not None:
+        return isinstance(recorded, torch.Size)
+    if takes_item(node):
+        source, index = node.args
+        return isinstance(index, slice) and isinstance(source, fx.Node) and is_sizes(source)
+    if op_name(node) == "getattr":
+        return node.args[1] == "shape"
+    return op_name(node) == "size" and len(node.args) == 1 and not node.kwargs
+
+
 TUPLES = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "multiheadattention"}
 
 

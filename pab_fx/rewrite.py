@@ -38,7 +38,7 @@ from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 
 from . import _diffusers, effects
 from ._torch import cond_op, keep_persistence, keep_sources
-from .dataflow import is_number, is_tensor, is_tuple, value
+from .dataflow import is_number, is_sizes, is_tensor, is_tuple, value
 from .modules import ModuleNames
 from .predicates import InGraphSchedule, Plan
 from .region import Assign, Region
@@ -288,7 +288,7 @@ def _own(order: dict[fx.Node, int], region: Region) -> set[int]:
 
 
 def _with_own_views(graph: fx.Graph, body: list[fx.Node]) -> list[fx.Node]:
-    """The body with copies of what it reads but a `cond` does not take: modules, tuples, views that share storage.
+    """The body with copies of what it reads but a `cond` does not take: modules, tuples, sizes, views that share storage.
 
         %a, %b = chunk(%base, 2)                             %a, %b = chunk(%base, 2)   # for others
         %o     = attention(%x, %a, %b)   # the body    ->    %c, %d = chunk(%base, 2)   \
@@ -301,6 +301,7 @@ def _with_own_views(graph: fx.Graph, body: list[fx.Node]) -> list[fx.Node]:
             view
             for view in operands
             if is_tuple(view)
+            or is_sizes(view)
             or _is_module(view)
             or (effects.is_view(view) and any(view is not o and effects.may_alias(view, o) for o in operands))
         ]

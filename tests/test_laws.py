@@ -321,3 +321,10 @@ def test_what_one_call_reuses_is_not_overwritten_by_the_next_before_its_last_use
     spec = TransformerSpec((AttentionSpec(),), (sites,))
     config = PABConfig(spatial_attention_block_skip_range=3, spatial_attention_timestep_skip_range=(100, 1001))
     check_trajectories(graph_from(spec, "symbolic_trace"), config, spec.inputs, [(1000, 800, 700, 600, 500)])
+
+
+def test_a_slice_of_a_shape_is_taken_again_in_the_branch_that_reads_it() -> None:
+    """Found by the search: without recorded values, a part of an attention that it shares with others stays outside."""
+    spec = TransformerSpec((AttentionSpec(math="baddbmm", returns="list", fused_qkv=True, context="no_grad"),))
+    config = PABConfig(spatial_attention_block_skip_range=4, spatial_attention_timestep_skip_range=(50, 1000))
+    check_trajectories(graph_from(spec, "symbolic_trace"), config, spec.inputs, [(999.0, 499.5, 0.0)])
