@@ -304,10 +304,7 @@ def _normalise_layers(layers: Any) -> tuple[LayerBroadcast, ...]:
     if isinstance(layers, LayerBroadcast):
         return (layers,)
     if isinstance(layers, Mapping):
-        known = {field.name for field in dataclasses.fields(LayerBroadcast)}
-        for name in layers:
-            if name not in known:
-                raise ValueError(f"unknown option {name!r} in layers; it has {', '.join(sorted(known))}.")
+        _check_fields("layers", layers, LayerBroadcast)
         if "identifiers" not in layers:
             raise ValueError("layers: identifiers is missing; name the attentions that it is for.")
         return (LayerBroadcast(**layers),)
@@ -325,16 +322,20 @@ def _normalise_mlp(mlp: Any) -> tuple[MLPBroadcast, ...]:
     if isinstance(mlp, Mapping):
         if mlp and all(_is_number(key) for key in mlp):
             return tuple(_from_videosys(timestep, entry) for timestep, entry in mlp.items())
-        known = {field.name for field in dataclasses.fields(MLPBroadcast)}
-        for name in mlp:
-            if name not in known:
-                raise ValueError(f"unknown option {name!r} in mlp; it has {', '.join(sorted(known))}.")
+        _check_fields("mlp", mlp, MLPBroadcast)
         if "timesteps" not in mlp:
             raise ValueError("mlp: timesteps is missing; list the timesteps whose outputs are kept.")
         return (MLPBroadcast(**mlp),)
     if _is_iterable(mlp) and mlp:
         return tuple(entry for item in mlp for entry in _normalise_mlp(item))
     raise ValueError(f"mlp must be an MLPBroadcast or a mapping, got {mlp!r}.")
+
+
+def _check_fields(where: str, given: Mapping[str, Any], cls: type) -> None:
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r} in {where}; it has {', '.join(sorted(known))}.")
 
 
 def _from_videosys(timestep: float, entry: Any) -> MLPBroadcast:

@@ -288,7 +288,7 @@ def _own(order: dict[fx.Node, int], region: Region) -> set[int]:
 
 
 def _with_own_views(graph: fx.Graph, body: list[fx.Node]) -> list[fx.Node]:
-    """The body with copies of what it reads but a `cond` does not take: modules, tuples, sizes, views that share storage.
+    """The body with copies of what it reads but no `cond` takes: modules, tuples, sizes, views that share storage.
 
         %a, %b = chunk(%base, 2)                             %a, %b = chunk(%base, 2)   # for others
         %o     = attention(%x, %a, %b)   # the body    ->    %c, %d = chunk(%base, 2)   \
