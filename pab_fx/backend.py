@@ -99,7 +99,7 @@ class PABBackend:
             raise ValueError(f"lowering={lowering!r} is unknown; it is one of {', '.join(map(repr, LOWERINGS))}.")
         self.lowering = lowering
         self.passes = Passes.of(passes)
-        self.timesteps = timesteps if callable(timesteps) or timesteps is None else checked_timesteps(timesteps)
+        self.timesteps = timesteps if callable(timesteps) or timesteps is None else _timesteps(timesteps)
         self.inner = inner
         self._inner = _inner_compiler(inner, mode, options)
         for name, given in (("regional", regional), ("step_invariants", step_invariants)):
@@ -240,7 +240,7 @@ class PABBackend:
 
     def known_timesteps(self) -> tuple[float, ...] | None:
         """The timesteps of the running generation, `None` if they were not given."""
-        return checked_timesteps(self.timesteps()) if callable(self.timesteps) else self.timesteps
+        return _timesteps(self.timesteps()) if callable(self.timesteps) else self.timesteps
 
     def store(self, request: Any) -> StateStore:
         """The state of a request (a session or a pipeline), or what belongs to none; it goes with the request."""
@@ -289,7 +289,7 @@ class PABBackend:
         if not self.graphs:
             raise RuntimeError("nothing was captured yet: call the model, or the pipeline, once, and then warmup().")
         # in a thousand steps every rule meets every state of the others in each window
-        known = self.known_timesteps() if timesteps is None else checked_timesteps(timesteps)
+        known = self.known_timesteps() if timesteps is None else _timesteps(timesteps)
         with torch.no_grad():
             for graph in list(self.graphs):
                 graph.warmup(known or tuple(float(1000 - step) for step in range(1000)))
@@ -421,6 +421,17 @@ def _inductor(
     compiler: Callable[..., Any], patches: Mapping[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     return compiler(gm, example_inputs, config_patches=dict(patches))
+
+
+def _timesteps(given: Any) -> tuple[float, ...]:
+    """The timesteps of a generation, which fall: one that rises begins another."""
+    found = checked_timesteps(given)
+    if found and found[0] < found[-1]:
+        raise ValueError(
+            f"timesteps begin at {found[0]:g} and end at {found[-1]:g}, and those of a generation fall: pass them in "
+            "the order in which the steps run, scheduler.timesteps."
+        )
+    return found
 
 
 def _without_numbers(region: Region) -> Region:
