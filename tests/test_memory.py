@@ -136,7 +136,7 @@ def test_the_report_tells_the_bytes_of_each_role_in_each_cache_context() -> None
     assert held(pab) == 0
 
 
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("dtype", "smaller", "error"),
     [("bfloat16", 2, 2**-7), ("int8", 4 * 64 / 68, 2**-6), (torch.float8_e4m3fn, 4 * 64 / 68, 2**-3)],
@@ -170,7 +170,7 @@ def test_a_device_that_is_none_is_refused() -> None:
         pab_fx.PABBackend(cache_device="meta")
 
 
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
 def test_caches_elsewhere_change_nothing(lowering: str) -> None:
     outputs = []
     for cache_device in (None, "cpu"):

@@ -123,7 +123,7 @@ lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
 # ------------------------------------------------------------------------------------ before and after
 
 
-@lowerings
+@pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("each", PASSES, ids=lambda each: each.__name__)
 @pytest.mark.parametrize("name", heavy_but("LatteTransformer3DModel"))
 def test_a_pass_before_the_rewrite_equals_the_same_pass_after_it(name: str, each: Any, lowering: str) -> None:
@@ -142,7 +142,16 @@ def test_a_pass_before_the_rewrite_equals_the_same_pass_after_it(name: str, each
     assert any(changed) or each is remove_dropouts
 
 
-@pytest.mark.parametrize("options", [{}, {"lowering": "cond"}, {"regional": True}, {"cache_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lowering": "cond"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"regional": True}, marks=pytest.mark.slow),
+        pytest.param({"cache_dtype": "int8"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_fused_projections_reuse_what_the_separate_ones_do(options: dict[str, Any]) -> None:
     """A sum of the same products in another order: equal to float32's rounding."""
     name = "LatteTransformer3DModel"
@@ -390,7 +399,7 @@ def test_inductors_own_extension_points_run_under_pab(lowering: str) -> None:
 
 INNERS = [
     "eager",
-    "aot_eager_decomp_partition",
+    pytest.param("aot_eager_decomp_partition", marks=pytest.mark.slow),
     pytest.param("aot_eager", marks=pytest.mark.slow),
     pytest.param("inductor", marks=pytest.mark.slow),
     pytest.param(

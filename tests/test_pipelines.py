@@ -99,7 +99,7 @@ def reads(pipe: Any, entry: pipelines.PipelineEntry) -> list[int]:
     return [sum(span.start <= start <= span.end for start in found) for span in spans]
 
 
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+@pytest.mark.parametrize("regional", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "regional"])
 @pytest.mark.parametrize(
     ("name", "callback"),
     [

@@ -52,6 +52,7 @@ def test_the_worst_is_the_lowest_psnr_and_the_highest_error() -> None:
     assert [METRIC["NRMSE"].worst(values, share) for share in (0.0, 0.05)] == [100, 95]
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_numbers_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = {option: tmp_path / name for option, name in (("json", "a.json"), ("picture", "a.png"), ("update", "a.md"))}
     paths["update"].write_text(PAGE)

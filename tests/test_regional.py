@@ -799,7 +799,7 @@ drawn = (
 )
 
 
-@settings(search, max_examples=8)
+@settings(search, max_examples=4)
 @given(*drawn)
 def test_random_sequences_of_blocks_equal_the_whole(
     model: Model, inner: str, lowering: str, dynamic: bool | None
