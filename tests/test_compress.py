@@ -460,6 +460,7 @@ def test_another_dtype_is_refused() -> None:
         lowered(gm, True, torch.int32)
 
 
+@pytest.mark.slow
 @scaled
 def test_inductor_stores_and_reads_the_same(dtype: torch.dtype) -> None:
     x = torch.randn(2, 5, 16)

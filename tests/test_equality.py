@@ -80,7 +80,7 @@ def test_an_attention_that_breaks_is_computed_not_guessed() -> None:
     assert any("breaks inside" in reason for reason in left_alone)
 
 
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [INDUCTOR[0], *(pytest.param(name, marks=pytest.mark.slow) for name in INDUCTOR[1:])])
 def test_inductor_equals_the_hooks_to_rounding(name: str, lowering: str) -> None:
     """1e-4 relative: Inductor fuses and reorders float32 sums, which costs a few units in the last place a layer."""

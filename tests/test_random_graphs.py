@@ -59,7 +59,8 @@ def test_models_with_graph_breaks_equal_the_hooks(spec: TransformerSpec, schedul
 @settings(search, max_examples=60)
 @given(transformers(traceable=True), schedules())
 def test_rewritten_symbolic_traces_equal_the_hooks(spec: TransformerSpec, schedule: Schedule) -> None:
-    check(spec, schedule, schedule.config(), tracer="symbolic_trace")
+    """To rounding: this tracer records no strides, so a part of a tensor may be kept dense, and is then added up so."""
+    check(spec, schedule, schedule.config(), tracer="symbolic_trace", tolerance=1e-6)
 
 
 @settings(search, max_examples=10)

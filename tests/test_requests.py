@@ -966,9 +966,9 @@ def soak(runs: int, steps: int) -> None:
         assert Soak.reused > 0
 
 
-def test_60_generations_on_one_model_are_each_as_if_alone() -> None:
-    soak(runs=4, steps=50)
-    assert Soak.generations >= 60
+def test_50_generations_on_one_model_are_each_as_if_alone() -> None:
+    soak(runs=5, steps=60)
+    assert Soak.generations >= 50
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ def test_broadcast_attention_shows_in_the_output(entry: zoo.Entry) -> None:
     assert distance(plain[-1], broadcast[-1]) == 0
 
 
+@pytest.mark.slow
 @entries
 def test_every_role_shows_in_the_output(entry: zoo.Entry) -> None:
     model = entry.build()
