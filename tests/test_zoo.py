@@ -46,6 +46,7 @@ def test_a_step_is_finite_and_depends_on_seed_only(entry: zoo.Entry) -> None:
         assert not torch.equal(tensor, different)
 
 
+@pytest.mark.slow
 @entries
 def test_broadcast_attention_shows_in_the_output(entry: zoo.Entry) -> None:
     model, clock = entry.build(), zoo.Clock()
