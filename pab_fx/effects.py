@@ -42,7 +42,11 @@ DROPOUTS = {
     "native_dropout",
 }
 
-CONTEXTS = {"_enter_autocast": "_exit_autocast", "_vmap_increment_nesting": "_vmap_decrement_nesting"}
+CONTEXTS = {
+    "_enter_autocast": "_exit_autocast",
+    "_enter_inference_mode": "_exit_inference_mode",
+    "_vmap_increment_nesting": "_vmap_decrement_nesting",
+}
 SWITCHES = {"_sdpa_kernel"}
 AMBIENT = {*CONTEXTS, *CONTEXTS.values(), *SWITCHES}
 

@@ -328,3 +328,9 @@ def test_a_slice_of_a_shape_is_taken_again_in_the_branch_that_reads_it() -> None
     spec = TransformerSpec((AttentionSpec(math="baddbmm", returns="list", fused_qkv=True, context="no_grad"),))
     config = PABConfig(spatial_attention_block_skip_range=4, spatial_attention_timestep_skip_range=(50, 1000))
     check_trajectories(graph_from(spec, "symbolic_trace"), config, spec.inputs, [(999.0, 499.5, 0.0)])
+
+
+def test_the_inference_mode_of_an_attention_stays_where_all_is_computed() -> None:
+    """Found by the search: nodes that enter and leave it went as dead code."""
+    spec = TransformerSpec((AttentionSpec(context="inference"),))
+    check_all_computing(graph_from(spec, "dynamo"), clocked(EVERY, "dynamo"))
