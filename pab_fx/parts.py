@@ -18,7 +18,7 @@ from . import effects
 from .dataflow import is_number, op_name, value
 
 CARRIED = {"_enter_autocast", "_enter_inference_mode"}
-"""Contexts that may be around several blocks: `split_module` enters autocast in each; inference mode changes no value."""
+"""Contexts that may be around blocks: `split_module` enters autocast in each, inference mode changes no value."""
 
 
 def parts(graph: fx.Graph, classes: Collection[str]) -> dict[fx.Node, int]:
