@@ -11,6 +11,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import fx, nn
 
 # The conditional as an operator, for use as a node's target: `torch.cond` itself, called without a
@@ -132,6 +133,75 @@ def conditions_let_go_of_operands() -> Iterator[None]:
         yield
     finally:
         PythonWrapperCodegen.codegen_conditional = before  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def conditions_take_operands_as_they_lie() -> Iterator[None]:
+    """Compile the branches of a condition for the strides that its operands have in memory, in whatever `hold_strides`
+    would copy them to.
+
+    Inductor compiles branches for the strides that were traced, but is free to choose others for what it computes, as
+    channels last for a convolution; the branch then refuses its operand at run time (2.9 to 2.15). `hold_strides` in
+    front of a condition prevents that, at the price of a copy. Here the operand's layout is decided, and the branches'
+    inputs are recorded with it:
+
+        %c    = hold_strides(%x)          # (36864, 1, 144)          %x : lies with (36864, 256, 1)
+        %cond = cond(..., (%c,))                               ->    %cond = cond(..., (%x,))
+
+    Private are `ir.Conditional.create`, which reads the operands' `meta["val"]`, the layouts of Inductor's nodes, and
+    its table of lowerings. In 2.13 and 2.15 both branches' outputs are given the same strides; not so in 2.9, where
+    nothing is changed.
+    """
+    if Version(Version(torch.__version__).base_version) < Version("2.13"):
+        yield
+        return
+    from torch._inductor import inductor_prims, ir
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
+
+    create_before, prim = ir.Conditional.create, inductor_prims.force_stride_order
+    hold_before = lowerings[prim]
+
+    def create(predicate: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
+        realized = [ir.Conditional.realize_input(operand) for operand in operands]
+        nodes = V.graph.current_node.args[-1]
+        traced = {node: node.meta["val"] for node in nodes if isinstance(node, fx.Node)}
+        for node, operand in zip(nodes, realized, strict=True):
+            if isinstance(traced.get(node), torch.Tensor):
+                node.meta["val"] = _as_it_lies(operand, traced[node])
+        try:
+            return create_before(predicate, true_fn, false_fn, realized)
+        finally:
+            for node, recorded in traced.items():
+                node.meta["val"] = recorded
+
+    def hold(tensor: Any, strides: Any) -> Any:
+        is_for_conditions = all(user.target is cond_op for user in V.graph.current_node.users)
+        return tensor if is_for_conditions else hold_before(tensor, strides)
+
+    ir.Conditional.create = create  # type: ignore[method-assign]
+    lowerings[prim] = hold
+    try:
+        yield
+    finally:
+        ir.Conditional.create = create_before  # type: ignore[method-assign]
+        lowerings[prim] = hold_before
+
+
+def _as_it_lies(operand: Any, traced: torch.Tensor) -> torch.Tensor:
+    """A fake of what Inductor computes, with the strides and the offset that it gives that."""
+    from torch._inductor import ir
+    from torch._inductor.utils import convert_shape_to_symint
+    from torch._inductor.virtualized import V
+
+    if isinstance(operand, ir.StorageBox):
+        operand.data.decide_layout()
+    layout = operand.get_layout()
+    *strides, offset = convert_shape_to_symint([*layout.stride, layout.offset])
+    with V.fake_mode, V.graph.sizevars.shape_env.suppress_guards():
+        extent = 1 + offset + sum((size - 1) * stride for size, stride in zip(traced.shape, strides, strict=True))
+        whole = torch.empty(extent, dtype=traced.dtype, device=traced.device)
+        return whole.as_strided(traced.shape, strides, offset)
 
 
 def _copied_operands(branch: fx.Graph) -> list[int] | None:

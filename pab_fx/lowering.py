@@ -8,8 +8,9 @@ Either way the state is lifted out (see `lift`): caches come in as inputs and le
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from ._torch import (
     boxed,
     compiled_later,
     conditions_let_go_of_operands,
+    conditions_take_operands_as_they_lie,
     declare_static,
     faked_for_compiler,
     keep_sources,
@@ -69,6 +71,13 @@ class Compiled:
     reads: tuple[tuple[int, int], ...]
     writes: tuple[tuple[int, tuple[int | None, ...]], ...]
     returns: int
+
+
+@contextlib.contextmanager
+def _conditions() -> Iterator[None]:
+    """Compile conditions so that they neither hold on to their operands nor copy them."""
+    with conditions_let_go_of_operands(), conditions_take_operands_as_they_lie():
+        yield
 
 
 class Lowerings:
@@ -151,7 +160,7 @@ class Lowerings:
         """
         if key not in self._compiled:
             lifted = self.lowered(key)
-            with traced_shapes(lifted.gm) as inputs, conditions_let_go_of_operands():
+            with traced_shapes(lifted.gm) as inputs, _conditions():
                 self._compiled[key] = self._with_caches(lifted, compiled_later(self._compiler, lifted.gm, inputs))
         return self._compiled[key]
 
@@ -161,7 +170,7 @@ class Lowerings:
         further = [value(node) for node in lifted.gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]]
         if not self._symbols:
             further = [faked_for_compiler(each) for each in further]
-        with conditions_let_go_of_operands():
+        with _conditions():
             self._compiled[key] = self._with_caches(lifted, self._compiler(lifted.gm, [*example_inputs, *further]))
 
     def expected(self, args: Sequence[Any]) -> Expected:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -412,3 +413,28 @@ def test_peak_memory_is_what_is_held_at_once(keep: bool, expected: int) -> None:
             del tensor
 
     assert peak_of_live_bytes(run) == pytest.approx(expected * size, rel=0.01)
+
+
+FAULTS = """
+import resource, sys
+import torch
+from pab_fx.bench import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = [faults(), faults()]
+print(keep_freed_memory())
+faults()
+print(before[1] > 1000 > faults())
+"""
+
+
+def test_freed_memory_is_kept_so_that_no_contender_pays_for_another() -> None:
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    known, fewer = run.stdout.split()
+    if known == "False":
+        pytest.skip("the allocator is not glibc's: runs where it is")
+    assert fewer == "True"

@@ -3,8 +3,9 @@
 `models` says what is timed, `contenders` what is compared, `measure` how; `race` runs one model, `run` all of them.
 """
 
+from .heap import keep_freed_memory
 from .race import BenchError
 from .run import run_bench, run_model
 from .settings import Settings
 
-__all__ = ["BenchError", "Settings", "run_bench", "run_model"]
+__all__ = ["BenchError", "Settings", "keep_freed_memory", "run_bench", "run_model"]

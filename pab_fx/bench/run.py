@@ -28,6 +28,8 @@ Three times the distance of `compile` from eager, where that is more: depth and 
 def run_bench(settings: Settings, say: Say = lambda text: None) -> BenchResult:
     """Time all models of the settings, one after the other.
 
+    In a process of its own call `keep_freed_memory()` first, as the command does.
+
     Args:
         settings: what to run.
         say: is told what happens.

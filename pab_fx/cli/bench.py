@@ -36,6 +36,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models: shows that it runs, and no more.")] = False,
 ) -> None:
     """Time generations under hooks, torch.compile and pab_fx, in turns, and how near they are to the lower bound."""
+    from ..bench.heap import keep_freed_memory
     from ..bench.run import run_bench
     from ..bench.settings import Settings, columns_of, config_of, default_minutes
     from ..bench.write import check_paths, show, write
@@ -57,6 +58,7 @@ def bench(
             minutes=default_minutes(device) if minutes is None else minutes,
             command=_command_of(context, "json", "chart", "markdown"),
         )
+        keep_freed_memory()
         with console.status("") as status:  # which shows nothing but in a terminal
             result = run_bench(settings, status.update if console.is_terminal else _log)
     show(result, console)
