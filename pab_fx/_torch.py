@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -552,3 +552,22 @@ def sizes_at(shape: Sequence[Any], known: Sequence[tuple[torch.SymInt, int]]) ->
         return -1 if getattr(expression, "free_symbols", None) else int(expression)
 
     return tuple(map(size, shape))
+
+
+def symbol_of(recorded: Any) -> Any:
+    """The symbol or expression that a size is traced as, `None` of anything else. `SymNode.expr` seen in 2.9 to 2.15."""
+    return recorded.node.expr if isinstance(recorded, torch.SymInt) else None
+
+
+def symbols_inside(recorded: Iterable[Any]) -> frozenset[Any]:
+    """The symbols in shapes and strides that are none of the sizes, nor a whole dimension or stride of any tensor.
+
+    `SymNode.expr`, of sympy, seen in 2.9 to 2.15.
+    """
+    extents: list[Any] = []
+    for each in recorded:
+        is_dense = isinstance(each, torch.Tensor) and each.layout is torch.strided
+        extents += (*each.shape, *each.stride()) if is_dense else (each,)
+    expressions = {symbol_of(extent) for extent in extents} - {None}
+    whole = {expression for expression in expressions if expression.is_symbol}
+    return frozenset().union(*(expression.free_symbols for expression in expressions)) - whole

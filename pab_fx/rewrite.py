@@ -37,7 +37,7 @@ from torch import fx, nn
 from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 
 from . import _diffusers, effects
-from ._torch import cond_op, keep_persistence, keep_sources
+from ._torch import cond_op, keep_persistence, keep_sources, symbol_of, symbols_inside
 from .dataflow import is_number, is_sizes, is_tensor, is_tuple, value
 from .modules import ModuleNames
 from .predicates import InGraphSchedule, Plan
@@ -179,6 +179,7 @@ def insert_conditions(
     for index, region in enumerate(broadcast):
         body = _with_own_views(gm.graph, bodies[region])
         branch, operands, outputs = fuse_as_graphmodule(gm, body, f"pab_compute_{index}", always_return_tuple=True)
+        operands = (*operands, *_hand_over_sizes(branch, operands, outputs))
         if region.module_id not in caches:
             caches[region.module_id] = _add_caches(gm, index, outputs, allocate)
         conditional = Conditional(
@@ -401,6 +402,25 @@ def _write(graph: fx.Graph, cache: fx.Node, item: fx.Node) -> None:
         if graph.owning_module.get_buffer(str(cache.target)).numel() == 0:  # type: ignore[union-attr]
             target = graph.call_function(aten.resize_as_.default, (target, item))
         graph.call_function(aten.copy_.default, (target, item))
+
+
+def _hand_over_sizes(
+    branch: fx.GraphModule, operands: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]
+) -> list[fx.Node]:
+    """Give a branch the sizes that its operands' shapes are computed from; return them.
+
+        branch(%x)    # %x: [2, (h // 2) * (w // 2), 32]    ->    branch(%x, %h, %w)
+
+    Inductor's code of a branch knows only symbols that are operands, or a whole dimension of one (seen in 2.13).
+    """
+    inside = symbols_inside(map(value, (*operands, *outputs)))
+    graph = outputs[0].graph
+    sizes = [node for node in graph.find_nodes(op="placeholder") if symbol_of(value(node)) in inside] if inside else []
+    for size in sizes:
+        with branch.graph.inserting_after(branch.graph.find_nodes(op="placeholder")[-1]):
+            branch.graph.placeholder(size.name).meta = dict(size.meta)
+    branch.recompile()
+    return sizes
 
 
 def _add_cache_inputs(branch: fx.GraphModule, count: int) -> None:

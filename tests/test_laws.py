@@ -63,7 +63,8 @@ def graph_of(name: str, tracer: str) -> fx.GraphModule:
 
 
 def graph_from(spec: TransformerSpec, tracer: str) -> fx.GraphModule:
-    return traced(spec.build(), tracer, spec.inputs(500.0, 0))
+    with spec.mode():  # Dynamo calls what it has traced
+        return traced(spec.build(), tracer, spec.inputs(500.0, 0))
 
 
 def clocked(config: PABConfig, tracer: str) -> PABConfig:

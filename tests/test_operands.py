@@ -1,0 +1,69 @@
+"""What a condition is given: as it lies in memory, whatever layout Inductor chose for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+import pab_fx
+from pab_fx import PABConfig
+
+TIMESTEPS = (900, 700, 600, 500, 400)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+        return self.out(nn.functional.scaled_dot_product_attention(query, key, value))
+
+
+class BehindConvolution(nn.Module):
+    """Patches of an image, [B, 4, H, W]: eager strides of the sequence are those of channels first, Inductor's are not."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(4, width, kernel_size=2, stride=2)
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(2)])
+        self.attentions = nn.ModuleList([Attention(width) for _ in range(2)])
+
+    def forward(self, image: Tensor, timestep: Tensor) -> Tensor:
+        x = self.patches(image).flatten(2).transpose(1, 2) * 2
+        for norm, attention in zip(self.norms, self.attentions, strict=True):
+            x = x + attention(norm(x))
+        return x
+
+
+def generate(model: nn.Module, inner: str, sizes: tuple[int, ...], dynamic: bool) -> list[Tensor]:
+    """Generations at these heights, by a model whose attentions reuse every second step."""
+    torch.compiler.reset()
+    outputs = []
+    with pab_fx.enable(model, PABConfig(), inner=inner, lowering="cond", dynamic=dynamic) as pab, torch.no_grad():
+        for size in sizes:
+            for t in TIMESTEPS:
+                image = torch.randn(2, 4, size, 8, generator=torch.Generator().manual_seed(t))
+                outputs.append(model(image, torch.tensor(float(t))))
+            pab.reset()
+        assert pab.report().reused > 0
+    return outputs
+
+
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_operand_is_copied_into_the_layout_that_it_was_traced_with(dynamic: bool) -> None:
+    torch.manual_seed(0)
+    model = BehindConvolution().eval().requires_grad_(False)
+    sizes = (16, 24) if dynamic else (16,)
+    expected = generate(model, "eager", sizes, dynamic)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found, codes = run_and_get_code(generate, model, "inductor", sizes, dynamic)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # rounding, of float32
+    assert codes
+    assert "_decided" in codes[0] or "torch.cond" in codes[0], "no condition was compiled"
+    if torch.__version__ >= "2.13":  # before, a copy is what holds both branches' outputs to the same strides
+        assert not any("force_stride_order" in code for code in codes)
