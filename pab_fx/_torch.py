@@ -137,8 +137,7 @@ def conditions_let_go_of_operands() -> Iterator[None]:
 
 @contextlib.contextmanager
 def conditions_take_operands_as_they_lie() -> Iterator[None]:
-    """Compile the branches of a condition for the strides that its operands have in memory, in whatever `hold_strides`
-    would copy them to.
+    """Compile the branches of a condition for the strides that its operands have in memory.
 
     Inductor compiles branches for the strides that were traced, but is free to choose others for what it computes, as
     channels last for a convolution; the branch then refuses its operand at run time (2.9 to 2.15). `hold_strides` in
@@ -163,8 +162,8 @@ def conditions_take_operands_as_they_lie() -> Iterator[None]:
     hold_before = lowerings[prim]
 
     def create(predicate: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
-        realized = [ir.Conditional.realize_input(operand) for operand in operands]
-        nodes = V.graph.current_node.args[-1]
+        realized: Any = [ir.Conditional.realize_input(operand) for operand in operands]
+        nodes: Any = V.graph.current_node.args[-1]
         traced = {node: node.meta["val"] for node in nodes if isinstance(node, fx.Node)}
         for node, operand in zip(nodes, realized, strict=True):
             if isinstance(traced.get(node), torch.Tensor):
@@ -195,7 +194,7 @@ def _as_it_lies(operand: Any, traced: torch.Tensor) -> torch.Tensor:
     from torch._inductor.virtualized import V
 
     if isinstance(operand, ir.StorageBox):
-        operand.data.decide_layout()
+        operand.data.decide_layout()  # type: ignore[attr-defined]
     layout = operand.get_layout()
     *strides, offset = convert_shape_to_symint([*layout.stride, layout.offset])
     with V.fake_mode, V.graph.sizevars.shape_env.suppress_guards():
@@ -555,7 +554,7 @@ def sizes_at(shape: Sequence[Any], known: Sequence[tuple[torch.SymInt, int]]) ->
 
 
 def symbol_of(recorded: Any) -> Any:
-    """The symbol or expression that a size is traced as, `None` of anything else. `SymNode.expr` seen in 2.9 to 2.15."""
+    """What a symbolic size is traced as, of sympy; `None` of anything else. `SymNode.expr` seen in 2.9 to 2.15."""
     return recorded.node.expr if isinstance(recorded, torch.SymInt) else None
 
 

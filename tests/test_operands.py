@@ -24,7 +24,7 @@ class Attention(nn.Module):
 
 
 class BehindConvolution(nn.Module):
-    """Patches of an image, [B, 4, H, W]: eager strides of the sequence are those of channels first, Inductor's are not."""
+    """On an image [B, 4, H, W], whose patches lie with channels first as traced, and with channels last in Inductor."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
