@@ -140,7 +140,7 @@ def conditions_take_operands_as_they_lie() -> Iterator[None]:
     """Compile the branches of a condition for the strides that its operands have in memory.
 
     Inductor compiles branches for the strides that were traced, but is free to choose others for what it computes, as
-    channels last for a convolution; the branch then refuses its operand at run time (2.9 to 2.15). `hold_strides` in
+    channels last for a convolution; the branch then refuses its operand at run time (2.9 and 2.13). `hold_strides` in
     front of a condition prevents that, at the price of a copy. Here the operand's layout is decided, and the branches'
     inputs are recorded with it:
 
@@ -148,13 +148,14 @@ def conditions_take_operands_as_they_lie() -> Iterator[None]:
         %cond = cond(..., (%c,))                               ->    %cond = cond(..., (%x,))
 
     Private are `ir.Conditional.create`, which reads the operands' `meta["val"]`, the layouts of Inductor's nodes, and
-    its table of lowerings. In 2.13 and 2.15 both branches' outputs are given the same strides; not so in 2.9, where
-    nothing is changed.
+    its table of lowerings, seen in 2.13. In 2.9 the branches' outputs would not be given the same strides, and 2.15 has
+    no such node: nothing is changed there.
     """
-    if Version(Version(torch.__version__).base_version) < Version("2.13"):
+    from torch._inductor import inductor_prims, ir
+
+    if not hasattr(ir, "Conditional") or Version(Version(torch.__version__).base_version) < Version("2.13"):
         yield
         return
-    from torch._inductor import inductor_prims, ir
     from torch._inductor.lowering import lowerings
     from torch._inductor.virtualized import V
 
