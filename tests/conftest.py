@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +31,24 @@ def no_gradients() -> Iterator[None]:
     """For a module: `pytestmark = pytest.mark.usefixtures("no_gradients")`."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def tiny_pipeline() -> Callable[[Path], None]:
+    """Writes a pipeline of diffusers that is called with class labels."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    def write(folder: Path) -> None:
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            num_layers=1,
+            sample_size=4,
+            num_embeds_ada_norm=1000,
+            out_channels=8,
+        )
+        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+        DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
+
+    return write

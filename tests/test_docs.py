@@ -9,7 +9,7 @@ import importlib
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 import typer
 from pages import PAGES, ROOT, Block, blocks, print_graphs
+from typer.testing import CliRunner
 
 import pab_fx.report
 import pab_fx.testing
@@ -165,6 +166,20 @@ def parse(arguments: list[str]) -> None:
         name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
         with contextlib.suppress(typer.Exit):  # of --help; what is refused raises another error
             command.make_context(name, rest, parent=context)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in COMMANDS if re.match("pab-fx (explain|doctor)", command)])
+def test_a_command_that_needs_no_checkpoint_runs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_pipeline: Callable[[Path], None]
+) -> None:
+    """Others run for minutes: tests of their own call them on less."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    tiny_pipeline(tmp_path / "path" / "to" / "a" / "pipeline")
+    shown = CliRunner().invoke(app, shlex.split(command, comments=True)[1:])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output
 
 
 @pytest.mark.parametrize(

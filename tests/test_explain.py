@@ -447,27 +447,6 @@ def test_the_command_takes_the_folder_of_a_pipeline(tmp_path: Path, tiny_pipelin
     assert "transformer_blocks.0.attn1" in shown.stdout
 
 
-@pytest.fixture
-def tiny_pipeline() -> Callable[[Path], None]:
-    """Writes a pipeline of diffusers that is called with class labels."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    def write(folder: Path) -> None:
-        transformer = DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            num_layers=1,
-            sample_size=4,
-            num_embeds_ada_norm=1000,
-            out_channels=8,
-        )
-        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
-        DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
-
-    return write
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
