@@ -355,7 +355,7 @@ def test_the_real_configurations_are_those_of_the_checkpoints(name: str, billion
     assert (output.shape, output.dtype) == (expected, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["wan", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != "wan")])
 def test_a_model_in_bfloat16_runs_and_keeps_in_float32_what_its_class_does(name: str) -> None:
     """As on a GPU, at the tiny size, where nothing is compiled and so nothing rounded differently."""
     model = dataclasses.replace(model_of(name, "quick"), dtype=torch.bfloat16)
@@ -432,6 +432,7 @@ print(before[1] > 1000 > faults())
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept_so_that_no_contender_pays_for_another() -> None:
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     known, fewer = run.stdout.split()

@@ -143,7 +143,7 @@ FIRST, SECOND = partial(lora, "first", 1), partial(lora, "second", 2, targets=("
         pytest.param((FIRST, lambda p: p.fuse_lora(), lambda p: p.unfuse_lora()), id="fuse"),
         pytest.param((FIRST, SECOND, lambda p: p.set_adapters("first")), id="switch", marks=pytest.mark.slow),
         pytest.param((FIRST, lambda p: p.set_adapters(["first"], [2.0])), id="scale", marks=pytest.mark.slow),
-        pytest.param((FIRST, lambda p: p.unload_lora_weights()), id="unload"),
+        pytest.param((FIRST, lambda p: p.unload_lora_weights()), id="unload", marks=pytest.mark.slow),
         pytest.param((FIRST, lambda p: p.disable_lora(), lambda p: p.enable_lora()), id="off", marks=pytest.mark.slow),
         pytest.param(
             (FIRST, SECOND, lambda p: p.set_adapters(["first", "second"], [0.5, 1.0]), lambda p: p.fuse_lora()),

@@ -96,7 +96,7 @@ def test_a_compiler_that_raises_once_is_heard_and_the_next_generation_is_right(l
 
 
 @lowerings
-@pytest.mark.parametrize("number", [1, 3, 5])
+@pytest.mark.parametrize("number", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5))])
 def test_a_graph_that_runs_out_of_memory_once_leaves_nothing_behind(number: int, lowering: str) -> None:
     inner = Failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), run=number)
     model = zoo.BY_NAME[NAME].build()

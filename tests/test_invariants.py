@@ -128,7 +128,7 @@ def read(gm: fx.GraphModule) -> set[str]:
 
 
 @models
-@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)], ids=["static", "dynamic"])
 def test_every_step_yields_the_same_to_the_bit(name: str, dynamic: bool | None) -> None:
     graph = captured(name, dynamic)
     check(graph, graph.split())

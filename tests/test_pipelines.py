@@ -64,7 +64,7 @@ def test_a_pipeline_equals_the_hooks_bitwise(entry: pipelines.PipelineEntry) -> 
 REGIONAL = ("LattePipeline", "WanPipeline-two_transformers", "FluxPipeline-true_cfg", "StableDiffusionPipeline")
 
 
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", REGIONAL)
 def test_blocks_compiled_once_for_all_equal_the_hooks_bitwise(name: str, lowering: str) -> None:
     """Each block has a cache of its own and, as in Latte, where one class attends space and time, its own role."""

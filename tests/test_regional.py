@@ -29,6 +29,7 @@ CONFIG = PABConfig(spatial_attention_block_skip_range=2)
 REUSED = 2  # of five steps, the two in the window that are not the 2nd of two
 LOWERINGS = ("specialize", "cond")
 lowerings = pytest.mark.parametrize("lowering", LOWERINGS)
+specialize_first = pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
 Run = Callable[..., Any]
 
 
@@ -297,7 +298,7 @@ CROSSING = {
 }
 
 
-@lowerings
+@specialize_first
 @pytest.mark.parametrize(("block", "steps", "change", "distinct"), CROSSING.values(), ids=CROSSING.keys())
 def test_blocks_compiled_once_equal_the_whole_bitwise(
     block: Run, steps: Run, change: Callable[[Any], None], distinct: tuple[int, int], lowering: str
@@ -394,7 +395,7 @@ TOGETHER = {
 }
 
 
-@lowerings
+@specialize_first
 @pytest.mark.parametrize(("block", "steps", "why"), TOGETHER.values(), ids=TOGETHER.keys())
 def test_blocks_that_hang_together_are_compiled_as_a_whole_and_it_is_said(
     block: Run, steps: Run, why: str, lowering: str
@@ -509,7 +510,7 @@ LAYOUTS = {
 }
 
 
-@lowerings
+@specialize_first
 @pytest.mark.parametrize(("block", "steps", "distinct"), LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_blocks_of_other_layouts_equal_the_whole(block: Run, steps: Run, distinct: int, lowering: str) -> None:
     """To 1e-5: a matrix product of a dense copy may sum in another order than that of a transposed one."""
