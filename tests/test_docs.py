@@ -124,7 +124,7 @@ def commands(page: str) -> list[str]:
     text = PAGES[page].read_text()
     lines = [line for block in blocks(page, "sh") for line in block.code.replace("\\\n", " ").splitlines()]
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", pages.FENCE.sub("", text))]
-    parts = [part.strip() for line in (*lines, *spans) for part in line.split("&&")]
+    parts = [part.partition("  #")[0].strip() for line in (*lines, *spans) for part in line.split("&&")]
     return [part for part in parts if COMMAND.match(part)]
 
 
@@ -168,7 +168,6 @@ def parse(arguments: list[str]) -> None:
             command.make_context(name, rest, parent=context)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in COMMANDS if re.match("pab-fx (explain|doctor)", command)])
 def test_a_command_that_needs_no_checkpoint_runs(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_pipeline: Callable[[Path], None]
