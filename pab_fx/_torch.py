@@ -319,7 +319,8 @@ def lookup_backend(name: str) -> Callable[..., Any]:
     try:
         return lookup(name)
     except InvalidBackend:
-        names = ", ".join(sorted(list_backends(exclude_tags=())))
+        known = sorted(each for each in list_backends(exclude_tags=()) if not each.endswith("_TESTING_ONLY"))
+        names = ", ".join(known)
         raise ValueError(f"inner={name!r} is not a registered Dynamo backend; registered are: {names}.") from None
 
 

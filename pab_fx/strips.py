@@ -105,7 +105,7 @@ def in_words(rule: Rule) -> str:
     Example:
         >>> from pab_fx.schedule import AfterTimesteps
         >>> in_words(SkipRange(3, 100, 800)), in_words(AfterTimesteps(((720.0, 2), (640.0, 2))))
-        ('computed every 3rd step in (100, 800)', 'reused 2 steps after 720, 640')
+        ('computed every 3rd step in (100, 800)', 'reused up to 2 steps after 720, 640')
     """
     if isinstance(rule, SkipRange):
         if rule.skip_range == 1:
@@ -114,8 +114,13 @@ def in_words(rule: Rule) -> str:
     after: dict[int, list[str]] = {}
     for timestep, count in rule.skip_counts:
         after.setdefault(count, []).append(f"{timestep:g}")
-    said = (f"{count} step{'' if count == 1 else 's'} after {', '.join(listed)}" for count, listed in after.items())
-    return f"reused {'; '.join(said)}"
+    # up to: the next listed timestep computes anew
+    most = {count: f"up to {count} steps" if count > 1 else "1 step" for count in after}
+    return f"reused {'; '.join(f'{most[count]} after {_listed(timesteps)}' for count, timesteps in after.items())}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words)
 
 
 def _ordinal(number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pab_fx.calibrate import Budget, Calibration
 from pab_fx.calibrate.changes import ModuleChanges, mean_changes
 from pab_fx.calibrate.files import Folder
 from pab_fx.calibrate.prediction import CostModel, ErrorModel, ages, scales, share_of_step
+from pab_fx.calibrate.run import warn_of_timing
 from pab_fx.calibrate.samples import Difference, batches_of
 from pab_fx.calibrate.search import front, next_try, undominated
 from pab_fx.calibrate.settings import (
@@ -627,7 +629,7 @@ def test_a_pipeline_with_two_branches_of_guidance_is_calibrated(tmp_path: Path) 
         ({"peak": 0}, "peak must be a number above 0"),
         ({"config": {"layers": None}}, "config must be a PABConfig"),
         ({"compare": {"mine": "latte"}}, r"compare\['mine'\] must be a PABConfig"),
-        ({"budget": "quick"}, "budget='quick' is none"),
+        ({"budget": "quick"}, "budget='quick': cannot read 'quick'"),
         ({"inner": "inductr"}, "not a registered Dynamo backend"),
     ],
 )
@@ -668,7 +670,7 @@ def test_the_command_calibrates_writes_and_prints(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quick"], "budget='quick' is none"),
+        (["quick"], "budget='quick': cannot read 'quick'"),
         (["psnr>=30", "--pipeline", "somewhere/else"], "--prompts is missing"),
         (["psnr>=30", "--call", "height"], "NAME=VALUE"),
         (["psnr>=30", "--dtype", "half-float"], "none of torch's"),
@@ -680,3 +682,21 @@ def test_a_bad_option_of_the_command_is_refused(arguments: list[str], message: s
     shown = CliRunner().invoke(app, ["calibrate", *arguments, "-o", str(tmp_path / "out")])
     assert shown.exit_code == 2
     assert message in " ".join(shown.output.split())
+
+
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pab_fx, "calibrate", interrupted)
+    shown = CliRunner().invoke(app, ["calibrate", "psnr>=40", "-o", str(tmp_path / "out")])
+    assert shown.exit_code == 130
+    assert "the same command goes on from there" in shown.output
+
+
+@pytest.mark.parametrize(("measured", "is_far"), [(None, False), (1.0, False), (0.7, True)])
+def test_a_proposal_that_is_slower_than_predicted_is_warned_of(measured: float | None, is_far: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_timing(1.2, measured)
+    assert [("Was the machine busy?" in str(each.message)) for each in caught] == [True] * is_far

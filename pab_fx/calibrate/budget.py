@@ -58,7 +58,7 @@ class Budget:
         for part in given.split(",") if isinstance(given, str) else [""]:
             found = re.fullmatch(r"\s*(?:(psnr)\s*>=|(relative_l2)\s*<=)\s*([0-9.]+(?:e-?\d+)?)\s*(?:dB)?\s*", part)
             if found is None or (found[1] or found[2]) in limits:
-                raise ValueError(f"budget={given!r} is none; write {FORMS}.")
+                raise ValueError(f"budget={given!r}: cannot read {part.strip()!r}; write {FORMS}.")
             limits[found[1] or found[2]] = float(found[3])
         return cls(**limits)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,6 +122,7 @@ def calibrate(
         tried = judge.search(settings, errors, base, tries)
         proposal = judge.best((*tried, *compared))
         measured = laboratory.measured_speedup(proposal.config, rounds)
+    warn_of_timing(proposal.speedup, measured)
     found = Calibration(
         config=proposal.config,
         proposal=proposal,
@@ -141,6 +143,18 @@ def calibrate(
     found.config.save(home.path / "config.json")
     save_plots(found)
     return found
+
+
+def warn_of_timing(predicted: float, measured: float | None) -> None:
+    """Warn where the proposal is much slower than predicted: of all that is measured, only time depends on what else
+    a machine does, and what a role is thought to save decides between settings."""
+    if measured is not None and measured < 0.8 * predicted:
+        warnings.warn(
+            f"pab_fx: the proposal was predicted to be {predicted:.2f}x as fast and measured at {measured:.2f}x. Was "
+            "the machine busy? Errors do not depend on that, but the choice between settings does: calibrate again in "
+            "another folder when it is not, with more rounds, or more steps and prompts.",
+            stacklevel=3,
+        )
 
 
 def _front(errors: ErrorModel, costs: CostModel, ranges: Sequence[int]) -> list[Setting]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from .bench import bench
 from .calibrate import calibrate
 from .demo import demo
@@ -20,8 +23,18 @@ for command in (demo, explain, calibrate, doctor, bench):
     app.command()(command)
 
 
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"pab-fx {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Pyramid Attention Broadcast as a torch.compile graph transformation."""
 
 

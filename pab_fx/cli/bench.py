@@ -19,11 +19,12 @@ def bench(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Which, of eager,hooks,compile,specialize,each-step,cond,regional,bound,both (hooks + compile). All."
+            help="Which, with commas between, of eager, hooks, compile, specialize, each-step, cond, regional, bound, "
+            "both (hooks + compile). All."
         ),
     ] = None,
     config: Annotated[
-        str | None, typer.Option(help="cogvideox, latte, open-sora, or like spatial=2,cross=6,window=100:800.")
+        str | None, typer.Option(help="cogvideox, latte, open-sora, or like spatial=2,cross=6 (also window=100:800).")
     ] = None,
     inner: Annotated[str, typer.Option(help="The compiler of all columns: inductor, eager, ...")] = "inductor",
     plan: Annotated[bool, typer.Option(help="Tell pab_fx the timesteps, as a pipeline's scheduler does.")] = True,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as json_
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,27 +70,38 @@ def calibrate(
         texts = _prompts_of(prompts, pipeline, count, seed)
         with console.status(f"loading {pipeline}"):
             pipe = _loaded(pipeline, device, dtype)
-        found = calibrated(
-            pipe,
-            texts,
-            limit,
-            call=arguments,
-            folder=folder,
-            seed=seed,
-            batch=batch,
-            margin=margin,
-            segments=segments,
-            layer_groups=layer_groups,
-            tries=tries,
-            rounds=rounds,
-            inner=inner,
-            console=console,
-        )
+        with _resumable(folder):
+            found = calibrated(
+                pipe,
+                texts,
+                limit,
+                call=arguments,
+                folder=folder,
+                seed=seed,
+                batch=batch,
+                margin=margin,
+                segments=segments,
+                layer_groups=layer_groups,
+                tries=tries,
+                rounds=rounds,
+                inner=inner,
+                console=console,
+            )
     console.print(_probes_of(found))
     console.print(_table_of(found))
     console.print(f"budget: {found.budget}, kept with {margin:g} standard errors in reserve")
     console.print(f"The setting, for PABConfig.load: {found.folder / 'config.json'}", soft_wrap=True)
     write_json(json, found.as_json())
+
+
+@contextlib.contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Say how to go on after an interruption; ends with 130, as a shell counts it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: what is finished is in {folder}; the same command goes on from there.", err=True)
+        raise typer.Exit(130) from None
 
 
 def _limit_of(budget: str) -> Any:

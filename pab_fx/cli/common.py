@@ -54,5 +54,7 @@ def refused() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+        missing = getattr(error, "filename", None) if isinstance(error, FileNotFoundError) else None
+        said = str(error) if missing is None else f"there is no {missing}."
+        Console(stderr=True).print(f"[red]error:[/red] {escape(said)}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) or missing is not None else 1) from None

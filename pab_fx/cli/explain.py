@@ -23,7 +23,7 @@ def explain(
         str | None,
         typer.Option(
             help="cogvideox, latte, open-sora; a JSON file as PABConfig.save writes it; or like "
-            "spatial=2,cross=6,window=100:800. Default: the demo's own, else spatial=2."
+            "spatial=2,cross=6 (also window=100:800). Default: the demo's own, else spatial=2."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of a generation.")] = 20,

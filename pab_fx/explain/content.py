@@ -167,7 +167,8 @@ def step_line(report: Report) -> str:
     said = [f"{in_percent(share)} of a step's FLOPs ({in_flops(flops)})"]
     if report.seconds is not None:
         time = sum(region.time_share or 0.0 for region in regions)
-        said.append(f"{in_percent(time)} of its time ({in_seconds(time * report.seconds)})")
+        spent = f"{in_seconds(time * report.seconds)} of {in_seconds(report.seconds)}"
+        said.append(f"{in_percent(time)} of its time ({spent})")
     return f"what is broadcast has {listed(said)}"
 
 

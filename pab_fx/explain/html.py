@@ -72,7 +72,8 @@ def _cards(report: Report) -> list[tuple[str, str]]:
         cards.append((in_percent(share), "of a step's FLOPs are theirs"))
     if report.seconds is not None:
         share = sum(region.time_share or 0.0 for region in regions)
-        cards.append((in_percent(share), f"of a step's time ({in_seconds(report.seconds)})"))
+        spent = f"{in_seconds(share * report.seconds)} of {in_seconds(report.seconds)}"
+        cards.append((in_percent(share), f"of a step's time ({spent})"))
     return [*cards, (in_bytes(sum(region.cache_bytes for region in regions)), "of caches, in one cache context")]
 
 

@@ -117,4 +117,9 @@ def config_by(text: str) -> PABConfig:
     """
     if text in PRESETS:
         return PABConfig.preset(text)
-    return PABConfig.load(text) if text.endswith(".json") else config_of(text)
+    if text.endswith(".json"):
+        return PABConfig.load(text)
+    try:
+        return config_of(text)
+    except ValueError as error:
+        raise ValueError(f"{error} Or it is a JSON file, as PABConfig.save writes it.") from None
