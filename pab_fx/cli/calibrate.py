@@ -63,30 +63,29 @@ def calibrate(
     from .. import calibrate as calibrated
 
     console = console_for(json)
-    with refused():
+    with _resumable(folder), refused():
         check_json(json)
         limit = _limit_of(budget)
         arguments = {**_arguments_of(call or ()), **({} if steps is None else {"num_inference_steps": steps})}
         texts = _prompts_of(prompts, pipeline, count, seed)
         with console.status(f"loading {pipeline}"):
             pipe = _loaded(pipeline, device, dtype)
-        with _resumable(folder):
-            found = calibrated(
-                pipe,
-                texts,
-                limit,
-                call=arguments,
-                folder=folder,
-                seed=seed,
-                batch=batch,
-                margin=margin,
-                segments=segments,
-                layer_groups=layer_groups,
-                tries=tries,
-                rounds=rounds,
-                inner=inner,
-                console=console,
-            )
+        found = calibrated(
+            pipe,
+            texts,
+            limit,
+            call=arguments,
+            folder=folder,
+            seed=seed,
+            batch=batch,
+            margin=margin,
+            segments=segments,
+            layer_groups=layer_groups,
+            tries=tries,
+            rounds=rounds,
+            inner=inner,
+            console=console,
+        )
     console.print(_probes_of(found))
     console.print(_table_of(found))
     console.print(f"budget: {found.budget}, kept with {margin:g} standard errors in reserve")
