@@ -202,6 +202,7 @@ class PABBackend:
             plain = Plain(self._compiler(names)(gm, example_inputs))
             self.captured.append(Captured(rewritten, regions, frame_of(names), id(names.model), plain))
             return plain
+        self.notices.warn_of_several_calls([region for region in regions if region.is_broadcast])
         inputs = rewritten.graph.find_nodes(op="placeholder")
         # adapters are switched within a generation; what has been counted and kept goes on
         adapters = {id(parameter) for module in around for parameter in _diffusers.adapter_parameters(module)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from types import FrameType
@@ -61,6 +62,19 @@ class Notices:
         self.warn_once(
             "nothing", f"pab_fx: the config matches none of the {kinds} found, so nothing is reused:\n{found}"
         )
+
+    def warn_of_several_calls(self, regions: Sequence[Region]) -> None:
+        """Warn of modules that a graph calls several times: their calls are counted and kept together."""
+        calls = Counter(region.module_id for region in regions)
+        names = list(dict.fromkeys(region.name for region in regions if calls[region.module_id] > 1))
+        if names:
+            self.warn_once(
+                "several calls",
+                f"pab_fx: called several times in a step: {', '.join(names)}. All calls of a module are counted and "
+                "kept together, as by diffusers' hooks: one may be given what another has just computed, of another "
+                "input. If they are not to be, give each a module of its own, or leave these out by the role's "
+                "attention_block_identifiers.",
+            )
 
     def warn_of_no_attention(self, name: str) -> None:
         """Warn that in a whole call of the model of that class no attention was found."""

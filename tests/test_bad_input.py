@@ -508,3 +508,19 @@ def test_mlp_timesteps_that_the_generation_does_not_have_warn(caught: list[warni
     zoo.trajectory(entry, compiled, TIMESTEPS)
     (message,) = pab_warnings(caught)
     assert "List timesteps of the scheduler" in message
+
+
+class Twice(Model):
+    """One attention on two inputs in each step."""
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = hidden_states + 0.01 * timestep
+        return x + self.attn(x) + 3 * self.attn(2 * x + 1)
+
+
+def test_a_module_that_is_called_several_times_in_a_step_is_named() -> None:
+    torch.compiler.reset()
+    config = PABConfig(spatial_attention_block_skip_range=2)
+    compiled = torch.compile(Twice().eval(), backend=PABBackend(config, inner="eager"))
+    with torch.no_grad(), pytest.warns(UserWarning, match="called several times in a step: attn"):
+        compiled(hidden_states(0), torch.tensor(900.0))

@@ -700,3 +700,17 @@ def test_a_proposal_that_is_slower_than_predicted_is_warned_of(measured: float |
         warnings.simplefilter("always")
         warn_of_timing(1.2, measured)
     assert [("Was the machine busy?" in str(each.message)) for each in caught] == [True] * is_far
+
+
+def test_arguments_that_a_pipeline_does_not_take_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'guidance_scal', which ClipPipeline does not take. Did you mean"):
+        pab_fx.calibrate(load_pipeline(), ["a"], "psnr>=30", call={"guidance_scal": 2.0}, folder=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_calibration_that_failed_before_anything_was_finished_leaves_its_folder_free(tmp_path: Path) -> None:
+    Folder(tmp_path, {"call": "one"})
+    folder = Folder(tmp_path, {"call": "other"})
+    folder.save("reference", {})
+    with pytest.raises(ValueError, match="call was"):
+        Folder(tmp_path, {"call": "one"})

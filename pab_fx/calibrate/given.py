@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -29,6 +31,20 @@ def check_model(model: Any, prompts: Any, generate: Any, batch: int) -> None:
         raise ValueError(f"generate must be a function (model, prompt, seed), got {generate!r}.")
     if generate is not None and batch != 1:
         raise ValueError(f"batch={batch} is for pipelines: generate is called with one prompt at a time.")
+
+
+def check_call(model: Any, generate: Any, call: Mapping[str, Any]) -> None:
+    """Refuse arguments that the pipeline does not take."""
+    if generate is not None:
+        return
+    parameters = inspect.signature(type(model).__call__).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return
+    for name in call:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"call has {name!r}, which {type(model).__name__} does not take.{hint}")
 
 
 def check_counts(least: int, **counts: Any) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ def explain(
         The report, with times and outlines of the graphs for drawing.
 
     Raises:
-        ValueError: as `enable`; for a number of steps or rounds that is too small, or for `inner`.
+        ValueError: as `enable`; for keyword arguments without names; for a number of steps or rounds that is too small,
+            or for `inner`.
         TypeError: for something that is neither a model nor a pipeline with one.
 
     Example:
@@ -68,6 +70,11 @@ def explain(
     """
     if steps < 1 or rounds < 0:
         raise ValueError(f"steps must be at least 1 and rounds at least 0, got {steps} and {rounds}.")
+    if not isinstance(kwargs, (Mapping, NoneType)):
+        raise ValueError(
+            f"kwargs must be the keyword arguments of a call by name, got {type(kwargs).__name__}; positional ones are "
+            "given as args=(...)."
+        )
     if "inner" in options:
         raise ValueError(f"explain compiles nothing: leave inner={options['inner']!r} out, or enable() the model.")
     given = None if timesteps is None else checked_timesteps(timesteps)
