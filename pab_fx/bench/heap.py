@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
 
     By default it gives free memory at the end of its heap back to the system, and takes it anew, a page fault every 4
     KiB. How often that happens is decided by what lies last in the heap, and so by all contenders that a process holds:
-    the same one had 1300 faults in a generation alone and 29000 beside two others, 2 % of its time.
+    the same one had 1300 faults in a generation alone and 29000 beside two others (see docs/benchmarks.md).
 
     Returns:
         Whether the allocator is glibc's; others (jemalloc, macOS) are left as they are.
