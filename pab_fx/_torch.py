@@ -153,7 +153,7 @@ def conditions_take_operands_as_they_lie() -> Iterator[None]:
     """
     from torch._inductor import inductor_prims, ir
 
-    if not hasattr(ir, "Conditional") or Version(Version(torch.__version__).base_version) < Version("2.13"):
+    if not hasattr(ir, "Conditional") or Version(torch.__version__).release < (2, 13):
         yield
         return
     from torch._inductor.lowering import lowerings

@@ -17,11 +17,10 @@ from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _diffusers
-from ._torch import has_cuda_graphs, inductor_patches, inputs_that_are_state, lookup_backend
+from ._torch import inputs_that_are_state
 from .account import report_of
 from .captured import Captured, Plain, frame_of
 from .clock import PipelineClock, request_of, running_pipeline
-from .compress import DTYPES
 from .config import PABConfig
 from .constants import fix_numbers
 from .dataflow import STATE, is_number
@@ -30,6 +29,7 @@ from .holding import holder_for
 from .lowering import Compiler, Lowerings
 from .modules import ModuleNames, repeated_blocks
 from .notices import Notices
+from .options import cache_device_of, cache_dtype_of, falling_timesteps, inner_compiler, records_cuda_graphs
 from .passes import Pass, Passes
 from .region import Region
 from .regional import RegionalCompiler
@@ -37,7 +37,7 @@ from .report import Report
 from .rewrite import copy_of
 from .running import TiedParameters, module_names, running_modules
 from .runtime import BroadcastGraph, anchors
-from .schedule import Rule, checked_timesteps
+from .schedule import Rule
 from .state import StateStore, TensorSpec
 from .strips import SeenTimesteps
 from .tag import tag
@@ -99,15 +99,15 @@ class PABBackend:
             raise ValueError(f"lowering={lowering!r} is unknown; it is one of {', '.join(map(repr, LOWERINGS))}.")
         self.lowering = lowering
         self.passes = Passes.of(passes)
-        self.timesteps = timesteps if callable(timesteps) or timesteps is None else _timesteps(timesteps)
+        self.timesteps = timesteps if callable(timesteps) or timesteps is None else falling_timesteps(timesteps)
         self.inner = inner
-        self._inner = _inner_compiler(inner, mode, options)
+        self._inner = inner_compiler(inner, mode, options)
         for name, given in (("regional", regional), ("step_invariants", step_invariants)):
             if not isinstance(given, bool):
                 raise ValueError(f"{name} must be True or False, got {given!r}.")
         self.regional, self.step_invariants = regional, step_invariants
-        self.cache_dtype, cache_device = _cache_dtype(cache_dtype), _cache_device(cache_device)
-        self._has_cuda_graphs = _records_cuda_graphs(inner, mode, options)
+        self.cache_dtype, cache_device = cache_dtype_of(cache_dtype), cache_device_of(cache_device)
+        self._has_cuda_graphs = records_cuda_graphs(inner, mode, options)
         self.holder = holder_for(cache_device, self._has_cuda_graphs)
         self.runs_eagerly = inner == "eager"
         self.rule_of: Callable[[str, str], Rule | None] | None = None
@@ -241,7 +241,7 @@ class PABBackend:
 
     def known_timesteps(self) -> tuple[float, ...] | None:
         """The timesteps of the running generation, `None` if they were not given."""
-        return _timesteps(self.timesteps()) if callable(self.timesteps) else self.timesteps
+        return falling_timesteps(self.timesteps()) if callable(self.timesteps) else self.timesteps
 
     def store(self, request: Any) -> StateStore:
         """The state of a request (a session or a pipeline), or what belongs to none; it goes with the request."""
@@ -290,7 +290,7 @@ class PABBackend:
         if not self.graphs:
             raise RuntimeError("nothing was captured yet: call the model, or the pipeline, once, and then warmup().")
         # in a thousand steps every rule meets every state of the others in each window
-        known = self.known_timesteps() if timesteps is None else _timesteps(timesteps)
+        known = self.known_timesteps() if timesteps is None else falling_timesteps(timesteps)
         with torch.no_grad():
             for graph in list(self.graphs):
                 graph.warmup(known or tuple(float(1000 - step) for step in range(1000)))
@@ -371,68 +371,6 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, (str, int, float, tuple, list, dict, set, range, type(None))):
         return f"{type(value).__name__} {value!r}"
     return id(value)
-
-
-def _inner_compiler(
-    inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any] | None
-) -> Callable[..., Any]:
-    if options is not None and not isinstance(options, Mapping):
-        raise ValueError(f"options must be a mapping of Inductor's options, got {options!r}.")
-    for name, given in (("mode", mode), ("options", options)):
-        if given and inner != "inductor":
-            raise ValueError(f"{name}={given!r} is for inner='inductor' only, and inner is {inner!r}.")
-    if isinstance(inner, str):
-        compiler = lookup_backend(inner)
-        if inner == "inductor" and (mode or options):
-            return partial(_inductor, compiler, inductor_patches(mode, options or {}))
-        return compiler
-    if not callable(inner):
-        raise ValueError(f"inner must be the name of a backend or a callable (gm, example_inputs), got {inner!r}.")
-    return inner
-
-
-def _records_cuda_graphs(inner: Any, mode: str | None, options: Mapping[str, Any] | None) -> bool:
-    """Whether the inner compiler records CUDA graphs, where it compiles for a GPU."""
-    return inner == "cudagraphs" or (inner == "inductor" and has_cuda_graphs(inductor_patches(mode, options or {})))
-
-
-def _cache_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, given, None) if isinstance(given, str) else given
-    if given is not None and found not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"cache_dtype={given!r} is none that caches are kept in: {names}.")
-    return found
-
-
-def _cache_device(given: torch.device | str | None) -> torch.device | None:
-    if given is None:
-        return None
-    try:
-        device = torch.device(given)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"cache_device={given!r} is no device, such as 'cpu'.") from None
-    try:
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # an assertion is what a torch without CUDA raises
-        raise ValueError(f"cache_device={given!r} holds nothing here: {error}") from None
-    return device
-
-
-def _inductor(
-    compiler: Callable[..., Any], patches: Mapping[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]
-) -> Callable[..., Any]:
-    return compiler(gm, example_inputs, config_patches=dict(patches))
-
-
-def _timesteps(given: Any) -> tuple[float, ...]:
-    """The timesteps of a generation, which fall: one that rises begins another."""
-    found = checked_timesteps(given)
-    if found and found[0] < found[-1]:
-        raise ValueError(
-            f"timesteps begin at {found[0]:g} and end at {found[-1]:g}, and those of a generation fall: pass them in "
-            "the order in which the steps run, scheduler.timesteps."
-        )
-    return found
 
 
 def _without_numbers(region: Region) -> Region:

@@ -115,12 +115,11 @@ def in_words(rule: Rule) -> str:
     for timestep, count in rule.skip_counts:
         after.setdefault(count, []).append(f"{timestep:g}")
     # up to: the next listed timestep computes anew
-    most = {count: f"up to {count} steps" if count > 1 else "1 step" for count in after}
-    return f"reused {'; '.join(f'{most[count]} after {_listed(timesteps)}' for count, timesteps in after.items())}"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return ", ".join(words)
+    said = (
+        f"{'1 step' if count == 1 else f'up to {count} steps'} after {', '.join(listed)}"
+        for count, listed in after.items()
+    )
+    return f"reused {'; '.join(said)}"
 
 
 def _ordinal(number: int) -> str:

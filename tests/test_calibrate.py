@@ -694,8 +694,8 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch: pytest.MonkeyPatc
     assert "the same command goes on from there" in shown.output
 
 
-@pytest.mark.parametrize(("measured", "is_far"), [(None, False), (1.0, False), (0.7, True)])
-def test_a_proposal_that_is_slower_than_predicted_is_warned_of(measured: float | None, is_far: bool) -> None:
+@pytest.mark.parametrize(("measured", "is_far"), [(None, False), (1.0, False), (0.7, True), (21.0, True)])
+def test_a_proposal_whose_time_is_far_from_predicted_is_warned_of(measured: float | None, is_far: bool) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_timing(1.2, measured)

@@ -471,6 +471,11 @@ def test_positional_arguments_in_place_of_named_ones_are_refused() -> None:
         pab_fx.explain(entry.build(), given)
 
 
+def test_the_version_is_told() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"pab-fx {pab_fx.__version__}\n")
+
+
 def test_help_says_what_it_shows() -> None:
     shown = invoke("--help")
     assert shown.exit_code == 0

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from packaging.version import Version
+from torch import Tensor, fx, nn
 from torch._inductor.utils import run_and_get_code
 
 import pab_fx
 from pab_fx import PABConfig
+from pab_fx._torch import symbols_inside
+from pab_fx.dataflow import value
+from pab_fx.rewrite import conditionals, operands_of
 
+RELEASE = Version(torch.__version__).release
 TIMESTEPS = (900, 700, 600, 500, 400)
 
 
@@ -39,7 +46,7 @@ class BehindConvolution(nn.Module):
         return x
 
 
-def generate(model: nn.Module, inner: str, sizes: tuple[int, ...], dynamic: bool) -> list[Tensor]:
+def generate(model: nn.Module, inner: Any, sizes: tuple[int, ...], dynamic: bool) -> list[Tensor]:
     """Generations at these heights, by a model whose attentions reuse every second step."""
     torch.compiler.reset()
     outputs = []
@@ -53,9 +60,18 @@ def generate(model: nn.Module, inner: str, sizes: tuple[int, ...], dynamic: bool
     return outputs
 
 
+def without_pab(model: nn.Module, sizes: tuple[int, ...]) -> list[Tensor]:
+    with torch.no_grad():
+        return [
+            model(torch.randn(2, 4, size, 8, generator=torch.Generator().manual_seed(t)), torch.tensor(float(t)))
+            for size in sizes
+            for t in TIMESTEPS
+        ]
+
+
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_operand_is_copied_into_the_layout_that_it_was_traced_with(dynamic: bool) -> None:
-    if dynamic and torch.__version__ < "2.13":
+    if dynamic and RELEASE < (2, 13):
         pytest.skip("torch 2.9 compiles a graph with another fake mode than it was traced with; runs from 2.13 on")
     torch.manual_seed(0)
     model = BehindConvolution().eval().requires_grad_(False)
@@ -65,6 +81,26 @@ def test_no_operand_is_copied_into_the_layout_that_it_was_traced_with(dynamic: b
         found, codes = run_and_get_code(generate, model, "inductor", sizes, dynamic)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # rounding, of float32
-    assert codes
-    if torch.__version__.startswith("2.13"):  # for others see `_torch.conditions_take_operands_as_they_lie`
+    changes = [float((a - b).abs().max()) for a, b in zip(found, without_pab(model, sizes), strict=True)]
+    assert max(changes) > 1e-2
+    if RELEASE[:2] == (2, 13):  # for others see `_torch.conditions_take_operands_as_they_lie`
+        assert any("_decided" in code for code in codes)  # there are conditions
         assert not any("force_stride_order" in code for code in codes)
+
+
+def test_a_branch_is_given_the_sizes_that_its_operands_shapes_are_computed_from() -> None:
+    """Inductor's code of a branch knows no other symbols; with a whole dimension of an operand it needs none."""
+    graphs: list[fx.GraphModule] = []
+
+    def kept(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm
+
+    model = BehindConvolution().eval().requires_grad_(False)
+    generate(model, kept, (16,), dynamic=True)
+    for cond in conditionals(graphs[0]):
+        given = [value(operand) for operand in operands_of(cond)]
+        assert sum(isinstance(each, torch.SymInt) for each in given) == 2  # height and width of the image
+        assert not symbols_inside(given)
+        branches = [graphs[0].get_submodule(str(node.target)) for node in cond.args[1:3]]  # type: ignore[union-attr]
+        assert [len(branch.graph.find_nodes(op="placeholder")) for branch in branches] == [len(given)] * 2  # type: ignore[operator, union-attr]

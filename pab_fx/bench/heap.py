@@ -12,8 +12,7 @@ def keep_freed_memory() -> bool:
     """Have glibc keep what is freed for what is allocated next, for the rest of the process.
 
     By default it gives free memory at the end of its heap back to the system, and takes it anew, a page fault every 4
-    KiB. How often that happens is decided by what lies last in the heap, and so by all contenders that a process holds:
-    the same one had 1300 faults in a generation alone and 29000 beside two others (see docs/benchmarks.md).
+    KiB. How often that happens is decided by what lies last in the heap, and so by all contenders that a process holds.
 
     Returns:
         Whether the allocator is glibc's; others (jemalloc, macOS) are left as they are.

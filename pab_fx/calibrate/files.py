@@ -34,14 +34,12 @@ class Folder:
             raise ValueError(f"{self.path} is a file: name a folder for the calibration.")
         own = json.loads(json.dumps(identity))
         known = self._read(self.path / self.IDENTITY)
-        if known is None:
+        if known is None or not any(self.entries.glob("*.json")):  # nothing was finished
             self.entries.mkdir(parents=True, exist_ok=True)
             self._write(self.path / self.IDENTITY, json.dumps(own, indent=1) + "\n")
             return
         other = [name for name in {**known, **own} if known.get(name) != own.get(name)]
-        if other and not any(self.entries.glob("*.json")):  # it failed before anything was finished
-            self._write(self.path / self.IDENTITY, json.dumps(own, indent=1) + "\n")
-        elif other:
+        if other:
             told = "; ".join(f"{name} was {_short(known.get(name))} and is {_short(own.get(name))}" for name in other)
             raise ValueError(f"{self.path} is of another calibration: {told}. Name another folder, or delete it.")
 

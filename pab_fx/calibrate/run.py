@@ -147,8 +147,11 @@ def calibrate(
 
 
 def warn_of_timing(predicted: float, measured: float | None) -> None:
-    """Warn where the proposal is not as fast as predicted: of all that is measured, only time depends on what else a
-    machine does, and what a role is thought to save decides between settings."""
+    """Warn where the proposal takes another time than predicted.
+
+    Of all that is measured, only time depends on what else a machine does, and what a role is thought to save decides
+    between settings.
+    """
     if measured is not None and not 0.75 < measured / predicted < 1.5:
         warnings.warn(
             f"pab_fx: the proposal was predicted to be {predicted:.2f}x as fast and measured at {measured:.2f}x. Was "
