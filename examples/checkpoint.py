@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pab_fx
-from pab_fx.modules import repeated_blocks
+from pab_fx.graph.modules import repeated_blocks
 
 
 def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:

@@ -28,8 +28,8 @@ from pab_fx import PABConfig
 from pab_fx.calibrate.changes import ModuleChanges
 from pab_fx.calibrate.samples import Difference
 from pab_fx.calibrate.settings import at_own_timesteps, reused_modules
-from pab_fx.config import PRESETS
 from pab_fx.demo import CAPTIONS, load_pipeline
+from pab_fx.policy.config import PRESETS
 
 SEEN, UNSEEN = 100, 3_000_000
 """Seeds of the first caption of each kind."""

@@ -7,15 +7,15 @@ The way of a graph: `tag` finds attention regions and their roles, `rewrite` mak
 `specialize` decides conditions, `lift` makes the state explicit, `runtime` counts and decides at each call.
 """
 
-from ._diffusers import cache_context
 from .backend import PABBackend, pab_backend
 from .calibrate import calibrate
-from .config import LayerBroadcast, MLPBroadcast, PABConfig
+from .diffusers.hooks import cache_context
 from .enable import PAB, disable, enable
 from .explain import explain
-from .export import export
-from .rewrite import rewrite
-from .specialize import specialize
+from .export.export import export
+from .passes.rewrite import rewrite
+from .passes.specialize import specialize
+from .policy.config import LayerBroadcast, MLPBroadcast, PABConfig
 
 __all__ = [
     "PAB",

@@ -16,31 +16,31 @@ from diffusers import PyramidAttentionBroadcastConfig
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import _diffusers
 from ._torch import inputs_that_are_state
-from .account import report_of
-from .captured import Captured, Plain, frame_of
-from .clock import PipelineClock, request_of, running_pipeline
-from .config import PABConfig
-from .constants import fix_numbers
-from .dataflow import STATE, is_number
-from .generation import Variants, likely_unchanging
-from .holding import holder_for
-from .lowering import Compiler, Lowerings
-from .modules import ModuleNames, repeated_blocks
+from .compile.lowering import Compiler, Lowerings
+from .compile.regional import RegionalCompiler
+from .diffusers import hooks as _diffusers
+from .graph.dataflow import STATE, is_number
+from .graph.modules import ModuleNames, repeated_blocks
 from .notices import Notices
 from .options import cache_device_of, cache_dtype_of, falling_timesteps, inner_compiler, records_cuda_graphs
-from .passes import Pass, Passes
-from .region import Region
-from .regional import RegionalCompiler
-from .report import Report
-from .rewrite import copy_of
-from .running import TiedParameters, module_names, running_modules
-from .runtime import BroadcastGraph, anchors
-from .schedule import Rule
-from .state import StateStore, TensorSpec
-from .strips import SeenTimesteps
-from .tag import tag
+from .passes.numbers import fix_numbers
+from .passes.rewrite import copy_of
+from .passes.users import Pass, Passes
+from .policy.config import PABConfig
+from .policy.when import Rule
+from .report.account import report_of
+from .report.captured import Captured, Plain, frame_of
+from .report.data import Report
+from .report.strips import SeenTimesteps
+from .run.clock import PipelineClock, request_of, running_pipeline
+from .run.generation import Variants, likely_unchanging
+from .run.graph import BroadcastGraph, anchors
+from .run.holding import holder_for
+from .run.running import TiedParameters, module_names, running_modules
+from .run.state import StateStore, TensorSpec
+from .select.region import Region
+from .select.tag import tag
 
 logger = logging.getLogger(__name__)
 

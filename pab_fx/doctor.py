@@ -15,9 +15,9 @@ import torch
 from packaging.requirements import Requirement
 from torch import nn
 
-from .config import PABConfig
 from .enable import enable
-from .report import Report
+from .policy.config import PABConfig
+from .report.data import Report
 
 TIMESTEPS = (900.0, 700.0, 600.0, 500.0)
 """In the first everything is computed; in the second and the last everything reuses."""

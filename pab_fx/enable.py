@@ -11,13 +11,13 @@ import torch
 from diffusers import DiffusionPipeline, PyramidAttentionBroadcastConfig
 from torch import nn
 
-from . import _diffusers
 from ._torch import is_compiled_call
 from .backend import PABBackend
-from .call import SteppingCall
-from .clock import Session
-from .modules import repeated_blocks
-from .report import Report
+from .diffusers import hooks as _diffusers
+from .graph.modules import repeated_blocks
+from .report.data import Report
+from .run.clock import Session
+from .run.stepping import SteppingCall
 
 logger = logging.getLogger(__name__)
 

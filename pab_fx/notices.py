@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .config import ATTENTION_ROLES, PABConfig
-from .region import Region
+from .policy.config import ATTENTION_ROLES, PABConfig
+from .select.region import Region
 
 LIBRARIES = {"pab_fx", "torch", "diffusers", "contextlib"}
 

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from ._torch import has_cuda_graphs, inductor_patches, lookup_backend
-from .compress import DTYPES
-from .schedule import checked_timesteps
+from .passes.compress import DTYPES
+from .policy.when import checked_timesteps
 
 
 def inner_compiler(

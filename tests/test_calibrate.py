@@ -42,10 +42,10 @@ from pab_fx.calibrate.settings import (
 from pab_fx.calibrate.sketch import Sketcher
 from pab_fx.calibrate.trials import Trials
 from pab_fx.cli import app
-from pab_fx.config import PRESETS, ROLES
 from pab_fx.demo import CAPTIONS, load_pipeline
-from pab_fx.schedule import reused_calls
-from pab_fx.tag import rule_of
+from pab_fx.policy.config import PRESETS, ROLES
+from pab_fx.policy.when import reused_calls
+from pab_fx.select.tag import rule_of
 
 TIMESTEPS = tuple(float(t) for t in range(999, -1, -50))  # 20 steps
 ATTENTIONS = {"spatial": "blocks.{}.attn1", "cross": "blocks.{}.attn2", "mlp": "blocks.{}.ff"}

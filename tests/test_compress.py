@@ -14,13 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pab_fx import PABConfig
 from pab_fx._torch import cond_op
-from pab_fx.compress import DTYPES, LARGEST, SMALLEST_SCALE, compressed, dequantise, quantise, stored
-from pab_fx.dataflow import value
-from pab_fx.lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
-from pab_fx.modules import ModuleNames
-from pab_fx.rewrite import copy_of, insert_conditions
-from pab_fx.specialize import decide
-from pab_fx.tag import tag
+from pab_fx.graph.dataflow import value
+from pab_fx.graph.modules import ModuleNames
+from pab_fx.passes.compress import DTYPES, LARGEST, SMALLEST_SCALE, compressed, dequantise, quantise, stored
+from pab_fx.passes.lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
+from pab_fx.passes.rewrite import copy_of, insert_conditions
+from pab_fx.passes.specialize import decide
+from pab_fx.select.tag import tag
 
 INT8, FLOAT8, BFLOAT16 = torch.int8, torch.float8_e4m3fn, torch.bfloat16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,17 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LatteTransformer3DModel
 
-from pab_fx.demo import (
-    CAPTIONS,
-    VOCABULARY,
-    WEIGHTS,
-    Caption,
-    ClipPipeline,
-    draw,
-    fit,
-    load_pipeline,
-    recognise,
-)
+from pab_fx.demo import CAPTIONS, VOCABULARY, WEIGHTS, Caption, ClipPipeline, draw, fit, load_pipeline, recognise
 from pab_fx.demo.clips import FRAMES, SIZE
 from pab_fx.demo.pipeline import encode_caption
 from pab_fx.demo.sheet import contact_sheet

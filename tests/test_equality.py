@@ -15,7 +15,7 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
 from pab_fx import LayerBroadcast, PABBackend, PABConfig
-from pab_fx.schedule import SkipRange, reused_calls
+from pab_fx.policy.when import SkipRange, reused_calls
 from pab_fx.testing import Broadcast, Clock, assert_broadcasts_like
 from pab_fx.testing.zoo import BY_NAME, Entry, diffusers_config
 

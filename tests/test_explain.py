@@ -29,9 +29,9 @@ from pab_fx.cli import app
 from pab_fx.demo import load_pipeline
 from pab_fx.explain.groups import joined_names
 from pab_fx.explain.units import in_bytes, unit_of
-from pab_fx.report import Report
-from pab_fx.schedule import SkipRange, reused_calls
-from pab_fx.strips import Scheduled, ruler, schedule_of
+from pab_fx.policy.when import SkipRange, reused_calls
+from pab_fx.report.data import Report
+from pab_fx.report.strips import Scheduled, ruler, schedule_of
 from pab_fx.testing import zoo
 
 pytestmark = pytest.mark.usefixtures("no_gradients")

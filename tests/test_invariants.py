@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx, nn
 
-from pab_fx import effects
-from pab_fx.dataflow import is_state, op_name, value
-from pab_fx.invariants import Invariants, split_invariants
+from pab_fx.graph import effects
+from pab_fx.graph.dataflow import is_state, op_name, value
+from pab_fx.passes.invariants import Invariants, split_invariants
 from pab_fx.testing import GraphSpec, zoo
 from pab_fx.testing.strategies import graphs
 

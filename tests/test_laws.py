@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import fx
 
 from pab_fx import PABBackend, PABConfig, rewrite, specialize
-from pab_fx.lowering import Lowerings
-from pab_fx.rewrite import conditionals, copy_of, insert_conditions
-from pab_fx.schedule import reused_calls
-from pab_fx.tag import tag
+from pab_fx.compile.lowering import Lowerings
+from pab_fx.passes.rewrite import conditionals, copy_of, insert_conditions
+from pab_fx.policy.when import reused_calls
+from pab_fx.select.tag import tag
 from pab_fx.testing import (
     TRACERS,
     AttentionSpec,

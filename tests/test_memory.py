@@ -14,9 +14,9 @@ from torch._guards import TracingContext
 import pab_fx
 from pab_fx import PABConfig
 from pab_fx.bench._torch import peak_of_live_bytes
-from pab_fx.holding import Offloaded, Static
-from pab_fx.report import ContextReport
-from pab_fx.state import Cell
+from pab_fx.report.data import ContextReport
+from pab_fx.run.holding import Offloaded, Static
+from pab_fx.run.state import Cell
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 CONFIG = PABConfig(

@@ -22,8 +22,9 @@ from parallel_ranks import on_ranks
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from pab_fx import PABConfig, effects, rewrite, specialize
-from pab_fx.invariants import split_invariants
+from pab_fx import PABConfig, rewrite, specialize
+from pab_fx.graph import effects
+from pab_fx.passes.invariants import split_invariants
 
 c10d = torch.ops._c10d_functional
 CONFIG = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip_range=4)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import pab_fx
 from pab_fx import PABBackend, PABConfig, rewrite
-from pab_fx.dataflow import op_name
+from pab_fx.graph.dataflow import op_name
 from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pab_fx.config import PRESETS
 from pab_fx.demo import CAPTIONS, draw
+from pab_fx.policy.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

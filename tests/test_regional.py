@@ -20,8 +20,10 @@ from torch._dynamo import lookup_backend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pab_fx
-from pab_fx import PABBackend, PABConfig, regional
-from pab_fx.structure import structure_of
+from pab_fx import PABBackend, PABConfig
+from pab_fx.compile import regional
+from pab_fx.graph.modules import repeated_blocks
+from pab_fx.graph.structure import structure_of
 from pab_fx.testing import assert_graphs_equivalent, zoo
 
 TIMESTEPS = (900, 700, 600, 500, 50)
@@ -612,7 +614,7 @@ def test_blocks_that_the_user_compiles_equal_the_hooks(name: str, how: str) -> N
     if how == "compile_repeated_blocks":
         model.compile_repeated_blocks(backend=backend)  # type: ignore[operator]
     else:
-        for block in pab_fx.modules.repeated_blocks(model):
+        for block in repeated_blocks(model):
             block.compile(backend=backend)
     found = zoo.trajectory(entry, model, (950, 790, 700, 650, 90), clock)
     assert torch.equal(joined(found), joined(expected))

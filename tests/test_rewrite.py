@@ -12,9 +12,10 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from pab_fx import MLPBroadcast, PABBackend, PABConfig, effects, rewrite, specialize
-from pab_fx.bounds import UPDATED_LATER
-from pab_fx.tag import tag
+from pab_fx import MLPBroadcast, PABBackend, PABConfig, rewrite, specialize
+from pab_fx.graph import effects
+from pab_fx.select.bounds import UPDATED_LATER
+from pab_fx.select.tag import tag
 from pab_fx.testing import assert_graphs_equivalent, zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import pab_fx
 from pab_fx import MLPBroadcast, PABBackend, PABConfig
-from pab_fx.schedule import END, NEVER, AfterTimesteps, Rule, SkipRange, reused_calls
+from pab_fx.policy.when import END, NEVER, AfterTimesteps, Rule, SkipRange, reused_calls
 from pab_fx.testing import captured as captured_graph
 from pab_fx.testing import strategies
 from pab_fx.testing.strategies import TIMESTEPS, timestep_lists

@@ -408,7 +408,7 @@ def test_each_cache_context_has_counters_and_caches_of_its_own(lowering: str, ho
 
 
 def test_a_cache_context_ends_with_its_block_also_after_an_exception() -> None:
-    from pab_fx._diffusers import current_cache_context
+    from pab_fx.diffusers.hooks import current_cache_context
 
     model = Tiny()
     PABBackend(inner="eager")

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import pab_fx
-from pab_fx import PABConfig, effects
+from pab_fx import PABConfig
+from pab_fx.graph import effects
 from pab_fx.testing import (
     TRACERS,
     AttentionSpec,

@@ -12,11 +12,11 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from torch import fx, nn
 
-from .. import _diffusers
 from .._torch import lookup_backend
-from ..config import ATTENTION_ROLES
+from ..diffusers import hooks as _diffusers
 from ..enable import enable
-from ..schedule import SkipRange, reused_calls
+from ..policy.config import ATTENTION_ROLES
+from ..policy.when import SkipRange, reused_calls
 
 COLUMNS = (
     "eager",

@@ -22,7 +22,7 @@ from diffusers import (
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import nn
 
-from ..config import ATTENTION_ROLES, PABConfig
+from ..policy.config import ATTENTION_ROLES, PABConfig
 
 Kwargs = dict[str, Any]
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import _diffusers
+from ..diffusers import hooks as _diffusers
 from ._torch import default_recompile_limit, quiet_recompile_limit, recompile_limit
 from .contenders import HOOKS_AND_COMPILE, CountingCompiler, Plan, Setting
 from .measure import Clock, Trajectory

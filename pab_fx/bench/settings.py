@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import ATTENTION_ROLES, PRESETS, PABConfig
+from ..policy.config import ATTENTION_ROLES, PRESETS, PABConfig
 from .contenders import COLUMNS, SHORT_NAMES
 from .models import NAMES, model_of
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..state import Cell
+from ..run.state import Cell
 from .sketch import Sketcher
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..config import ATTENTION_ROLES, PABConfig
 from ..enable import denoisers
+from ..policy.config import ATTENTION_ROLES, PABConfig
 from .samples import Batch
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from ..config import PABConfig
+from ..policy.config import PABConfig
 from .changes import ModuleChanges, mean_changes
 from .files import Folder
 from .prediction import CostModel, ErrorModel, share_of_step, step_seconds

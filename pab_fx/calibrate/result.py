@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import PABConfig
+from ..policy.config import PABConfig
 from .budget import MOST_PSNR, Budget
 from .changes import ModuleChanges
 from .samples import Difference

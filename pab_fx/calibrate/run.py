@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..config import PRESETS, PABConfig
+from ..policy.config import PRESETS, PABConfig
 from .budget import Budget
 from .files import Folder
 from .given import check_amounts, check_call, check_configs, check_counts, check_model, check_ranges, identity

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import ATTENTION_ROLES, ROLES, LayerBroadcast, MLPBroadcast, PABConfig
-from ..schedule import AfterTimesteps, Rule, SkipRange, reused_calls
-from ..tag import block_index, rule_of
+from ..policy.config import ATTENTION_ROLES, ROLES, LayerBroadcast, MLPBroadcast, PABConfig
+from ..policy.when import AfterTimesteps, Rule, SkipRange, reused_calls
+from ..select.tag import block_index, rule_of
 from .changes import ModuleChanges
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 from .._torch import lookup_backend
-from ..config import LayerBroadcast, MLPBroadcast, PABConfig
 from ..enable import PAB, enable
-from ..schedule import ComputeAndKeep, Rule, SkipRange
-from ..tag import rule_of
+from ..policy.config import LayerBroadcast, MLPBroadcast, PABConfig
+from ..policy.when import ComputeAndKeep, Rule, SkipRange
+from ..select.tag import rule_of
 from .changes import ModuleChanges, Observer
 from .samples import Batch, Generate, sampler
 

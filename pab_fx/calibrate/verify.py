@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..config import PABConfig
+from ..policy.config import PABConfig
 from .budget import Budget
 from .changes import ModuleChanges
 from .laboratory import Laboratory

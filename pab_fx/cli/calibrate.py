@@ -106,7 +106,7 @@ def _resumable(folder: Path) -> Iterator[None]:
 def _limit_of(budget: str) -> Any:
     """A budget, or the setting to be no worse than."""
     from ..calibrate import Budget
-    from ..config import PRESETS, PABConfig
+    from ..policy.config import PRESETS, PABConfig
 
     if budget in PRESETS:
         return PABConfig.preset(budget)

@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ..config import MLPBroadcast, PABConfig
 from ..enable import enable
-from ..report import Report, RoleReport
+from ..policy.config import MLPBroadcast, PABConfig
+from ..report.data import Report, RoleReport
 from . import CAPTIONS, ClipPipeline, load_pipeline
 
 MLP_TIMESTEPS = (720, 640, 560, 480, 400)

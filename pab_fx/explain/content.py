@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..report import GraphReport, Report
-from ..strips import SOURCES
+from ..report.data import GraphReport, Report
+from ..report.strips import SOURCES
 from .groups import Group, grouped, joined_names
 from .units import counted, in_bytes, in_flops, in_percent, in_seconds, listed, unit_of
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from ..report import RegionReport, Report
+from ..report.data import RegionReport, Report
 from .layout import HEIGHT, Detour, Layout, Place, laid_out
 from .outline import Box, Outline
 from .palette import PLAIN_COLOUR, ROLE_COLOURS

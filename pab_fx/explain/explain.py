@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..account import Round, report_of
-from ..captured import Captured
-from ..costs import operations
 from ..enable import PAB, enable
-from ..passes import Pass
-from ..report import Report, RoleReport
-from ..rewrite import rewrite
-from ..schedule import checked_timesteps
-from ..strips import evenly_spaced
+from ..graph.costs import operations
+from ..passes.rewrite import rewrite
+from ..passes.users import Pass
+from ..policy.when import checked_timesteps
+from ..report.account import Round, report_of
+from ..report.captured import Captured
+from ..report.data import Report, RoleReport
+from ..report.strips import evenly_spaced
 from .outline import outlines_of
 from .stopwatch import Stopwatch, number_nodes
 

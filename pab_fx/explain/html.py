@@ -8,8 +8,8 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..report import Report
-from ..strips import COMPUTE, PARTLY, REUSE
+from ..report.data import Report
+from ..report.strips import COMPUTE, PARTLY, REUSE
 from .content import (
     graph_lines,
     graph_table,

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from ..report import Report
+from ..report.data import Report
 from .outline import Outline
 
 SCHEMA = "pab_fx.report/1"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..report import Report
-from ..strips import ruler
+from ..report.data import Report
+from ..report.strips import ruler
 from .content import (
     Table,
     graph_lines,

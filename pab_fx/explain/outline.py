@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 import networkx
 from torch import fx
 
-from ..captured import Captured
-from ..costs import operations
-from ..dataflow import is_state, is_tensor, is_tuple, op_name
-from ..modules import joined, qualified_name
-from ..region import Region
-from ..report import RegionReport
+from ..graph.costs import operations
+from ..graph.dataflow import is_state, is_tensor, is_tuple, op_name
+from ..graph.modules import joined, qualified_name
+from ..report.captured import Captured
+from ..report.data import RegionReport
+from ..select.region import Region
 from .groups import joined_names
 
 

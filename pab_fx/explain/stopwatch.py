@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..account import NUMBER, Round
-from ..rewrite import CONDITIONAL
+from ..passes.rewrite import CONDITIONAL
+from ..report.account import NUMBER, Round
 
 _numbers = itertools.count()
 

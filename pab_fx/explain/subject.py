@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.settings import config_of
-from ..config import PRESETS, PABConfig
+from ..policy.config import PRESETS, PABConfig
 
 DEMO = "demo"
 

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from ..report import Report
-from ..strips import COMPUTE, PARTLY, REUSE, ruler
+from ..report.data import Report
+from ..report.strips import COMPUTE, PARTLY, REUSE, ruler
 from .content import (
     Table,
     graph_lines,

@@ -21,10 +21,10 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig
 from torch import Tensor, nn
 
-from .. import _diffusers
 from ..backend import PABBackend
-from ..config import ROLES, PABConfig
-from ..rewrite import rewrite
+from ..diffusers import hooks as _diffusers
+from ..passes.rewrite import rewrite
+from ..policy.config import ROLES, PABConfig
 from .hooked import Clock, Counts, Hooked, told_by
 from .repro import repro_of
 from .tracing import traced

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..dataflow import op_name
+from ..graph.dataflow import op_name
 from .numbering import Numbered, Numbers, Tensors, bound_arguments
 
 CONTEXT, AT_MOST = 3, 80

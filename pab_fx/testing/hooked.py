@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from torch import nn
 
-from .. import _diffusers
+from ..diffusers import hooks as _diffusers
 
 Counts = Counter[tuple[str, bool]]
 

@@ -27,10 +27,10 @@ from torch import fx, nn
 from torch.fx.operator_schemas import get_signature_for_torch_op
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import effects
 from .._torch import has_storage
-from ..dataflow import is_tuple, leaf_module, op_name, takes_item, value
-from ..structure import Same, constant
+from ..graph import effects
+from ..graph.dataflow import is_tuple, leaf_module, op_name, takes_item, value
+from ..graph.structure import Same, constant
 
 Tensors = Literal["identity", "value"]
 RANDOM, OUTSIDE = "random numbers", "the outside"

@@ -10,7 +10,7 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig
 from torch import nn
 
-from ..config import PABConfig
+from ..policy.config import PABConfig
 from .transformers import Transformer
 
 IMPORTS = """\

@@ -16,8 +16,8 @@ try:
 except ImportError as error:
     raise ImportError("the strategies of pab_fx.testing need hypothesis: pip install 'pab-fx[testing]'") from error
 
-from ..config import MLPBroadcast, PABConfig
-from ..schedule import AfterTimesteps, SkipRange
+from ..policy.config import MLPBroadcast, PABConfig
+from ..policy.when import AfterTimesteps, SkipRange
 from .small_graphs import STEPS, GraphSpec
 from .specs import KINDS, MATHS, PREPARATIONS, RETURNS, USES, AttentionSpec, Schedule, Site, TransformerSpec
 

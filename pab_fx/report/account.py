@@ -1,0 +1,188 @@
+"""What the graphs and the state of a backend come to: its report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import fx
+
+from ..graph.costs import operations
+from ..policy.config import ROLES
+from ..policy.when import Rule
+from ..run.state import Cell
+from ..select.region import Region
+from .captured import Captured
+from .data import ContextReport, GraphReport, OnceReport, RegionReport, Report, RoleReport
+from .strips import Scheduled, in_words, schedule_of
+
+if TYPE_CHECKING:
+    from ..backend import PABBackend
+
+NUMBER = "pab_number"
+"""Key in a node's meta of the number by which its time is found; copies of the node have it too."""
+
+LEFT_ALONE = "the config leaves it alone"
+
+Round = Mapping[int | None, float]
+"""Seconds of a step by the numbers of the nodes that they were spent in; under `None` of all others."""
+
+
+def report_of(backend: PABBackend, rounds: Sequence[Round] = (), assumed: Sequence[float] = ()) -> Report:
+    """The report of a backend, from its graphs and the state it holds.
+
+    Args:
+        backend: the backend.
+        rounds: where the time of a step went, for each time that it was measured.
+        assumed: timesteps for the schedule where not all are known; default: those seen.
+    """
+    costs = _costs(backend.captured, rounds)
+    regions = tuple(
+        dataclasses.replace(each, **costs[each.name]) if each.name in costs else each for each in _regions(backend)
+    )
+    timesteps, source = backend.seen.timesteps(assumed)
+    return Report(
+        roles=_roles(backend),
+        regions=regions,
+        graphs=sum(len(graph.graphs) for graph in backend.graphs),
+        warnings=backend.notices.messages,
+        once=_once(backend),
+        model=", ".join(dict.fromkeys(type(root).__name__ for root in backend.roots)),
+        schedule=schedule_of(_scheduled(backend.captured), timesteps, source),
+        captured=tuple(map(_graph, backend.captured)),
+        seconds=median(sum(each.values()) for each in rounds) if rounds else None,
+    )
+
+
+def _once(backend: PABBackend) -> OnceReport:
+    kept = [each for store in backend.stores() for of in list(store.kept.values()) for each in list(of.values())]
+    return OnceReport(
+        sum(graph.once.operations for graph in backend.graphs if graph.once is not None),
+        backend.computed_once,
+        backend.taken_as_kept,
+        sum(each.bytes for each in kept),
+    )
+
+
+def _roles(backend: PABBackend) -> tuple[RoleReport, ...]:
+    roles = []
+    for role in ROLES:
+        found = [each for store in backend.stores() for each in store.cells() if each[2].role == role]
+        owned = [(owner, cell) for owner, _, cell in found if cell.rule]
+        names = {region.name for region in backend.regions if region.is_broadcast and region.role == role}
+        if not owned and (found or not names):  # blocks that share a graph may have a role that is left alone
+            continue
+        computed, reused = backend.counts[role, False], backend.counts[role, True]
+        contexts = _contexts((context, cell) for _, context, cell in found if cell.rule)
+        roles.append(RoleReport(role, len({owner for owner, _ in owned}) or len(names), computed, reused, contexts))
+    return tuple(roles)
+
+
+def _contexts(cells: Iterable[tuple[Hashable, Cell]]) -> tuple[ContextReport, ...]:
+    """The caches of these cells by their cache context, those of all requests together."""
+    found: dict[str, list[int]] = {}
+    for context, cell in cells:
+        name, branch = cast(tuple[Any, int], context)
+        label = str(name or "") + (f" #{branch + 1}" if branch else "")
+        total = found.setdefault(label, [0, 0])
+        total[0] += sum(map(_bytes, cell.caches or ()))
+        total[1] += sum(spec.size for spec in cell.specs)
+    return tuple(ContextReport(label, *total) for label, total in sorted(found.items()))
+
+
+def _bytes(kept: Any) -> int:
+    tensor = kept[0] if isinstance(kept, tuple) else kept  # on another device, with what brings it back
+    return int(tensor.numel() * tensor.element_size())
+
+
+def _regions(backend: PABBackend) -> tuple[RegionReport, ...]:
+    """Each attention and feed-forward once, for each block that runs its graph; left alone if no part is broadcast."""
+    instances = {region: of for captured in backend.captured for region, of in captured.instances.items()}
+    found = [each for region in backend.regions for each in _instances(region, instances.get(region, {}))]
+    broadcast = {each.name for each in found if each.left_alone is None}
+    return tuple(dict.fromkeys(each for each in found if each.left_alone is None or each.name not in broadcast))
+
+
+def _instances(region: Region, instances: Mapping[str, tuple[str, Rule | None]]) -> Iterator[RegionReport]:
+    """A region in each block that has run it, or as it was captured where none has."""
+    for name, (role, rule) in (instances or {region.name: (region.role, region.rule)}).items():
+        why = region.why if name == region.name or region.assign is None else region.assign(name)[2]
+        left_alone = region.unsafe or (None if rule else LEFT_ALONE)
+        words = in_words(rule) if rule is not None and left_alone is None else ""
+        yield RegionReport(name, role, why, left_alone, region.note, words)
+
+
+def _scheduled(graphs: Iterable[Captured]) -> Iterator[Scheduled]:
+    """What goes by a schedule, in each graph."""
+    for captured in graphs:
+        calls = Counter(region.name for region in captured.regions)
+        for region in captured.regions:
+            if not region.is_broadcast:
+                continue
+            instances = captured.instances.get(region) or {region.name: (region.role, region.rule)}
+            for name, (role, rule) in instances.items():
+                if rule is not None:  # two models of a pipeline have parts of one name
+                    yield Scheduled(f"{captured.model} {name}", role, rule, calls[region.name])
+
+
+def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dict[str, Any]]:
+    """By name, what `RegionReport` says that a region costs; of one in several graphs, what it does in the last.
+
+    Shares of floating-point operations are of what all graphs have run, as if nothing were reused. Blocks that run one
+    graph have equal parts in it.
+    """
+    flops_of = {captured: captured.flops for captured in graphs}
+    total = sum(captured.runs * sum(found.values()) for captured, found in flops_of.items())
+    costs: dict[str, dict[str, Any]] = {}
+    shares: dict[str, float] = defaultdict(float)
+    for captured in graphs:
+        for calls in _by_module(captured.regions):
+            names = list(captured.instances.get(calls[0]) or [calls[0].name])
+            spared = {node for region in calls for node in captured.spared[region]}
+            flops = sum(flops_of[captured].get(node, 0) for node in spared)
+            time_share, seconds = _measured(spared, rounds, len(names))
+            for name in names:
+                shares[name] += captured.runs * flops / len(names) / total if total else 0.0
+                costs[name] = {
+                    "operations": sum(operations(region.nodes) for region in calls),
+                    "spared": operations(spared),
+                    "flops": flops,
+                    "flops_share": shares[name] if total else None,
+                    "cache_bytes": captured.cache_bytes.get(calls[0].module_id, 0),
+                    "seconds": seconds,
+                    "time_share": time_share,
+                }
+    return costs
+
+
+def _by_module(regions: Iterable[Region]) -> list[list[Region]]:
+    """The calls of each module."""
+    found: dict[str, list[Region]] = {}
+    for region in regions:
+        found.setdefault(region.name, []).append(region)
+    return list(found.values())
+
+
+def _measured(nodes: Iterable[fx.Node], rounds: Sequence[Round], count: int) -> tuple[float | None, float | None]:
+    """Share and seconds of a step that one of `count` modules spends in these nodes; medians over rounds."""
+    numbers = {node.meta.get(NUMBER) for node in nodes} - {None}
+    if not rounds:
+        return None, None
+    spent = [sum(each.get(number, 0.0) for number in numbers) / count for each in rounds]
+    totals = [sum(each.values()) for each in rounds]
+    return median(own / total for own, total in zip(spent, totals, strict=True)), median(spent)
+
+
+def _graph(captured: Captured) -> GraphReport:
+    return GraphReport(
+        frame=captured.frame,
+        runs=captured.runs,
+        operations=captured.operations,
+        conditions=captured.conditions,
+        outside=captured.outside,
+        once=captured.once,
+        reusing=captured.reusing,
+    )

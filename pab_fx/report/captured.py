@@ -1,0 +1,149 @@
+"""What Dynamo captured, as it was before anything of it was rewritten: kept for people to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from ..graph.costs import flops, operations, spared_by
+from ..graph.modules import ModuleNames
+from ..policy.when import Rule
+from ..run.generation import ORIGIN
+from ..select.region import Region
+
+if TYPE_CHECKING:
+    from ..run.graph import BroadcastGraph
+
+
+class Plain:
+    """A compiled graph in which nothing is broadcast, which counts its calls.
+
+    Args:
+        compiled: what the inner compiler made of it.
+    """
+
+    def __init__(self, compiled: Callable[..., Any]) -> None:
+        self._compiled, self.runs = compiled, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.runs += 1
+        return self._compiled(*args)
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A captured graph, what was found in it, and what runs in its place. What it costs is counted when asked for.
+
+    Args:
+        gm: the graph; it is not changed.
+        regions: what was found in it, in graph order.
+        frame: qualified name of the module whose code it is; "" for the model itself.
+        model: tells the outermost model from others.
+        run: what Dynamo calls in its place; it counts its calls.
+    """
+
+    gm: fx.GraphModule
+    regions: tuple[Region, ...]
+    frame: str
+    model: int
+    run: BroadcastGraph | Plain
+
+    @property
+    def runs(self) -> int:
+        """How often the graph was called."""
+        return self.run.runs
+
+    @property
+    def graph(self) -> BroadcastGraph | None:
+        """What runs it if something of it is broadcast."""
+        return None if isinstance(self.run, Plain) else self.run
+
+    @property
+    def instances(self) -> dict[Region, dict[str, tuple[str, Rule | None]]]:
+        """For each region, role and rule of the modules that it has run as, by their qualified names."""
+        if self.graph is None:
+            return {}
+        by_id = {
+            calls[0].module_id: self.graph.instances.get(m, {}) for m, calls in enumerate(self.graph.lowerings.modules)
+        }
+        return {region: by_id[region.module_id] for region in self.regions if region.module_id in by_id}
+
+    @property
+    def cache_bytes(self) -> dict[str, int]:
+        """Bytes that the caches of each module hold when kept, by its `module_id`."""
+        if self.graph is None:
+            return {}
+        lowerings = self.graph.lowerings
+        return {calls[0].module_id: size for calls, size in zip(lowerings.modules, lowerings.cache_bytes, strict=True)}
+
+    # ------------------------------------------------------------------------------------------- what it costs
+
+    @cached_property
+    def operations(self) -> int:
+        """How many operations the graph has."""
+        return operations(self.gm.graph.nodes)
+
+    @cached_property
+    def spared(self) -> Mapping[Region, tuple[fx.Node, ...]]:
+        """For each region the nodes that a step which reuses it runs without."""
+        owned = {node for region in self.regions for node in region.nodes}
+        return {region: spared_by(region, owned) for region in self.regions}
+
+    @cached_property
+    def _flops(self) -> Mapping[fx.Node, int]:
+        counted = {node: flops(node) for node in self.gm.graph.nodes}
+        return {node: count for node, count in counted.items() if count}
+
+    @property
+    def flops(self) -> Mapping[fx.Node, int]:
+        """The floating-point operations of the nodes that have some, without what is computed once a generation."""
+        in_step = self._in_step
+        if in_step is None:
+            return self._flops
+        return {node: count for node, count in self._flops.items() if node.meta[ORIGIN] in in_step}
+
+    @property
+    def _in_step(self) -> set[int] | None:
+        """The nodes that each step runs, by their number; `None` for all."""
+        if self.graph is None or self.graph.once is None:
+            return None
+        rewritten = self.graph.lowerings.rewritten
+        graphs = [module.graph for module in rewritten.modules() if isinstance(module, fx.GraphModule)]
+        return {node.meta[ORIGIN] for graph in graphs for node in graph.nodes if ORIGIN in node.meta}
+
+    # -------------------------------------------------------------------------------- what the rewrite made of it
+
+    @property
+    def conditions(self) -> int:
+        """How many conditions the rewritten graph has."""
+        return 0 if self.graph is None else len(self.graph.lowerings.conditionals)
+
+    @property
+    def outside(self) -> int:
+        """How many operations of the captured graph are outside of the conditions, and run in each step."""
+        if self.graph is None:
+            return self.operations
+        nodes = self.graph.lowerings.rewritten.graph.nodes
+        return operations(node for node in nodes if ORIGIN in node.meta and node.op.startswith("call"))
+
+    @property
+    def once(self) -> int:
+        """How many operations are computed once a generation."""
+        return 0 if self.graph is None or self.graph.once is None else self.graph.once.operations
+
+    @property
+    def reusing(self) -> int | None:
+        """How many operations the step runs that reuses everything, `None` where it was not compiled."""
+        if self.graph is None:
+            return None
+        found = self.graph.graphs.get((True,) * self.conditions)
+        return None if found is None else operations(found.gm.graph.nodes)
+
+
+def frame_of(names: ModuleNames) -> str:
+    """Qualified name of the module whose frame is compiled, "" for the outermost model, or where none is known."""
+    return names.by_id[id(names.enclosing[-1])][0] if names.enclosing else ""

@@ -1,0 +1,221 @@
+"""What a backend broadcasts and has broadcast, for people to read.
+
+Frozen data, and nothing but that: `account` reads it off a backend, `explain` has what renders it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .strips import Schedule
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..explain.outline import Outline
+
+NO_SCHEDULE = Schedule((), "assumed")
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """One attention or feed-forward, and what it costs in a call of the model.
+
+    Args:
+        name: its qualified name.
+        role: "spatial", "temporal", "cross" or "mlp".
+        why: why it has that role.
+        left_alone: why it is computed in every step; `None` if it is broadcast.
+        note: something to know of it.
+        rule: when it is computed or reused, in words; "" if it is left alone.
+        operations: how many operations it has in the captured graph.
+        spared: how many a step that reuses it runs without: its own, and those that only feed it.
+        flops: floating-point operations of those that are spared and not computed once a generation.
+        flops_share: of the floating-point operations of a step that reuses nothing; `None` where they are not known.
+        cache_bytes: what its caches hold when they are kept, in one cache context.
+        seconds: time of the operations that are spared; `None` where it was not measured.
+        time_share: of the time of a step that reuses nothing; `None` where it was not measured.
+    """
+
+    name: str
+    role: str
+    why: str
+    left_alone: str | None
+    note: str | None
+    rule: str = ""
+    operations: int = 0
+    spared: int = 0
+    flops: int = 0
+    flops_share: float | None = None
+    cache_bytes: int = 0
+    seconds: float | None = None
+    time_share: float | None = None
+
+
+@dataclass(frozen=True)
+class ContextReport:
+    """The caches of one role in one cache context.
+
+    Args:
+        context: its name, "" for none; of unnamed branches of guidance also which call of a step it is, as in " #2".
+        cache_bytes: what they hold now.
+        full_bytes: what they hold, or held last, when all of them are kept.
+    """
+
+    context: str
+    cache_bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True)
+class RoleReport:
+    """One role: how many modules are broadcast, their calls so far, and their caches.
+
+    Args:
+        role: its name.
+        modules: how many modules have it.
+        computed: calls that computed.
+        reused: calls that were answered from a cache.
+        contexts: the caches in each cache context.
+    """
+
+    role: str
+    modules: int
+    computed: int
+    reused: int
+    contexts: tuple[ContextReport, ...] = ()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches hold now."""
+        return sum(context.cache_bytes for context in self.contexts)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that the caches hold, or held last, when all of them are kept."""
+        return sum(context.full_bytes for context in self.contexts)
+
+
+@dataclass(frozen=True)
+class OnceReport:
+    """What is computed once a generation, in place of in every step.
+
+    Args:
+        operations: how many operations of the graphs that is.
+        computed: how often they ran.
+        taken: how often what they had left was taken instead.
+        kept_bytes: bytes that they have left, and that are kept now.
+    """
+
+    operations: int
+    computed: int
+    taken: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """A graph that Dynamo captured, and what the rewrite made of it.
+
+    Args:
+        frame: qualified name of the module whose code it is; "" for the model itself.
+        runs: how often it ran.
+        operations: how many operations it has.
+        conditions: how many of its attentions and feed-forwards were made conditional.
+        outside: how many of its operations are outside of the conditions then, and not computed once a generation.
+        once: how many of its operations are computed once a generation.
+        reusing: how many operations a step runs that reuses all of them; `None` where no such step was compiled.
+    """
+
+    frame: str
+    runs: int
+    operations: int
+    conditions: int
+    outside: int
+    once: int
+    reusing: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a backend broadcasts. `str(report)` is for a terminal, and so is `rich.print(report)`, in colour.
+
+    Args:
+        roles: a line for each role that is broadcast.
+        regions: every attention found, and every feed-forward where the config broadcasts some.
+        graphs: how many lowered graphs there are, beside what is computed once a generation.
+        warnings: what the backend has warned of.
+        once: what is computed once a generation.
+        model: class of the model, of several with commas between; "" where it is not known.
+        schedule: what a generation computes and reuses, step by step.
+        captured: every graph that Dynamo captured.
+        seconds: time of a step that reuses nothing; `None` where it was not measured.
+        outlines: the graphs for drawing; only `pab_fx.explain` makes them.
+    """
+
+    roles: tuple[RoleReport, ...]
+    regions: tuple[RegionReport, ...]
+    graphs: int
+    warnings: tuple[str, ...] = ()
+    once: OnceReport = OnceReport(0, 0, 0, 0)
+    model: str = ""
+    schedule: Schedule = NO_SCHEDULE
+    captured: tuple[GraphReport, ...] = ()
+    seconds: float | None = None
+    outlines: tuple[Outline, ...] = field(default=(), repr=False)
+
+    @property
+    def reused(self) -> int:
+        """Calls of attentions and feed-forwards that were answered from a cache."""
+        return sum(role.reused for role in self.roles)
+
+    def __str__(self) -> str:
+        from ..explain.text import plain
+
+        return plain(self)
+
+    def __rich__(self) -> RenderableType:
+        from ..explain.text import tables
+
+        return tables(self)
+
+    def markdown(self) -> str:
+        """The report in Markdown."""
+        from ..explain.markdown import markdown
+
+        return markdown(self)
+
+    def html(self) -> str:
+        """The report as a page of HTML that needs nothing else, with the drawing of the graphs where there is one."""
+        from ..explain.html import page
+
+        return page(self)
+
+    def svg(self) -> str:
+        """The graphs before and after the rewrite, drawn; what is alike is drawn once.
+
+        Raises:
+            ValueError: if the report holds no graphs: `pab_fx.explain` makes one that does.
+        """
+        from ..explain.drawing import drawing
+
+        return drawing(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as JSON has it; `Report.of_json` reads it back."""
+        from ..explain.json import as_json
+
+        return as_json(self)
+
+    @classmethod
+    def of_json(cls, found: Mapping[str, Any]) -> Report:
+        """A report from what `as_json` made of it.
+
+        Raises:
+            ValueError: for something else, or the JSON of another version.
+        """
+        from ..explain.json import of_json
+
+        return of_json(found)

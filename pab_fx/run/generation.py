@@ -1,0 +1,207 @@
+"""Hold, from step to step, what a graph computes once a generation (see `invariants`).
+
+Which inputs stay the same is not known when a graph is captured. It is guessed, and checked in every step: an input is
+the same if it is the same object at the same version. One that is not is taken for a changing one from then on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .._torch import mark_static
+from ..compile.lowering import Lowerings
+from ..graph.dataflow import is_state, value
+from ..passes.invariants import Invariants, split_invariants
+from ..passes.predicates import TIMESTEP_NAMES
+from ..passes.rewrite import copy_of, insert_conditions
+from ..select.region import Region
+
+ORIGIN = "pab_origin"
+"""The number of a node in the captured graph, under which its copies find it: names are given anew in a copy."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A captured graph, lowered without what is computed once a generation.
+
+    Args:
+        lowerings: what is left, with its conditionals.
+        split: the graph in two, `None` if nothing is computed once.
+    """
+
+    lowerings: Lowerings
+    split: Invariants | None
+
+
+class Variants:
+    """Makes the variants of a captured graph, by which of its inputs stay the same.
+
+    Args:
+        gm: the captured graph; it is not changed.
+        regions: its regions.
+        lowered: makes lowerings of a rewritten graph.
+        finished: runs passes on what is computed once.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        regions: Sequence[Region],
+        lowered: Callable[[fx.GraphModule], Lowerings],
+        finished: Callable[[fx.GraphModule], fx.GraphModule],
+    ) -> None:
+        self._gm, self._regions, self._lowered, self._finished = gm, regions, lowered, finished
+        for number, node in enumerate(gm.graph.nodes):
+            node.meta[ORIGIN] = number
+
+    def variant(self, unchanging: frozenset[int] | None) -> Variant:
+        """The variant for inputs at these positions that stay the same; `None` for one that keeps nothing.
+
+        A graph of which a region itself would be computed once is left whole.
+        """
+        split = None if unchanging is None else split_invariants(self._gm, unchanging)
+        rest = None if split is None else _carried_over(self._regions, split.rest)
+        if split is None or rest is None:
+            gm, split = copy_of(self._gm), None
+            rest = _carried_over(self._regions, gm) or []
+        else:
+            gm = split.rest
+        insert_conditions(gm, rest, _no_timestep, allocate=False)
+        return Variant(self._lowered(gm), split)
+
+    def once(self, split: Invariants) -> Once:
+        """What is computed once, as it is: to compile what runs once a generation takes longer than it saves."""
+        spared = sum(node.op.startswith("call") for node in split.once.graph.nodes)
+        return Once(self._finished(split.once).forward, split.reads, spared)
+
+
+def _carried_over(regions: Sequence[Region], gm: fx.GraphModule) -> list[Region] | None:
+    """The regions of a graph in a copy of it that lacks some nodes, `None` if it lacks what one of them yields."""
+    copies = {node.meta[ORIGIN]: node for node in gm.graph.nodes if ORIGIN in node.meta}
+
+    def there(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+        return tuple(copies[node.meta[ORIGIN]] for node in nodes if node.meta[ORIGIN] in copies)
+
+    if any(node.meta[ORIGIN] not in copies for region in regions if region.is_broadcast for node in region.outputs):
+        return None
+    return [
+        replace(region, nodes=there(region.nodes), outputs=there(region.outputs), replayed=there(region.replayed))
+        for region in regions
+    ]
+
+
+def _no_timestep() -> float:
+    """In place of the timestep in a graph that is lifted: its schedule runs on the host."""
+    raise AssertionError("the schedule of a lifted graph runs on the host")
+
+
+@dataclass(frozen=True)
+class Once:
+    """What computes the kept tensors of a graph.
+
+    Args:
+        run: takes the graph's inputs, returns the kept tensors.
+        reads: positions of the inputs that it reads.
+        operations: how many operations it spares in every other step.
+    """
+
+    run: Callable[..., Sequence[torch.Tensor]]
+    reads: tuple[int, ...]
+    operations: int
+
+
+class Kept:
+    """The kept tensors of a graph in one generation, and what they were computed from.
+
+    Args:
+        once: computes them.
+        args: inputs of the graph.
+        buffers: where they are copied to, filled when it is empty; `None` for where they were computed.
+    """
+
+    def __init__(self, once: Once, args: Sequence[Any], buffers: list[torch.Tensor] | None = None) -> None:
+        self.once = once
+        self.tensors = tuple(once.run(*args))
+        if buffers is not None:
+            if [buffer.shape for buffer in buffers] != [tensor.shape for tensor in self.tensors]:
+                buffers[:] = [mark_static(torch.empty_like(tensor)) for tensor in self.tensors]
+            for buffer, tensor in zip(buffers, self.tensors, strict=True):
+                buffer.copy_(tensor)
+            self.tensors = tuple(buffers)
+        self._seen = [(position, *_seen(args[position])) for position in once.reads]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the kept tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    def outdated(self, args: Sequence[Any]) -> list[int]:
+        """Positions of the inputs that are others than those that the tensors were computed from."""
+        return [i for i, seen, version in self._seen if not _is_same(args[i], seen, version)]
+
+
+def _seen(given: Any) -> tuple[Any, int | None]:
+    """What an input is remembered by: a tensor by what it is and its version, a number by its value."""
+    if not isinstance(given, torch.Tensor):
+        return given, None
+    if _is_number(given):
+        return given.item(), None
+    return weakref.ref(given), None if given.is_inference() else given._version
+
+
+def _is_same(given: Any, seen: Any, version: int | None) -> bool:
+    if not isinstance(given, torch.Tensor):
+        return bool(given == seen)
+    if _is_number(given):
+        return bool(given.item() == seen)
+    return seen() is given and (version is None or given._version == version)
+
+
+def _is_number(given: torch.Tensor) -> bool:
+    """Whether a tensor is a float of the code or the call: under `dynamic=True` Dynamo makes a new one in each call."""
+    return given.dtype == torch.float64 and given.dim() == 0 and given.device.type == "cpu"
+
+
+def likely_unchanging(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module) -> frozenset[int]:
+    """Positions of the inputs of a model's graph that are likely the same in each step of a generation.
+
+    These are the tensors but for the sample, which diffusers' models take first, and the timestep. What was made under
+    `torch.inference_mode` has no version to tell an update by, and a number that is passed comes in a new tensor.
+    """
+    parameters = list(inspect.signature(model.forward).parameters)
+    changing = {*parameters[:1], *TIMESTEP_NAMES}
+    found = []
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        given, recorded = example_inputs[i], value(node)
+        if not isinstance(recorded, torch.Tensor) or is_state(node) or isinstance(given, nn.Parameter):
+            continue
+        if given.is_inference():
+            continue
+        is_number = all(user.op == "call_method" and user.target == "item" for user in node.users)
+        name = _argument(node, parameters)
+        if name is not None and name not in changing and not is_number:
+            found.append(i)
+    return frozenset(found)
+
+
+def _argument(node: fx.Node, parameters: Sequence[str]) -> str | None:
+    """Name of the model's argument that an input of its graph is, or is a part of; `None` where that is not known.
+
+    Dynamo names inputs `L_args_0_`, `L_kwargs_text_`, `L_text_`, and parts of tuples `L_text_0_`.
+    """
+    source = str(node.target).lower()
+    positional = re.match(r"l_args_(\d+)_", source)
+    if positional:
+        index = int(positional[1])
+        return parameters[index] if index < len(parameters) else None
+    name = re.sub(r"^l_(kwargs_)?", "", source)
+    known = [each for each in parameters if name.startswith(f"{each.lower()}_")]
+    return max(known, key=len) if known else None

@@ -1,0 +1,104 @@
+"""Where what is kept lies between two steps: as the graph left it, in buffers of a fixed address, or in main memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from .._torch import mark_static
+from .state import Cell
+
+
+class Holder(Protocol):
+    """Takes what a graph leaves, and gives back what a graph reads."""
+
+    def hold(self, cell: Cell, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """What a cell keeps of these tensors."""
+
+    def lend(self, held: Any) -> torch.Tensor:
+        """A tensor as it was kept."""
+
+
+def holder_for(cache_device: torch.device | None, has_cuda_graphs: bool) -> Holder | None:
+    """What holds caches; `None` where they stay as the graph leaves them.
+
+    Args:
+        cache_device: where they lie between two steps, `None` for where they are computed.
+        has_cuda_graphs: whether compiled graphs are recorded, and expect each input at the address it had then.
+    """
+    if cache_device is not None:
+        return Offloaded(cache_device)
+    return Static() if has_cuda_graphs else None
+
+
+class Static:
+    """In buffers that a module has for good: a recorded CUDA graph reads them where they lay when it was recorded.
+
+    What such a graph returns lies in memory that its next run overwrites, so it is copied. The buffers are not given
+    back at the end of a generation: other addresses would have the graphs recorded again.
+    """
+
+    def hold(self, cell: Cell, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The cell's buffers, with these values."""
+        buffers = cell.buffers
+        fits = buffers is not None and all(
+            buffer.shape == tensor.shape and buffer.stride() == tensor.stride() and buffer.device == tensor.device
+            for buffer, tensor in zip(buffers, tensors, strict=True)
+        )
+        if buffers is None or not fits:
+            buffers = cell.buffers = tuple(mark_static(torch.empty_like(tensor)) for tensor in tensors)
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            buffer.copy_(tensor)
+        return buffers
+
+    def lend(self, held: torch.Tensor) -> torch.Tensor:
+        """The buffer itself."""
+        return held
+
+
+class Offloaded:
+    """On another device than the model: in main memory, say, for a cache that does not fit the accelerator's.
+
+    From and to an accelerator the copies run on a stream of their own, through pinned memory: those to the device wait
+    for no computation, and computations only for the copies that they read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams: dict[torch.device, Any] = {}
+
+    def hold(self, cell: Cell, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """Copies of these tensors on the device, each with where it came from and the event that tells it is there."""
+        return tuple(map(self._copied, tensors))
+
+    def _copied(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.device, Any]:
+        if tensor.device.type == "cpu" or tensor.device == self._device:
+            return tensor.to(self._device), tensor.device, None
+        stream = self._stream(tensor.device)
+        stream.wait_stream(torch.accelerator.current_stream(tensor.device))
+        copy = torch.empty_like(tensor, device=self._device, pin_memory=self._device.type == "cpu")
+        with stream:
+            copy.copy_(tensor, non_blocking=True)
+            event = stream.record_event()
+        tensor.record_stream(stream)  # its memory is free for others only after the copy
+        return copy, tensor.device, event
+
+    def lend(self, held: tuple[torch.Tensor, torch.device, Any]) -> torch.Tensor:
+        """The tensor, where it was computed."""
+        copy, device, event = held
+        if event is None:
+            return copy.to(device)
+        stream, current = self._stream(device), torch.accelerator.current_stream(device)
+        with stream:
+            stream.wait_event(event)
+            tensor = copy.to(device, non_blocking=True)
+        current.wait_stream(stream)
+        tensor.record_stream(current)
+        return tensor
+
+    def _stream(self, device: torch.device) -> Any:
+        if device not in self._streams:
+            self._streams[device] = torch.Stream(device)
+        return self._streams[device]

@@ -1,0 +1,158 @@
+"""Decide one call for all modules of a graph: those that are in the same state are decided once.
+
+The attentions of a transformer go through a generation together. What is counted for them is one `Count`, which
+their cells share; so a call of sixty of them costs one decision, and sixty comparisons by identity.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..policy.when import Rule
+from .state import Cell, TensorSpec, next_timestep
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a graph, as far as decisions go.
+
+    Args:
+        t: its timestep.
+        next_t: the next one's, `None` where a pipeline does not tell.
+        timesteps: those of the generation, if they are known.
+        generation: its number, where a pipeline tells it.
+    """
+
+    t: float
+    next_t: float | None
+    timesteps: Sequence[float] | None
+    generation: int | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that go by one rule and are called equally often in a step.
+
+    Args:
+        role: their role.
+        rule: when they reuse; `None` for never.
+        calls: how often each of them is called.
+        modules: their numbers in the graph.
+        cells: their cells.
+    """
+
+    role: str
+    rule: Rule | None
+    calls: int
+    modules: tuple[int, ...]
+    cells: tuple[Cell, ...]
+
+    @property
+    def is_together(self) -> bool:
+        """Whether all of them are in the same state: they share a count, and each keeps something or none does."""
+        count, has_cache = self.cells[0].count, self.cells[0].caches is not None
+        return all(cell.count is count and (cell.caches is not None) is has_cache for cell in self.cells)
+
+    def parts(self) -> list[Group]:
+        """The group, split into those that are in the same state."""
+        states: dict[Hashable, list[int]] = {}
+        for i, cell in enumerate(self.cells):
+            states.setdefault((cell.count, cell.caches is not None), []).append(i)
+        groups = []
+        for alike in states.values():
+            cells, modules = tuple(self.cells[i] for i in alike), tuple(self.modules[i] for i in alike)
+            for cell in cells:
+                cell.count = cells[0].count
+            groups.append(Group(self.role, self.rule, self.calls, modules, cells))
+        return groups
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a call does with the modules of a group.
+
+    Args:
+        group: the group.
+        reuses: whether it reuses, for each call of a module in the step.
+        keeps: whether what is left after the step may be reused by the next one.
+    """
+
+    group: Group
+    reuses: tuple[bool, ...]
+    keeps: bool
+
+    def record(self, counts: Counter[tuple[str, bool]]) -> None:
+        """Count the calls of each role that compute and that reuse."""
+        if self.group.rule is not None:
+            for reuse in self.reuses:
+                counts[self.group.role, reuse] += len(self.group.cells)
+
+
+class Lockstep:
+    """The modules of a graph in one cache context of one request.
+
+    Args:
+        cells: the modules' cells.
+        calls: how often each module is called in a step.
+        owners: for each module, yields what its cell hangs on, `None` once that is gone.
+
+    Attributes:
+        plans: what the decisions of a call came to, by whether each group reuses and keeps.
+    """
+
+    def __init__(
+        self, cells: Sequence[Cell], calls: Sequence[int], owners: Sequence[Callable[[], object | None]]
+    ) -> None:
+        self.cells, self.owners = tuple(cells), tuple(owners)
+        self.first = next((cell for cell in cells if cell.rule is not None), cells[0])
+        self.plans: dict[Hashable, Any] = {}
+        alike: dict[Hashable, list[int]] = {}
+        for m, cell in enumerate(cells):
+            alike.setdefault((cell.role, cell.rule, calls[m]), []).append(m)
+        self._groups = [
+            Group(cells[ms[0]].role, cells[ms[0]].rule, calls[ms[0]], tuple(ms), tuple(cells[m] for m in ms))
+            for ms in alike.values()
+        ]
+
+    def begin(self, call: Call, expected: Sequence[Sequence[TensorSpec]]) -> None:
+        """Start a new generation where a call is its first, for outputs like `expected` of each module."""
+        if not all(group.is_together for group in self._groups):
+            self._groups, self.plans = [part for group in self._groups for part in group.parts()], {}
+        for group in self._groups:
+            if not all(cell.fits(expected[m]) for m, cell in zip(group.modules, group.cells, strict=True)):
+                for cell in group.cells:
+                    cell.reset()
+            count = group.cells[0].count
+            begun = count.begun(call.t, count.n // group.calls, call.timesteps, call.generation)
+            if begun is not count:
+                for cell in group.cells:
+                    cell.count, cell.caches = begun, None
+
+    def advance(self, call: Call) -> list[Decision]:
+        """Count the call, and decide it."""
+        return [self._advance(group, call) for group in self._groups]
+
+    def _advance(self, group: Group, call: Call) -> Decision:
+        rule, first = group.rule, group.cells[0]
+        if rule is None:
+            return Decision(group, (False,) * group.calls, False)
+        count, has_cache, keeps = first.count, first.caches is not None, False
+        next_t = call.next_t
+        if next_t is None:
+            next_t = next_timestep(call.timesteps, count.n // group.calls, call.t)
+        reuses = []
+        for following in (*[call.t] * (group.calls - 1), next_t):
+            count, reuse, keeps = count.advanced(rule, call.t, has_cache, following)
+            reuses.append(reuse)
+            has_cache = True
+        for cell in group.cells:
+            cell.count = count
+        return Decision(group, tuple(reuses), keeps)
+
+    def reset(self) -> None:
+        """Forget the generation."""
+        for cell in self.cells:
+            cell.reset()
