@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import pab_fx
-from pab_fx.run.graph import BroadcastGraph
+from pab_fx.run.call import BroadcastGraph
 
 TIMESTEPS = tuple(float(1000 - 20 * step) for step in range(50))
 

@@ -1,36 +1,56 @@
-"""Pyramid Attention Broadcast as a torch.compile graph transformation.
+"""Step caches of diffusion transformers as a torch.compile graph transformation, Pyramid Attention Broadcast first.
 
     import torch, pab_fx
     model = torch.compile(model, backend=pab_fx.pab_backend)
 
-The way of a graph: `tag` finds attention regions and their roles, `rewrite` makes them conditional,
-`specialize` decides conditions, `lift` makes the state explicit, `runtime` counts and decides at each call.
+The way of a graph: `policy` says where, when and how, `select` finds where, `passes` makes that conditional and decides
+the conditions, `compile` has it compiled, `run` runs a call.
 """
 
 from .backend import PABBackend, pab_backend
 from .calibrate import calibrate
-from .diffusers.hooks import cache_context
 from .enable import PAB, disable, enable
 from .explain import explain
 from .export.export import export
-from .passes.rewrite import rewrite
+from .export.rewrite import rewrite
 from .passes.specialize import specialize
 from .policy.config import LayerBroadcast, MLPBroadcast, PABConfig
+from .policy.files import load_policies, save_policies
+from .policy.how import How, Last, Scalars, Taylor
+from .policy.policy import Policy
+from .policy.when import AfterTimesteps, Every, Progress, Rule, SkipRange, Step
+from .policy.where import Attentions, FeedForwards
+from .run.contexts import cache_context
 
 __all__ = [
     "PAB",
+    "AfterTimesteps",
+    "Attentions",
+    "Every",
+    "FeedForwards",
+    "How",
+    "Last",
     "LayerBroadcast",
     "MLPBroadcast",
     "PABBackend",
     "PABConfig",
+    "Policy",
+    "Progress",
+    "Rule",
+    "Scalars",
+    "SkipRange",
+    "Step",
+    "Taylor",
     "cache_context",
     "calibrate",
     "disable",
     "enable",
     "explain",
     "export",
+    "load_policies",
     "pab_backend",
     "rewrite",
+    "save_policies",
     "specialize",
 ]
 __version__ = "0.1.0"

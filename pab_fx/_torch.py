@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import fx, nn
+
+graph_log = logging.getLogger("pab_fx.graphs")
 
 # The conditional as an operator, for use as a node's target: `torch.cond` itself, called without a
 # surrounding torch.compile, would start one. Seen in 2.9 to 2.15; `torch.cond` is the public spelling.
@@ -304,6 +307,21 @@ def add_keyword(gm: fx.GraphModule, name: str) -> fx.Node:
     gm.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo([*info.orig_args, name], in_spec, info.out_spec)))
     with gm.graph.inserting_after(inputs[-1]):
         return gm.graph.placeholder(name)
+
+
+def show_graph(name: str, gm: fx.GraphModule) -> None:
+    """Show a graph to whoever looks: to tlparse where `TORCH_TRACE` is set, and to `TORCH_LOGS="+pab_fx"`.
+
+    `trace_structured`, seen in 2.9 to 2.15, writes nothing where nobody asked for a trace.
+    """
+    from torch._logging import trace_structured
+
+    def readable() -> str:
+        return gm.print_readable(print_output=False, include_stride=True, include_device=True)
+
+    trace_structured("artifact", lambda: {"name": name, "encoding": "string"}, payload_fn=readable)
+    if graph_log.isEnabledFor(logging.DEBUG):
+        graph_log.debug("%s\n%s", name, readable())
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:

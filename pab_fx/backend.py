@@ -6,39 +6,39 @@ import dataclasses
 import inspect
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import PyramidAttentionBroadcastConfig
 from torch import fx, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ._torch import inputs_that_are_state
 from .compile.lowering import Compiler, Lowerings
 from .compile.regional import RegionalCompiler
-from .diffusers import hooks as _diffusers
+from .compile.variants import Variants, likely_unchanging
+from .diffusers import listen
+from .diffusers.configs import callback_of, policies_of
+from .diffusers.hooks import adapter_parameters, other_cache
+from .export.rewrite import rewrite
+from .graph.copies import copy_of
 from .graph.dataflow import STATE, is_number
 from .graph.modules import ModuleNames, repeated_blocks
 from .notices import Notices
-from .options import cache_device_of, cache_dtype_of, falling_timesteps, inner_compiler, records_cuda_graphs
+from .options import cache_device_of, cache_dtype_of, checked_flag, inner_compiler, records_cuda_graphs
 from .passes.numbers import fix_numbers
-from .passes.rewrite import copy_of
+from .passes.order import Lowering
 from .passes.users import Pass, Passes
 from .policy.config import PABConfig
-from .policy.when import Rule
+from .policy.when import Rule, falling_timesteps
 from .report.account import report_of
 from .report.captured import Captured, Plain, frame_of
 from .report.data import Report
-from .report.strips import SeenTimesteps
-from .run.clock import PipelineClock, request_of, running_pipeline
-from .run.generation import Variants, likely_unchanging
-from .run.graph import BroadcastGraph, anchors
+from .run.call import BroadcastGraph
 from .run.holding import holder_for
-from .run.running import TiedParameters, module_names, running_modules
-from .run.state import StateStore, TensorSpec
+from .run.owners import anchors
+from .run.running import module_names, running_modules
+from .run.runtime import Runtime
 from .select.region import Region
 from .select.tag import tag
 
@@ -52,8 +52,9 @@ class PABBackend:
     """A backend of `torch.compile` that broadcasts attention and hands the rest to an inner compiler.
 
     Args:
-        config: a `PABConfig` (default: spatial attention every 2nd step in (100, 800)) or diffusers'
-            `PyramidAttentionBroadcastConfig`, with which roles and outputs are those of its hooks.
+        config: a `PABConfig` (default: spatial attention every 2nd step in (100, 800)), diffusers'
+            `PyramidAttentionBroadcastConfig`, with which roles and outputs are those of its hooks, a `Policy`, or a
+            list of these, of which the first that is for a part counts.
         inner: compiles the lowered graphs: the name of a registered Dynamo backend, or a callable
             `(gm, example_inputs) -> callable`.
         lowering: "specialize" compiles one graph for each set of reusing regions that occurs, without
@@ -70,9 +71,11 @@ class PABBackend:
         cache_device: where what is kept lies between two steps, such as "cpu"; default: where it is computed.
         step_invariants: compute once a generation what depends on nothing that changes from step to step, such as
             the keys and values of a text; the same operations on the same operands, so with inner="eager" to the bit.
+            An update that leaves no trace (`weight.data.mul_(2)`) in the middle of a generation is not seen: "check"
+            computes it in each step too, and raises where it differs.
 
     Raises:
-        ValueError: for a bad config, an unknown lowering, an inner backend that is not registered, or a `regional`
+        ValueError: for a bad config, an unknown lowering, an inner backend that is not registered, or a flag
             that is no bool.
 
     Example:
@@ -82,7 +85,7 @@ class PABBackend:
 
     def __init__(
         self,
-        config: PABConfig | PyramidAttentionBroadcastConfig | None = None,
+        config: Any = None,
         inner: str | Callable[..., Any] = "inductor",
         lowering: str = "specialize",
         passes: Sequence[Pass] = (),
@@ -92,28 +95,33 @@ class PABBackend:
         regional: bool = False,
         cache_dtype: torch.dtype | str | None = None,
         cache_device: torch.device | str | None = None,
-        step_invariants: bool = True,
+        step_invariants: bool | str = True,
     ) -> None:
-        self.config = _diffusers.checked_config(config)
+        self.policies = policies_of(config)
+        self.config = PABConfig() if config is None else config
         if lowering not in LOWERINGS:
             raise ValueError(f"lowering={lowering!r} is unknown; it is one of {', '.join(map(repr, LOWERINGS))}.")
-        self.lowering = lowering
-        self.passes = Passes.of(passes)
-        self.timesteps = timesteps if callable(timesteps) or timesteps is None else falling_timesteps(timesteps)
-        self.inner = inner
+        self.inner, self.lowering = inner, lowering
+        self._passes = Passes.of(passes, rewrite)
         self._inner = inner_compiler(inner, mode, options)
-        for name, given in (("regional", regional), ("step_invariants", step_invariants)):
-            if not isinstance(given, bool):
-                raise ValueError(f"{name} must be True or False, got {given!r}.")
-        self.regional, self.step_invariants = regional, step_invariants
-        self.cache_dtype, cache_device = cache_dtype_of(cache_dtype), cache_device_of(cache_device)
-        self._has_cuda_graphs = records_cuda_graphs(inner, mode, options)
-        self.holder = holder_for(cache_device, self._has_cuda_graphs)
-        self.runs_eagerly = inner == "eager"
-        self.rule_of: Callable[[str, str], Rule | None] | None = None
+        self._regional = checked_flag("regional", regional)
+        self._step_invariants = step_invariants == "check" or checked_flag("step_invariants", step_invariants)
+        has_cuda_graphs = records_cuda_graphs(inner, mode, options)
+        self._lowering = Lowering(
+            fix_strides=inner != "eager", cache_dtype=cache_dtype_of(cache_dtype), static_slots=has_cuda_graphs
+        )
+        self.notices = Notices()
+        self.runtime = Runtime(
+            timesteps=timesteps if callable(timesteps) or timesteps is None else falling_timesteps(timesteps),
+            callback=callback_of(config),
+            holder=holder_for(cache_device_of(cache_device), has_cuda_graphs),
+            warn_once=lambda key, message: self.notices.warn_once(key, message),
+            checks_invariants=step_invariants == "check",
+        )
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.runtime.roots = self.roots
         self.clear()
-        _diffusers.listen()
+        listen.listen()
         _live.add(self)
 
     @classmethod
@@ -152,85 +160,90 @@ class PABBackend:
             rule_of: the rule for a role and a qualified name, `None` to leave that module alone; without it, the
                 config's.
         """
-        self.rule_of = rule_of
-        self._forget_state()
-
-    def _forget_state(self) -> None:
-        self.state = StateStore()
-        self._stores: Any = WeakIdKeyDictionary()
+        self.runtime.rule_of = rule_of
+        self.runtime.forget_state()
 
     def clear(self) -> None:
         """Forget every graph and all state, as for a new backend."""
-        self._forget_state()
-        self._clocks: Any = WeakIdKeyDictionary()
-        self.counts: Counter[tuple[str, bool]] = Counter()  # of each role, and whether they reused
-        self.graphs: list[BroadcastGraph] = []
+        self.runtime.clear()
         self.regions: list[Region] = []
         self.captured: list[Captured] = []
-        self.seen = SeenTimesteps()
-        self.tied = TiedParameters()
         self.notices = Notices()
-        self._unread: dict[TensorSpec, torch.Tensor] = {}
-        self.calls = 0  # of graphs that broadcast
-        self.computed_once = 0  # how often what does not change was computed, and how often taken
-        self.taken_as_kept = 0
+
+    @property
+    def graphs(self) -> list[BroadcastGraph]:
+        """What runs in the place of the captured graphs that broadcast."""
+        return [each.graph for each in self.captured if each.graph is not None]
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile one captured graph: tag, rewrite, lower, hand to the inner compiler."""
+        """Compile one captured graph: select, make conditional, lower, hand to the inner compiler."""
         inputs = gm.graph.find_nodes(op="placeholder")
         for i in inputs_that_are_state():
             inputs[i].meta[STATE] = True
         names = module_names(tuple(self.roots))
-        gm = self.passes.run_before(gm, partial(tag, config=self.config, names=names))
-        if torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs):
-            self.notices.warn_of_gradients()
-            return self.compile_inner(self.passes.run_after(gm), example_inputs)
-        around = running_modules()
-        cache = next(filter(None, map(_diffusers.other_cache, around)), None)
-        if cache is not None:
-            self.notices.warn_of_other_cache(cache)
-            return self.compile_inner(self.passes.run_after(gm), example_inputs)
-        rewritten = fix_numbers(copy_of(gm), everywhere=self.lowering == "cond")
-        regions = tag(rewritten, self.config, names)
+        gm = self._passes.run_before(gm, partial(tag, policies=self.policies, names=names))
+        if self._is_left_alone(example_inputs):
+            return self.compile_inner(self._passes.run_after(gm), example_inputs)
+        captured = fix_numbers(copy_of(gm), everywhere=self.lowering == "cond")
+        regions = tag(captured, self.policies, names)
         if self.lowering == "cond":
             regions = tuple(_without_numbers(region) for region in regions)
         self.regions += regions
-        nodes_of = {region.module_id: region.nodes for region in regions if region.is_broadcast}
-        if not nodes_of:
+        run: BroadcastGraph | Plain | None = self._broadcasting(captured, regions, names, example_inputs)
+        if run is None:
             if not any(region.is_broadcast for region in self.regions):
                 self.notices.warn_of_nothing(regions)
-            plain = Plain(self._compiler(names)(gm, example_inputs))
-            self.captured.append(Captured(rewritten, regions, frame_of(names), id(names.model), plain))
-            return plain
+            run = Plain(self._compiler(names)(gm, example_inputs))
+        self.captured.append(Captured(captured, regions, frame_of(names), id(names.model), run))
+        return run
+
+    def _is_left_alone(self, example_inputs: Sequence[Any]) -> bool:
+        """Whether a graph is captured for training, or under another cache; the user is told."""
+        if torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs):
+            self.notices.warn_of_gradients()
+            return True
+        cache = next(filter(None, map(other_cache, running_modules())), None)
+        if cache is not None:
+            self.notices.warn_of_other_cache(cache)
+        return cache is not None
+
+    def _broadcasting(
+        self, captured: fx.GraphModule, regions: Sequence[Region], names: ModuleNames, example_inputs: Sequence[Any]
+    ) -> BroadcastGraph | None:
+        """What runs in the place of a captured graph; `None` if nothing of it is broadcast."""
+        nodes_of = {region.module_id: region.nodes for region in regions if region.is_broadcast}
+        if not nodes_of:
+            return None
         self.notices.warn_of_several_calls([region for region in regions if region.is_broadcast])
-        inputs = rewritten.graph.find_nodes(op="placeholder")
+        inputs = captured.graph.find_nodes(op="placeholder")
         # adapters are switched within a generation; what has been counted and kept goes on
-        adapters = {id(parameter) for module in around for parameter in _diffusers.adapter_parameters(module)}
+        adapters = {id(parameter) for module in running_modules() for parameter in adapter_parameters(module)}
         lasting = [None if id(given) in adapters else given for given in example_inputs]
-        found = anchors(nodes_of, inputs, lasting)
         compiler = self._compiler(names)
         is_model = len(names.enclosing) <= 1
         unchanging: frozenset[int] | None = None
-        if self.step_invariants:
+        if self._step_invariants:
             unchanging = frozenset()
             if is_model and names.model is not None:
-                unchanging = likely_unchanging(rewritten, example_inputs, names.model)
-        variants = Variants(rewritten, regions, partial(self._lowerings, compiler), self.passes.run_after)
-        graph = BroadcastGraph(self, variants, unchanging, found, example_inputs, is_model)
-        self.graphs.append(graph)
-        self.captured.append(Captured(rewritten, regions, frame_of(names), id(names.model), graph))
-        return graph
-
-    def _lowerings(self, compiler: Compiler, rewritten: fx.GraphModule) -> Lowerings:
-        return Lowerings(rewritten, compiler, not self.runs_eagerly, self.cache_dtype, self._has_cuda_graphs)
+                unchanging = likely_unchanging(captured, example_inputs, names.model)
+        lowerings = partial(Lowerings, compiler=compiler, lowering=self._lowering)
+        return BroadcastGraph(
+            self.runtime,
+            Variants(captured, regions, lowerings, self._passes.run_after),
+            unchanging,
+            anchors(nodes_of, inputs, lasting),
+            example_inputs,
+            is_model,
+            has_conditions=self.lowering == "cond",
+        )
 
     def _compiler(self, names: ModuleNames) -> Compiler:
         """What compiles the lowered graphs of one frame, once the passes behind the rewrite have run on them."""
         compiler: Compiler = self.compile_inner
-        if self.regional and names.model is not None:
+        if self._regional and names.model is not None:
             classes = {type(block).__name__ for block in repeated_blocks(names.model)}
-            compiler = RegionalCompiler(compiler, classes, not self.runs_eagerly, self.notices.warn_of_whole)
-        return lambda gm, example_inputs: compiler(self.passes.run_after(gm), example_inputs)
+            compiler = RegionalCompiler(compiler, classes, self._lowering.fix_strides, self.notices.warn_of_whole)
+        return lambda gm, example_inputs: compiler(self._passes.run_after(gm), example_inputs)
 
     def compile_inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a lowered graph with the inner compiler."""
@@ -239,44 +252,9 @@ class PABBackend:
             raise TypeError(f"the inner compiler must return a callable, got {compiled!r}.")
         return compiled
 
-    def known_timesteps(self) -> tuple[float, ...] | None:
-        """The timesteps of the running generation, `None` if they were not given."""
-        return falling_timesteps(self.timesteps()) if callable(self.timesteps) else self.timesteps
-
-    def store(self, request: Any) -> StateStore:
-        """The state of a request (a session or a pipeline), or what belongs to none; it goes with the request."""
-        if request is None:
-            return self.state
-        found = self._stores.get(request)
-        return self._stores.setdefault(request, StateStore()) if found is None else found
-
-    def clock(self, pipeline: Any) -> PipelineClock:
-        """The clock that follows a pipeline."""
-        found = self._clocks.get(pipeline)
-        return found or self._clocks.setdefault(pipeline, PipelineClock(self.config.current_timestep_callback))
-
-    def stores(self) -> list[StateStore]:
-        """The state of every request, and what belongs to none."""
-        return [self.state, *self._stores.data.copy().values()]  # another thread may begin a request meanwhile
-
     def reset(self) -> None:
         """Start a new generation in every request: all counters are 0 and all caches are given back."""
-        for store in self.stores():
-            store.reset()
-
-    def reset_model(self, model: nn.Module) -> None:
-        """`reset` for the modules of one model, in the request that runs, or in all if none does."""
-        pipeline = running_pipeline()
-        request = request_of(pipeline)
-        stores = self.stores() if request is None else [self.store(request)]
-        for store in stores:
-            store.reset([*model.parameters(), *model.modules()])
-
-    def end_generation(self, pipeline: Any) -> None:
-        """A pipeline's call is over: give back what its request keeps."""
-        if pipeline in self._clocks:
-            self.clock(pipeline).end()
-            self.store(request_of(pipeline)).reset()
+        self.runtime.reset()
 
     def warmup(self, timesteps: Iterable[float] | torch.Tensor | None = None) -> None:
         """Compile ahead of time what generations to come would stop for: a graph for each set of roles that reuse.
@@ -290,20 +268,19 @@ class PABBackend:
         if not self.graphs:
             raise RuntimeError("nothing was captured yet: call the model, or the pipeline, once, and then warmup().")
         # in a thousand steps every rule meets every state of the others in each window
-        known = self.known_timesteps() if timesteps is None else falling_timesteps(timesteps)
+        known = self.runtime.known_timesteps() if timesteps is None else falling_timesteps(timesteps)
         with torch.no_grad():
             for graph in list(self.graphs):
                 graph.warmup(known or tuple(float(1000 - step) for step in range(1000)))
 
-    def report(self) -> Report:
-        """What is broadcast, what is left alone and why, and what was computed and reused so far."""
-        return report_of(self)
+    def report(self, rounds: Sequence[Mapping[int | None, float]] = (), assumed: Sequence[float] = ()) -> Report:
+        """What is broadcast, what is left alone and why, and what was computed and reused so far.
 
-    def unread(self, spec: TensorSpec) -> torch.Tensor:
-        """A tensor to pass where a cache is demanded but not read; its values are arbitrary."""
-        if spec not in self._unread:
-            self._unread[spec] = spec.empty()
-        return self._unread[spec]
+        Args:
+            rounds: where the time of a step went, for each time that it was measured.
+            assumed: timesteps for the schedule where not all are known; default: those seen.
+        """
+        return report_of(self.runtime, self.captured, self.regions, self.notices.messages, rounds, assumed)
 
     def newly_left_alone(self, known: int) -> list[str]:
         """Names of the attentions that the graphs compiled since there were `known` regions compute in every step.
@@ -389,13 +366,13 @@ def _requires_grad(value: Any) -> bool:
 
 def _reset_model(model: nn.Module) -> None:
     for backend in list(_live):
-        backend.reset_model(model)
+        backend.runtime.reset_model(model)
 
 
 def _end_generation(pipeline: Any) -> None:
     for backend in list(_live):
-        backend.end_generation(pipeline)
+        backend.runtime.end_generation(pipeline)
 
 
-_diffusers.on_reset.append(_reset_model)
-_diffusers.on_end.append(_end_generation)
+listen.on_reset.append(_reset_model)
+listen.on_end.append(_end_generation)

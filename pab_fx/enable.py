@@ -13,11 +13,12 @@ from torch import nn
 
 from ._torch import is_compiled_call
 from .backend import PABBackend
-from .diffusers import hooks as _diffusers
+from .diffusers import listen
+from .diffusers.hooks import is_offloaded_by_layer, other_cache, prepare_split_hooks
 from .graph.modules import repeated_blocks
 from .report.data import Report
 from .run.clock import Session
-from .run.stepping import SteppingCall
+from .stepping import SteppingCall
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class PAB:
         owner: weakref.ref[DiffusionPipeline] | None,
         **compile_options: Any,
     ) -> None:
-        _diffusers.prepare_split_hooks(model)
+        prepare_split_hooks(model)
         before = model._compiled_call_impl
         compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
         call = SteppingCall(model, compiled, self.backend, owner)
@@ -178,7 +179,7 @@ def enable(
     for each in models:
         if each in _enabled:
             raise ValueError(f"PAB is enabled on this {type(each).__name__} already: call disable() on it first.")
-        if _diffusers.is_offloaded_by_layer(each):
+        if is_offloaded_by_layer(each):
             raise ValueError(
                 f"{type(each).__name__} is offloaded layer by layer (enable_sequential_cpu_offload), and torch.compile "
                 "gives up on hooks around every layer: offload by block (enable_group_offload) or the whole model "
@@ -239,7 +240,7 @@ def _hooks_config(model: Any) -> PyramidAttentionBroadcastConfig | None:
             f"{type(model).__name__} has another cache of diffusers enabled ({type(config).__name__}): "
             "call its disable_cache() first."
         )
-    other = _diffusers.other_cache(model) if config is None else None
+    other = other_cache(model) if config is None else None
     if other is not None:
         raise ValueError(
             f"{type(model).__name__} has another cache of diffusers applied (its hook {other!r}): take it off first."
@@ -263,5 +264,5 @@ def _check_calls(pipeline: Any) -> None:
             _enabled[model]._check_calls()
 
 
-_diffusers.on_enable_cache.append(_refuse_cache)
-_diffusers.on_end.append(_check_calls)
+listen.on_enable_cache.append(_refuse_cache)
+listen.on_end.append(_check_calls)

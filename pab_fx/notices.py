@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from types import FrameType
-from typing import Any
 
 import torch
 
-from .policy.config import ATTENTION_ROLES, PABConfig
+from .policy.policy import Policy
+from .policy.where import MLP
 from .select.region import Region
 
 LIBRARIES = {"pab_fx", "torch", "diffusers", "contextlib"}
@@ -54,7 +54,7 @@ class Notices:
 
     def warn_of_nothing(self, regions: Sequence[Region]) -> None:
         """Warn that of the regions of a graph, the first ones that were found, the config broadcasts none."""
-        idle = [region for region in regions if region.rule is None]
+        idle = [region for region in regions if region.policy is None]
         if not idle:
             return
         found = "\n".join(f"  {region.name} ({region.role}): {region.why}" for region in idle)
@@ -103,37 +103,36 @@ class Notices:
         )
 
     def warn_of_unmatched_roles(
-        self, name: str, config: Any, regions: Sequence[Region], called: AbstractSet[str]
+        self, name: str, policies: Sequence[Policy], regions: Sequence[Region], called: AbstractSet[str]
     ) -> None:
-        """Warn of roles that the config gives a range while others are broadcast.
+        """Warn of roles that policies are for while others are broadcast.
 
         Args:
             name: the model's class, which has no such attention.
-            config: a `PABConfig`; diffusers' config gives roles by names, and nothing is said of it.
+            policies: those that name roles; what goes by modules names none, and nothing is said of it.
             regions: what was found.
             called: the roles of what has been computed or reused; blocks of one graph differ in theirs.
         """
-        if not isinstance(config, PABConfig) or not called:
-            return
         found = {region.role for region in regions} | called
-        for role in ATTENTION_ROLES:
-            if config.skip_range(role) is not None and role not in found:
-                others = sorted({f"{region.name} ({region.role})" for region in regions})
-                shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
-                self.warn_once(
-                    f"no {role}",
-                    f"pab_fx: no {role} attention was found in {name}, though the config has a range for it; found: "
-                    f"{shown}. If one of them is {role}, say so with {role}_attention_block_identifiers.",
-                )
+        for policy in policies if called else ():
+            for role in policy.where.roles or () if policy.when is not None and not policy.where.names else ():
+                if role not in found and role != MLP:
+                    others = sorted({f"{region.name} ({region.role})" for region in regions})
+                    shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+                    self.warn_once(
+                        f"no {role}",
+                        f"pab_fx: no {role} attention was found in {name}, though the config has a range for it; "
+                        f"found: {shown}. If one of them is {role}, say so with {role}_attention_block_identifiers.",
+                    )
 
-    def warn_of_unmatched_layers(self, name: str, config: Any, regions: Sequence[Region]) -> None:
-        """Warn of `layers` that are for none of the attentions found in the model of that class.
+    def warn_of_unmatched_names(self, name: str, policies: Sequence[Policy], regions: Sequence[Region]) -> None:
+        """Warn of names of policies that are those of none of the attentions found in the model of that class.
 
         Nothing is said of frames that serve several blocks: their regions are named after the first of them.
         """
-        if not isinstance(config, PABConfig) or any(region.relative is not None for region in regions):
+        if any(region.relative is not None for region in regions):
             return
-        for identifier in (each for layer in config.layers for each in layer.identifiers):
+        for identifier in (each for policy in policies for each in policy.where.names):
             if not any(re.search(identifier, region.name) for region in regions):
                 shown = ", ".join(sorted({region.name for region in regions})[:4])
                 self.warn_once(

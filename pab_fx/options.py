@@ -11,7 +11,6 @@ from torch import fx
 
 from ._torch import has_cuda_graphs, inductor_patches, lookup_backend
 from .passes.compress import DTYPES
-from .policy.when import checked_timesteps
 
 
 def inner_compiler(
@@ -74,19 +73,15 @@ def cache_device_of(given: torch.device | str | None) -> torch.device | None:
     return device
 
 
-def falling_timesteps(given: Any) -> tuple[float, ...]:
-    """The timesteps of a generation, which fall: one that rises begins another.
+def checked_flag(name: str, given: Any) -> bool:
+    """A flag.
 
     Raises:
-        ValueError: for timesteps that rise, or are none.
+        ValueError: for anything but True and False.
     """
-    found = checked_timesteps(given)
-    if found and found[0] < found[-1]:
-        raise ValueError(
-            f"timesteps begin at {found[0]:g} and end at {found[-1]:g}, and those of a generation fall: pass them in "
-            "the order in which the steps run, scheduler.timesteps."
-        )
-    return found
+    if not isinstance(given, bool):
+        raise ValueError(f"{name} must be True or False, got {given!r}.")
+    return given
 
 
 def _inductor(

@@ -41,12 +41,12 @@ class Model:
         self.backend: Any = None
 
     def step(self, t: float, number: int, call: Callable[..., Any] | None = None) -> StepSeen:
-        before = Counter() if self.backend is None else Counter(self.backend.counts)
+        before = Counter() if self.backend is None else Counter(self.backend.runtime.counts)
         self.clock.t = t
         outputs = tuple(
             output.clone() for output in zoo.call(self.entry, self.model if call is None else call, t, seed=number)
         )
-        after = Counter() if self.backend is None else Counter(self.backend.counts)
+        after = Counter() if self.backend is None else Counter(self.backend.runtime.counts)
         return StepSeen(outputs, Counter({role: n for (role, reused), n in (after - before).items() if not reused}))
 
     def generation(
@@ -269,9 +269,9 @@ def guidance(ulysses: int = 1) -> dict[str, Any]:
 
     with spread.enabled() as pab:
         generate(spread, exchanged)
-        before = Counter(pab.backend.counts)
+        before = Counter(pab.backend.runtime.counts)
         seen["latents"], traffic = parallel.traffic_of(lambda: generate(spread, exchanged))
-        seen["counts"], seen["collectives"] = Counter(pab.backend.counts) - before, traffic.calls
+        seen["counts"], seen["collectives"] = Counter(pab.backend.runtime.counts) - before, traffic.calls
     if dist.get_rank() == 0:
         single = Model("wan", inner="eager")
 

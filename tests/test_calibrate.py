@@ -36,6 +36,7 @@ from pab_fx.calibrate.settings import (
     groups_of,
     options_of,
     reused_modules,
+    rule_of,
     segments_of,
     window,
 )
@@ -45,7 +46,6 @@ from pab_fx.cli import app
 from pab_fx.demo import CAPTIONS, load_pipeline
 from pab_fx.policy.config import PRESETS, ROLES
 from pab_fx.policy.when import reused_calls
-from pab_fx.select.tag import rule_of
 
 TIMESTEPS = tuple(float(t) for t in range(999, -1, -50))  # 20 steps
 ATTENTIONS = {"spatial": "blocks.{}.attn1", "cross": "blocks.{}.attn2", "mlp": "blocks.{}.ff"}

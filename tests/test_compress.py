@@ -1,7 +1,7 @@
 """Caches in fewer bytes: what is read differs by no more than rounding, and is kept again to the bit."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from pab_fx import PABConfig
 from pab_fx._torch import cond_op
+from pab_fx.graph.copies import copy_of
 from pab_fx.graph.dataflow import value
 from pab_fx.graph.modules import ModuleNames
-from pab_fx.passes.compress import DTYPES, LARGEST, SMALLEST_SCALE, compressed, dequantise, quantise, stored
-from pab_fx.passes.lift import Lifted, fix_cache_strides, fix_operand_strides, lift, stride_order
-from pab_fx.passes.rewrite import copy_of, insert_conditions
-from pab_fx.passes.specialize import decide
+from pab_fx.passes import order
+from pab_fx.passes.compress import DTYPES, LARGEST, SMALLEST_SCALE, dequantise, quantise, stored
+from pab_fx.passes.conditions import insert_conditions
+from pab_fx.passes.form import Predicate, Slot, inputs_of, mark_of
+from pab_fx.passes.strides import stride_order
+from pab_fx.policy import Attentions, Last, Policy, SkipRange
 from pab_fx.select.tag import tag
 
 INT8, FLOAT8, BFLOAT16 = torch.int8, torch.float8_e4m3fn, torch.bfloat16
@@ -38,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 def read_back(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor after it was stored and read."""
-    parts = tuple(stored("cache", tensor, dtype).values())
+    parts = tuple(stored(tensor, dtype).values())
     return dequantise(*parts, tensor.dtype) if len(parts) == 2 else parts[0].to(tensor.dtype)
 
 
@@ -167,7 +169,7 @@ def test_nothing_drifts_however_often_it_is_kept(dtype: torch.dtype, original: t
 def test_what_is_stored_lies_in_memory_as_the_cache(dtype: torch.dtype, order: tuple[int, ...]) -> None:
     x = torch.randn(2, 3, 5, 64)
     x = torch.empty_permuted(x.shape, order).copy_(x)
-    quantised, *scale = stored("cache", x, dtype).values()
+    quantised, *scale = stored(x, dtype).values()
     assert stride_order(quantised) == order
     assert quantised.stride() == x.stride()
     assert quantised.shape == x.shape
@@ -201,13 +203,13 @@ def test_a_cache_with_gaps_is_stored_without(dtype: torch.dtype) -> None:
     ids=lambda each: str(each.dtype if isinstance(each, Tensor) else each),
 )
 def test_what_would_not_be_smaller_is_left(kept: Tensor, dtype: torch.dtype) -> None:
-    assert stored("cache", kept, dtype)["cache"] is kept
+    assert stored(kept, dtype)[""] is kept
 
 
 @every_dtype
 def test_what_is_stored_is_smaller(dtype: torch.dtype) -> None:
     x = torch.randn(2, 7, 64)
-    size = sum(each.nbytes for each in stored("cache", x, dtype).values())
+    size = sum(each.nbytes for each in stored(x, dtype).values())
     assert size == x.nbytes * (0.5 if dtype is BFLOAT16 else 0.25 + 1 / 64)
 
 
@@ -284,30 +286,34 @@ def captured(
 
 @dataclass(frozen=True)
 class Lowered:
-    """The lifted graph of a model, as it is and with smaller caches."""
+    """The lowered graph of a model, as it is and with smaller slots."""
 
-    plain: Lifted
-    small: Lifted
+    plain: fx.GraphModule
+    small: fx.GraphModule
 
 
 def lowered(gm: fx.GraphModule, key: bool | str, dtype: torch.dtype) -> Lowered:
     """The graph that computes (`False`), that reuses (`True`), or that holds conditions ("cond")."""
-    rewritten = copy_of(gm)
-    regions = tag(rewritten, PABConfig(), ModuleNames.of_graph(rewritten))
-    insert_conditions(rewritten, regions, lambda: 500.0, allocate=False)
-
-    def once() -> Lifted:
-        own = copy_of(rewritten)
-        return fix_cache_strides(lift(own if key == "cond" else decide(own, {0: bool(key), 1: bool(key)})))
-
-    both = Lowered(once(), compressed(once(), dtype))
-    for lifted in (both.plain, both.small):
-        fix_operand_strides(lifted.gm)
-    return both
+    conditional = copy_of(gm)
+    policies = [Policy(Attentions(), SkipRange(2), Last(keeps_updates=True))]
+    insert_conditions(conditional, tag(conditional, policies, ModuleNames.of_graph(conditional)))
+    decisions = key if key == "cond" else (bool(key), bool(key))
+    return Lowered(*(order.lowered(conditional, decisions, order.Lowering(True, each)) for each in (None, dtype)))
 
 
-def kept_by(lifted: Lifted, outputs: Sequence[Any]) -> dict[str, Tensor]:
-    return dict(zip(lifted.writes, outputs[len(outputs) - len(lifted.writes) :], strict=True))
+def writes_of(gm: fx.GraphModule) -> tuple[Slot, ...]:
+    return mark_of(gm.graph.output_node())
+
+
+def kept_by(gm: fx.GraphModule, outputs: Sequence[Any]) -> dict[Slot, Tensor]:
+    writes = writes_of(gm)
+    return dict(zip(writes, outputs[len(outputs) - len(writes) :], strict=True))
+
+
+def state(gm: fx.GraphModule, slots: Mapping[Slot, Tensor], reuse: bool = True) -> list[Tensor]:
+    """What a graph takes after the model's own inputs."""
+    marks = [mark for node in gm.graph.find_nodes(op="placeholder") if (mark := mark_of(node)) is not None]
+    return [slots[mark] if isinstance(mark, Slot) else torch.tensor(not reuse) for mark in marks]
 
 
 def all_equal(found: Sequence[Any], expected: Sequence[Any]) -> bool:
@@ -316,8 +322,10 @@ def all_equal(found: Sequence[Any], expected: Sequence[Any]) -> bool:
     )
 
 
-def all_stored(kept: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {part: each for name, tensor in kept.items() for part, each in stored(name, tensor, dtype).items()}
+def all_stored(kept: dict[Slot, Tensor], dtype: torch.dtype) -> dict[Slot, Tensor]:
+    return {
+        replace(slot, part=part): each for slot, whole in kept.items() for part, each in stored(whole, dtype).items()
+    }
 
 
 @every_dtype
@@ -325,11 +333,11 @@ def all_stored(kept: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def test_a_computing_step_yields_the_same_and_stores_its_caches(dtype: torch.dtype, original: torch.dtype) -> None:
     gm, args = captured(original)
     graphs = lowered(gm, False, dtype)
-    expected, found = graphs.plain.gm(*args), graphs.small.gm(*args)
-    count = len(expected) - len(graphs.plain.writes)
+    expected, found = graphs.plain(*args), graphs.small(*args)
+    count = len(expected) - len(writes_of(graphs.plain))
     assert all_equal(found[:count], expected[:count])
     wanted = all_stored(kept_by(graphs.plain, expected), dtype)
-    assert graphs.small.writes == tuple(wanted)
+    assert writes_of(graphs.small) == tuple(wanted)
     assert all_equal(found[count:], list(wanted.values()))
 
 
@@ -338,10 +346,12 @@ def test_a_computing_step_yields_the_same_and_stores_its_caches(dtype: torch.dty
 def test_a_reusing_step_computes_with_what_was_stored(dtype: torch.dtype, original: torch.dtype) -> None:
     gm, args = captured(original)
     computing, reusing = lowered(gm, False, dtype), lowered(gm, True, dtype)
-    kept = kept_by(computing.plain, computing.plain.gm(*args))
-    small = kept_by(computing.small, computing.small.gm(*args))
-    expected = reusing.plain.gm(*args, *(read_back(kept[name], dtype) for name in reusing.plain.reads))
-    found = reusing.small.gm(*args, *(small[name] for name in reusing.small.reads))
+    kept = kept_by(computing.plain, computing.plain(*args))
+    small = kept_by(computing.small, computing.small(*args))
+    expected = reusing.plain(
+        *args, *state(reusing.plain, {slot: read_back(each, dtype) for slot, each in kept.items()})
+    )
+    found = reusing.small(*args, *state(reusing.small, small))
     assert all_equal(found, expected)
 
 
@@ -349,26 +359,16 @@ def test_a_reusing_step_computes_with_what_was_stored(dtype: torch.dtype, origin
 def test_a_cond_that_reuses_writes_back_what_it_read(dtype: torch.dtype) -> None:
     gm, args = captured()
     graphs = lowered(gm, "cond", dtype)
-    compute, reuse = [torch.tensor(True)] * 2, [torch.tensor(False)] * 2
-    unread = [torch.zeros(value(node).shape, dtype=value(node).dtype) for node in inputs_of(graphs.small)]
-    first = graphs.small.gm(*args, *compute, *unread)
-    small = kept_by(graphs.small, first)
+    looks = {slot: value(node) for slot, node in inputs_of(graphs.small, Slot).items()}
+    unread = {slot: torch.zeros(each.shape, dtype=each.dtype) for slot, each in looks.items()}
+    small = kept_by(graphs.small, graphs.small(*args, *state(graphs.small, unread, reuse=False)))
     expected = lowered(gm, True, dtype).small
     for _ in range(3):
-        outputs = graphs.small.gm(*args, *reuse, *(small[name] for name in graphs.small.reads))
+        outputs = graphs.small(*args, *state(graphs.small, small))
         again = kept_by(graphs.small, outputs)
         assert all_equal(list(again.values()), list(small.values()))
         small = again
-        reused = expected.gm(*args, *(small[name] for name in expected.reads))
-        assert all_equal(outputs[:2], reused[:2])
-
-
-def inputs_of(lifted: Lifted) -> list[fx.Node]:
-    """The placeholders of what a graph reads."""
-    inputs = lifted.gm.graph.find_nodes(op="placeholder")
-    found = inputs[len(inputs) - len(lifted.reads) :]
-    assert [node.target for node in found] == list(lifted.reads)
-    return found
+        assert all_equal(outputs[:2], expected(*args, *state(expected, small))[:2])
 
 
 @scaled
@@ -376,12 +376,12 @@ def inputs_of(lifted: Lifted) -> list[fx.Node]:
 def test_inputs_and_outputs_are_recorded_as_they_are(dtype: torch.dtype, key: bool | str) -> None:
     gm, _ = captured()
     graphs = lowered(gm, key, dtype)
-    small, graph = graphs.small, graphs.small.gm.graph
-    names = tuple(part for name in ("pab_cache_0", "pab_cache_1") for part in (name, f"{name}_scale"))
-    assert small.reads == (names if key else ())
-    assert small.writes == (() if key is True else names)
+    small, graph = graphs.small, graphs.small.graph
+    slots = tuple(Slot(module, 0, part) for module in range(2) for part in ("", "scale"))
+    assert tuple(inputs_of(small, Slot)) == (slots if key else ())
+    assert writes_of(small) == (() if key is True else slots)
     outputs: Any = graph.output_node().args[0]
-    for node in (*inputs_of(small), *outputs[len(outputs) - len(small.writes) :]):
+    for node in (*inputs_of(small, Slot).values(), *outputs[len(outputs) - len(writes_of(small)) :]):
         is_scale = "scale" in node.name or node.args[1:] == (1,)
         assert value(node).dtype == (torch.float32 if is_scale else dtype)
         assert tuple(value(node).shape) in ([(2, 5, 1), (2, 16, 1)] if is_scale else [(2, 5, 16), (2, 16, 5)])
@@ -389,12 +389,12 @@ def test_inputs_and_outputs_are_recorded_as_they_are(dtype: torch.dtype, key: bo
     assert len(made) == (4 if key == "cond" else 2)
     for node in made:
         assert node.meta["nn_module_stack"]
-    assert small.predicates == graphs.plain.predicates
+    assert inputs_of(small, Predicate).keys() == inputs_of(graphs.plain, Predicate).keys()
 
 
 def test_the_operand_of_a_cond_is_what_was_read() -> None:
     gm, _ = captured()
-    graph = lowered(gm, "cond", INT8).small.gm.graph
+    graph = lowered(gm, "cond", INT8).small.graph
     conds = graph.find_nodes(op="call_function", target=cond_op)
     assert len(conds) == 2
     for cond in conds:
@@ -407,8 +407,8 @@ def test_the_operand_of_a_cond_is_what_was_read() -> None:
 def test_what_is_updated_in_place_is_stored_after_the_update(dtype: torch.dtype) -> None:
     gm, args = captured(updates=True)
     computing = lowered(gm, False, dtype)
-    kept = kept_by(computing.plain, computing.plain.gm(*args))
-    small = kept_by(computing.small, computing.small.gm(*args))
+    kept = kept_by(computing.plain, computing.plain(*args))
+    small = kept_by(computing.small, computing.small(*args))
     assert all_equal(list(small.values()), list(all_stored(kept, dtype).values()))
 
 
@@ -417,11 +417,11 @@ def test_what_is_updated_in_place_after_it_was_read_is_written_back(dtype: torch
     """The graph with whole caches updates the cache that it was given, as diffusers' hooks do; in each reuse again."""
     gm, args = captured(updates=True)
     computing, reusing = lowered(gm, False, dtype), lowered(gm, True, dtype)
-    small = kept_by(computing.small, computing.small.gm(*args))
-    kept = {name: read_back(each, dtype) for name, each in kept_by(computing.plain, computing.plain.gm(*args)).items()}
+    small = kept_by(computing.small, computing.small(*args))
+    kept = {name: read_back(each, dtype) for name, each in kept_by(computing.plain, computing.plain(*args)).items()}
     for _ in range(3):
-        expected = reusing.plain.gm(*args, *(kept[name] for name in reusing.plain.reads))
-        found = reusing.small.gm(*args, *(small[name] for name in reusing.small.reads))
+        expected = reusing.plain(*args, *state(reusing.plain, kept))
+        found = reusing.small(*args, *state(reusing.small, small))
         small = {**small, **kept_by(reusing.small, found)}
         assert all_equal(found[:2], expected)  # doubling is exact
 
@@ -430,8 +430,8 @@ def test_bfloat16_leaves_caches_that_are_no_wider() -> None:
     gm, _ = captured(torch.bfloat16)
     for key in (False, True, "cond"):
         graphs = lowered(gm, key, BFLOAT16)
-        assert (graphs.small.reads, graphs.small.writes) == (graphs.plain.reads, graphs.plain.writes)
-        assert graphs.small.gm.code == graphs.plain.gm.code
+        assert writes_of(graphs.small) == writes_of(graphs.plain)
+        assert graphs.small.code == graphs.plain.code
 
 
 @every_dtype
@@ -446,11 +446,11 @@ def test_symbolic_sizes_stay_symbolic(dtype: torch.dtype, key: bool | str) -> No
     for size in (5, 9):
         sized: list[Any] = [each if isinstance(each, Tensor) or each != 5 else size for each in args]
         sized = [torch.randn(2, size, 16) if isinstance(each, Tensor) and each.dim() == 3 else each for each in sized]
-        kept = kept_by(computing.plain, computing.plain.gm(*sized))
-        small = kept_by(computing.small, computing.small.gm(*sized))
+        kept = kept_by(computing.plain, computing.plain(*sized))
+        small = kept_by(computing.small, computing.small(*sized))
         predicates = [torch.tensor(False)] * len(reusing.small.predicates)
-        expected = reusing.plain.gm(*sized, *predicates, *(read_back(kept[n], dtype) for n in reusing.plain.reads))
-        found = reusing.small.gm(*sized, *predicates, *(small[name] for name in reusing.small.reads))
+        expected = reusing.plain(*sized, *predicates, *(read_back(kept[n], dtype) for n in reusing.plain.reads))
+        found = reusing.small(*sized, *predicates, *state(reusing.small, small))
         assert all_equal(found[:2], expected[:2])
 
 

@@ -270,10 +270,10 @@ def test_every_form_of_layers_means_the_same() -> None:
 
 
 def test_of_several_layers_the_first_that_matches_counts() -> None:
-    config = PABConfig(layers=[LayerBroadcast(("0.attn2",)), LayerBroadcast(("attn2$",), skip_range=4)])
-    assert config.layer("blocks.0.attn2") == config.layers[0]
-    assert config.layer("blocks.1.attn2") == config.layers[1]
-    assert config.layer("blocks.1.attn1") is None
+    policies = PABConfig(layers=[LayerBroadcast(("0.attn2",)), LayerBroadcast(("attn2$",), skip_range=4)]).policies()
+    assert assigned(policies, "cross", "blocks.0.attn2")[1] is None
+    assert assigned(policies, "cross", "blocks.1.attn2")[1] == policies[1]
+    assert assigned(policies, "spatial", "blocks.1.attn1")[1] is None
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_timesteps_given_as_tensors_are_told_apart_by_their_values() -> None:
     for last in (600.0, 50.0):
         timesteps[1] = last  # the same object, as a tensor at a freed one's address would be
         graph: Any = pab_backend(*captured, options={"inner": "eager", "timesteps": timesteps})
-        assert graph.backend.known_timesteps() == (700.0, last)
+        assert graph._runtime.known_timesteps() == (700.0, last)
 
 
 def test_models_compiled_with_the_same_options_share_nothing_but_code() -> None:

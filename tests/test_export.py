@@ -32,7 +32,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 import pab_fx
 from pab_fx import MLPBroadcast, PABConfig
-from pab_fx.passes.predicates import TIMESTEP_NAMES
+from pab_fx.passes.counting import TIMESTEP_NAMES
 from pab_fx.testing import zoo
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import fx
 
 from pab_fx import PABBackend, PABConfig, rewrite, specialize
-from pab_fx.compile.lowering import Lowerings
-from pab_fx.passes.rewrite import conditionals, copy_of, insert_conditions
+from pab_fx.graph.copies import copy_of
+from pab_fx.passes.conditions import insert_conditions
+from pab_fx.passes.form import conditionals, mark_of, set_slots_returned
+from pab_fx.passes.order import Lowering, lowered
 from pab_fx.policy.when import reused_calls
 from pab_fx.select.tag import tag
 from pab_fx.testing import (
@@ -124,13 +126,12 @@ def check_all_computing(gm: fx.GraphModule, config: PABConfig) -> None:
 def check_lowered(gm: fx.GraphModule, config: PABConfig) -> None:
     """What goes to the inner compiler is the graph itself, and returns what is to be kept behind what that returns."""
     rewritten = copy_of(gm)
-    insert_conditions(rewritten, tag(rewritten, config), config.current_timestep_callback, allocate=False)
-    lowerings = Lowerings(rewritten, lambda gm, _: gm.forward, fix_strides=False)
-    lifted = lowerings.lowered((False,) * len(lowerings.conditionals))
-    output = lifted.gm.graph.output_node()
-    output.args = (output.args[0][: lowerings.outputs],)  # type: ignore[index]
-    assert lifted.predicates == lifted.reads == ()
-    assert_graphs_equivalent(lifted.gm, gm)
+    insert_conditions(rewritten, tag(rewritten, config.policies()))
+    count = len(conditionals(rewritten))
+    found = lowered(rewritten, (False,) * count, Lowering()) if count else rewritten
+    set_slots_returned(found, {})
+    assert not any(map(mark_of, found.graph.find_nodes(op="placeholder")))
+    assert_graphs_equivalent(found, gm)
 
 
 @from_every_tracer
@@ -210,9 +211,7 @@ def check_trajectories(
     seed = 0
     for timesteps in generations:
         plans = {
-            f"{each.name}#{each.call}": reused_calls(each.rule, [t for t in timesteps for _ in range(each.calls)])[
-                each.call :: each.calls
-            ]
+            f"{each.name}#{each.call}": reused_calls(each.policy.when, timesteps, each.calls)[each.call :: each.calls]
             for each in found
         }
         for step, t in enumerate(timesteps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,7 +110,7 @@ def test_a_cache_that_is_reused_and_kept_on_is_not_copied(lowering: str) -> None
     places = []
     for t in (900, 700, 600, 500):
         call(model, t)
-        cells = [cell for store in pab.backend.stores() for _, _, cell in store.cells()]
+        cells = [cell for store in pab.backend.runtime.stores() for _, _, cell in store.cells()]
         places.append([kept.data_ptr() for cell in cells for kept in cell.caches or ()])
     computed, reused, kept_on, last = places  # 900 is computed, 700 and 600 are reused, 500 is computed
     assert len(computed) == 3
@@ -226,7 +227,7 @@ def test_parameters_and_static_caches_are_known_to_keep_their_address(lowering: 
 
     model = build()
     backend = pab_fx.PABBackend(CONFIG, inner=compiler, lowering=lowering)
-    backend._has_cuda_graphs, backend.holder = True, Static()
+    backend._lowering, backend.runtime.holder = replace(backend._lowering, static_slots=True), Static()
     compiled = torch.compile(model, backend=backend)
     for t in (700, 600):
         call(compiled, t)

@@ -14,7 +14,7 @@ import pab_fx
 from pab_fx import PABConfig
 from pab_fx._torch import symbols_inside
 from pab_fx.graph.dataflow import value
-from pab_fx.passes.rewrite import conditionals, operands_of
+from pab_fx.passes.form import conditionals, operands_of
 
 RELEASE = Version(torch.__version__).release
 TIMESTEPS = (900, 700, 600, 500, 400)

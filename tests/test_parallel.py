@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pab_fx import PABConfig, rewrite, specialize
 from pab_fx.graph import effects
+from pab_fx.passes.form import conditionals
 from pab_fx.passes.invariants import split_invariants
 
 c10d = torch.ops._c10d_functional
@@ -103,7 +104,7 @@ def test_a_graph_that_reuses_has_no_collective_left_but_the_models_own(model: ty
 
 
 def _roles(rewritten: fx.GraphModule) -> list[str]:
-    return [node.meta["pab_conditional"].role for node in rewritten.graph.nodes if "pab_conditional" in node.meta]
+    return [conditional.role for conditional in conditionals(rewritten).values()]
 
 
 def test_collectives_inside_of_an_attention_stand_in_its_condition() -> None:

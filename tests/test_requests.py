@@ -289,7 +289,7 @@ def test_a_session_gives_back_what_it_kept_when_it_goes(enabled: Shared) -> None
         gc.collect()
         assert held(pab) == each * len(sessions)
     assert [reference() for reference in alive] == [None] * 3
-    assert len(pab.backend.stores()) == 1
+    assert len(pab.backend.runtime.stores()) == 1
 
 
 def test_a_loop_after_a_pipeline_in_one_session_starts_afresh() -> None:
@@ -426,7 +426,7 @@ class Server:
         self.pipes.clear()
         gc.collect()
         assert [reference() for reference in alive] == [None] * len(alive)
-        assert len(self.pab.backend.stores()) == 1
+        assert len(self.pab.backend.runtime.stores()) == 1
         self.pab.disable()
 
 
@@ -590,7 +590,7 @@ def test_counts_outlive_the_request_that_was_counted() -> None:
         with pab.session():
             pipe(8)
         gc.collect()
-        assert len(pab.backend.stores()) == 1
+        assert len(pab.backend.runtime.stores()) == 1
         assert pab.report().reused > 0
 
 
@@ -932,7 +932,7 @@ class Soak(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_kept_of_requests_that_are_gone(self) -> None:
-        assert len(self.pab.backend.stores()) <= 1 + len(self.sessions) + len(self.pipes)
+        assert len(self.pab.backend.runtime.stores()) <= 1 + len(self.sessions) + len(self.pipes)
 
     def teardown(self) -> None:
         for i in range(3):
@@ -944,7 +944,7 @@ class Soak(RuleBasedStateMachine):
         self.pipes.clear()
         gc.collect()
         assert held(self.pab) == 0
-        assert len(self.pab.backend.stores()) == 1
+        assert len(self.pab.backend.runtime.stores()) == 1
 
 
 def soak(runs: int, steps: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from pab_fx import MLPBroadcast, PABBackend, PABConfig, rewrite, specialize
+from pab_fx.diffusers.configs import policies_of
 from pab_fx.graph import effects
 from pab_fx.select.bounds import UPDATED_LATER
 from pab_fx.select.tag import tag
@@ -592,7 +593,7 @@ def test_a_number_at_the_end_of_an_attention_stays_outside_unless_its_product_is
     model, kept = UsesRescaled(updates).eval().requires_grad_(False), []
 
     def noted(gm: fx.GraphModule) -> fx.GraphModule:
-        (region,) = tag(gm, CONFIG)
+        (region,) = tag(gm, policies_of(CONFIG))
         kept.extend(op(gm, node) for node in region.outputs)
         return gm
 

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import pab_fx
 from pab_fx import MLPBroadcast, PABBackend, PABConfig
-from pab_fx.policy.when import END, NEVER, AfterTimesteps, Rule, SkipRange, reused_calls
+from pab_fx.policy.when import END, NEVER, AfterTimesteps, Progress, Rule, SkipRange, Step, reused_calls
 from pab_fx.testing import captured as captured_graph
 from pab_fx.testing import strategies
 from pab_fx.testing.strategies import TIMESTEPS, timestep_lists
@@ -85,14 +85,15 @@ def test_the_plan_of_a_generation_is_the_rule(rule: Rule, timesteps: tuple[float
 
 @given(skip_range | after_timesteps, generation)
 def test_what_is_not_kept_is_never_reused_by_the_next_call(rule: Rule, timesteps: tuple[float, ...]) -> None:
-    until = NEVER
+    computed, computed_t = -1, NEVER
     for n, (t, next_t) in enumerate(zip(timesteps, (*timesteps[1:], END), strict=True)):
-        if not rule.reuses(n, t, until):
-            until = n + rule.lifetime(t)
-        reused_next = next_t != END and rule.reuses(n + 1, next_t, until)
-        assert rule.keeps(n, t, until, next_t) == reused_next  # what is known to come decides exactly
-        if not rule.keeps(n, t, until, None):
-            assert not any(rule.reuses(n + 1, later, until) for later in TIMESTEPS if later <= t)
+        if n == 0 or not rule.decide(Step(n, t), Progress(n - computed, computed_t)):
+            computed, computed_t = n, t
+        progress = Progress(n + 1 - computed, computed_t)
+        reused_next = next_t != END and rule.decide(Step(n + 1, next_t), progress)
+        assert rule.keeps(Step(n, t), progress, next_t) == reused_next  # what is known to come decides exactly
+        if not rule.keeps(Step(n, t), progress, None):
+            assert not any(rule.decide(Step(n + 1, later), progress) for later in TIMESTEPS if later <= t)
 
 
 @given(st.integers(1, 6), st.integers(1, 40))

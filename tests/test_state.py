@@ -447,7 +447,7 @@ def test_deleting_a_model_frees_its_caches(enabled: bool) -> None:
         for number, t in enumerate(TIMESTEPS[:3]):
             clock.t = t
             compiled(**inputs(number, t))
-        kept = [cache for *_, cell in backend.state.cells() for cache in cell.caches or ()]
+        kept = [cache for *_, cell in backend.runtime.state.cells() for cache in cell.caches or ()]
         return model, compiled, [weakref.ref(model), *map(weakref.ref, kept)]
 
     keep_backends: list[PABBackend] = []  # a backend object may well outlive the models it compiled

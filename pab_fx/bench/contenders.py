@@ -13,10 +13,12 @@ from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_b
 from torch import fx, nn
 
 from .._torch import lookup_backend
-from ..diffusers import hooks as _diffusers
+from ..diffusers.configs import policies_of
+from ..diffusers.hooks import is_attention
 from ..enable import enable
-from ..policy.config import ATTENTION_ROLES
-from ..policy.when import SkipRange, reused_calls
+from ..policy.policy import assigned
+from ..policy.when import Rule, reused_calls
+from ..policy.where import ATTENTION_ROLES
 
 COLUMNS = (
     "eager",
@@ -59,13 +61,15 @@ class Plan:
     def of(cls, model: nn.Module, config: PyramidAttentionBroadcastConfig, timesteps: Sequence[float]) -> Plan:
         """The plan of a model under diffusers' config."""
         modules: dict[str, tuple[str, ...]] = {}
+        policies, rules = policies_of(config), dict[str, Rule]()
         for name, module in model.named_modules():
-            if _diffusers.is_attention(type(module)):
-                role = _diffusers.role_of(name, getattr(module, "is_cross_attention", False), config)
-                if role is not None:
+            if is_attention(type(module)):
+                kind = "cross" if getattr(module, "is_cross_attention", False) else "spatial"
+                role, policy, _ = assigned(policies, kind, name)
+                if policy is not None and policy.when is not None:
                     modules[role] = (*modules.get(role, ()), name)
-        reuses = {role: reused_calls(_rule(role, config), timesteps) for role in ATTENTION_ROLES if role in modules}
-        return cls(modules, reuses)
+                    rules[role] = policy.when
+        return cls(modules, {role: reused_calls(rules[role], timesteps) for role in ATTENTION_ROLES if role in rules})
 
     @property
     def steps(self) -> tuple[frozenset[str], ...]:
@@ -83,12 +87,6 @@ class Plan:
     def reused(self) -> int:
         """Calls of attentions that are answered from a cache in a generation."""
         return sum(len(self.modules[role]) * sum(steps) for role, steps in self.reuses.items())
-
-
-def _rule(role: str, config: PyramidAttentionBroadcastConfig) -> SkipRange:
-    skip_range = _diffusers.skip_range(config, role)
-    assert skip_range is not None, f"{role} is broadcast without a range"
-    return SkipRange(skip_range, *getattr(config, f"{role}_attention_timestep_skip_range"))
 
 
 class CountingCompiler:

@@ -22,7 +22,8 @@ from diffusers import (
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import nn
 
-from ..policy.config import ATTENTION_ROLES, PABConfig
+from ..policy.config import PABConfig
+from ..policy.where import ATTENTION_ROLES
 
 Kwargs = dict[str, Any]
 

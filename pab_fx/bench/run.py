@@ -9,7 +9,7 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..diffusers import hooks as _diffusers
+from ..diffusers.configs import ranges_of
 from ._torch import default_recompile_limit, quiet_recompile_limit, recompile_limit
 from .contenders import HOOKS_AND_COMPILE, CountingCompiler, Plan, Setting
 from .measure import Clock, Trajectory
@@ -130,7 +130,7 @@ def describe(config: PyramidAttentionBroadcastConfig, plan: Plan) -> str:
     parts = []
     for role in plan.reuses:
         low, high = getattr(config, f"{role}_attention_timestep_skip_range")
-        every = _diffusers.skip_range(config, role)
-        ordinal = {2: "nd", 3: "rd"}.get(every or 0, "th")
+        every = ranges_of(config)[role]
+        ordinal = {2: "nd", 3: "rd"}.get(every, "th")
         parts.append(f"{role} every {every}{ordinal} step in ({low:g}, {high:g})")
     return ", ".join(parts)

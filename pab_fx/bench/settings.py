@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..policy.config import ATTENTION_ROLES, PRESETS, PABConfig
+from ..policy.config import PRESETS, PABConfig
+from ..policy.where import ATTENTION_ROLES
 from .contenders import COLUMNS, SHORT_NAMES
 from .models import NAMES, model_of
 

@@ -74,6 +74,8 @@ class Observer:
         self._lags, self._sketch = lags, Sketcher()
         self._histories: dict[Cell, _History] = {}
 
+    at_one_address = False
+
     def hold(self, cell: Cell, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """Compare; of the outputs themselves nothing is kept."""
         history = self._histories.setdefault(cell, _History())

@@ -13,7 +13,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ..enable import denoisers
-from ..policy.config import ATTENTION_ROLES, PABConfig
+from ..policy.config import PABConfig
+from ..policy.where import ATTENTION_ROLES
 from .samples import Batch
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..policy.config import ROLES
+from ..policy.where import ROLES
 from .changes import ModuleChanges
 from .result import Calibration, Outcome
 

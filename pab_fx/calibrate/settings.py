@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..policy.config import ATTENTION_ROLES, ROLES, LayerBroadcast, MLPBroadcast, PABConfig
+from ..policy.config import LayerBroadcast, MLPBroadcast, PABConfig
+from ..policy.policy import assigned
 from ..policy.when import AfterTimesteps, Rule, SkipRange, reused_calls
-from ..select.tag import block_index, rule_of
+from ..policy.where import ATTENTION_ROLES, ROLES, block_index
 from .changes import ModuleChanges
 
 
@@ -207,6 +208,17 @@ def _blocks(groups: Sequence[Group], group: Group) -> tuple[int, ...] | None:
         return None
     indices = {block_index(name) for name in group.names}
     return tuple(sorted(index for index in indices if index is not None))
+
+
+def rule_of(config: PABConfig, role: str, name: str) -> Rule | None:
+    """When a part of that role and qualified name reuses; `None` if the config leaves it alone.
+
+    Example:
+        >>> rule_of(PABConfig.preset("cogvideox"), "spatial", "transformer_blocks.0.attn1")
+        SkipRange(skip_range=2, low=100, high=850)
+    """
+    policy = assigned(config.policies(), role, name)[1]
+    return None if policy is None else policy.when
 
 
 def reused_modules(config: PABConfig, modules: Sequence[ModuleChanges]) -> dict[ModuleChanges, tuple[bool, ...]]:

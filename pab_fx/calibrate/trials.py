@@ -14,13 +14,26 @@ from torch import fx
 from .._torch import lookup_backend
 from ..enable import PAB, enable
 from ..policy.config import LayerBroadcast, MLPBroadcast, PABConfig
-from ..policy.when import ComputeAndKeep, Rule, SkipRange
-from ..select.tag import rule_of
+from ..policy.when import Progress, Rule, SkipRange, Step
 from .changes import ModuleChanges, Observer
 from .samples import Batch, Generate, sampler
+from .settings import rule_of
 
 COMPUTED = SkipRange(1, 0.0, 0.0)
 """The rule of what is counted and never reused."""
+
+
+@dataclass(frozen=True)
+class ComputeAndKeep(Rule):
+    """Compute in every step and hand on what it leaves, to be compared with what other steps leave."""
+
+    def decide(self, step: Step, progress: Progress, signal: Any = None) -> bool:
+        """Never reuse."""
+        return False
+
+    def keeps(self, step: Step, progress: Progress, next_t: float | None) -> bool:
+        """Always, also after the last step."""
+        return True
 
 
 @dataclass
@@ -91,11 +104,11 @@ class Trials:
     def observe(self, batch: Batch, lags: int) -> tuple[np.ndarray, tuple[ModuleChanges, ...]]:
         """Samples without PAB, [N, ...], and how much each output changes in their generation."""
         assert self._pab is not None
-        observer = self._pab.backend.holder = Observer(lags)
+        observer = self._pab.backend.runtime.holder = Observer(lags)
         try:
             samples, _ = self._run(lambda role, name: ComputeAndKeep(), batch)
         finally:
-            self._pab.backend.holder = None
+            self._pab.backend.runtime.holder = None
         return samples, observer.changes()
 
     def run(self, config: PABConfig | None, batch: Batch) -> tuple[np.ndarray, tuple[float, ...]]:

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..graph import effects
+from ..graph.copies import evaluated
 from ..graph.dataflow import value
 
 
@@ -70,7 +71,7 @@ def _record_anew(node: fx.Node, changed: set[fx.Node], was_alias: bool) -> None:
     """Record what a node yields for operands of another layout; note it as changed if that has another layout, too."""
     if any(target in changed for target in effects.updated(node)) or node.meta.get("unbacked_bindings"):
         raise _Impossible  # a copy may be a view now, and a size that only the data tell has a name already
-    before, result = value(node), _run(node)
+    before, result = value(node), evaluated(node, _operand)
     leaves, others = pytree.tree_leaves(before), pytree.tree_leaves(result)
     if len(leaves) != len(others) or any(_kind(a) != _kind(b) for a, b in zip(leaves, others, strict=True)):
         raise _Impossible
@@ -79,16 +80,6 @@ def _record_anew(node: fx.Node, changed: set[fx.Node], was_alias: bool) -> None:
         changed.add(node)
     else:
         node.meta["example_value"] = before  # whose storage is that of its views
-
-
-def _run(node: fx.Node) -> Any:
-    """What a node yields for the recorded values of its operands."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), _operand)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.op == "call_function" and callable(node.target):
-        return node.target(*args, **kwargs)
-    raise _Impossible
 
 
 def _operand(source: fx.Node) -> Any:

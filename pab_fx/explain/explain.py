@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from ..enable import PAB, enable
-from ..graph.costs import operations
-from ..passes.rewrite import rewrite
+from ..export.rewrite import rewrite
+from ..passes.order import Lowering, lowered
 from ..passes.users import Pass
-from ..policy.when import checked_timesteps
-from ..report.account import Round, report_of
+from ..policy.when import checked_timesteps, evenly_spaced
+from ..report.account import Round
 from ..report.captured import Captured
+from ..report.costs import operations
 from ..report.data import Report, RoleReport
-from ..report.strips import evenly_spaced
 from .outline import outlines_of
 from .stopwatch import Stopwatch, number_nodes
 
@@ -85,7 +85,7 @@ def explain(
         step = _first_step(model, args, dict(kwargs or {}), steps)
         measured = [_timed(pab, step, stopwatch) for _ in range(1 + rounds)][1:]  # the first one captures
         captured = pab.backend.captured
-        found = report_of(pab.backend, measured, evenly_spaced(steps))
+        found = pab.backend.report(measured, evenly_spaced(steps))
         return dataclasses.replace(
             found,
             graphs=0,
@@ -127,7 +127,8 @@ def _reusing(captured: Captured) -> int | None:
     """How many operations are left where everything reuses that is broadcast."""
     if captured.graph is None:
         return None
-    return operations(captured.graph.lowerings.lowered((True,) * captured.conditions).gm.graph.nodes)
+    reusing = lowered(captured.graph.lowerings.conditional, (True,) * captured.conditions, Lowering())
+    return operations(reusing.graph.nodes)
 
 
 # ---------------------------------------------------------------------------------------------------- one step

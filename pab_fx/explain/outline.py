@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import networkx
 from torch import fx
 
-from ..graph.costs import operations
 from ..graph.dataflow import is_state, is_tensor, is_tuple, op_name
 from ..graph.modules import joined, qualified_name
 from ..report.captured import Captured
+from ..report.costs import operations
 from ..report.data import RegionReport
 from ..select.region import Region
 from .groups import joined_names
@@ -85,7 +85,7 @@ class _Piece:
 
     def kind(self) -> object:
         """What two pieces of blocks that are alike have in common."""
-        role = None if self.region is None else (self.region.role, self.region.rule, self.region.unsafe)
+        role = None if self.region is None else (self.region.role, self.region.policy, self.region.unsafe)
         return role, _without_numbers(self.label)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..passes.rewrite import CONDITIONAL
+from ..passes.form import Conditional, mark_of
 from ..report.account import NUMBER, Round
 
 _numbers = itertools.count()
@@ -67,7 +67,7 @@ class _Timed(fx.Interpreter):
 
 def _number(gm: fx.GraphModule, node: fx.Node) -> int | None:
     """A node's number; of a condition, whose branch runs as a whole, that of the last node in the computing one."""
-    if CONDITIONAL not in node.meta:
+    if not isinstance(mark_of(node), Conditional):
         return node.meta.get(NUMBER)
     branch: Any = gm.get_submodule(str(node.args[1].target))  # type: ignore[union-attr]
     return next((inside.meta[NUMBER] for inside in reversed(branch.graph.nodes) if NUMBER in inside.meta), None)

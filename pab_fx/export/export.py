@@ -2,9 +2,9 @@
 
     model, kwargs
       -> torch.export        a graph of the whole model
-      -> tag, rewrite        each attention becomes a cond; counter, last timestep and caches are buffers
-      -> contexts            if there are several: a copy of that state for each
-      -> lift                only that operands are held to their strides
+      -> tag, conditions     each attention becomes a cond, in functional form
+      -> sink                counter, last timestep and slots are buffers; of several contexts, each has a copy
+      -> strides             operands of conditions are held to theirs
       -> torch.export        an ExportedProgram that mutates its buffers, which AOTInductor compiles into a package
 
 No Python runs in such a package: docs/export.md calls one from C++.
@@ -21,17 +21,20 @@ import torch
 from torch import fx, nn
 
 from .._torch import uncompiled
-from ..diffusers import hooks as _diffusers
+from ..diffusers.configs import callback_of, policies_of
+from ..graph.copies import copy_of
 from ..graph.dataflow import value
 from ..graph.modules import ModuleNames
 from ..notices import warn
-from ..passes.lift import fix_operand_strides
-from ..passes.predicates import TIMESTEP_NAMES, Plan, resolution
-from ..passes.rewrite import conditionals, copy_of, insert_conditions, operands_of
-from ..policy.when import SkipRange, checked_timesteps, reused_calls
+from ..passes.buffers import CONTEXT
+from ..passes.conditions import insert_conditions
+from ..passes.counting import TIMESTEP_NAMES, Plan, resolution
+from ..passes.form import conditionals, operands_of
+from ..passes.sink import sink_state
+from ..passes.strides import fix_operand_strides
+from ..policy.when import checked_timesteps, reused_calls
 from ..select.region import Region
 from ..select.tag import tag
-from .contexts import CONTEXT, stack_contexts
 
 
 def export(
@@ -59,8 +62,8 @@ def export(
         kwargs: its keyword arguments for one step, the first one if there are `timesteps`, as `torch.export.export`
             takes them. The timestep is the one called `timestep`, `timesteps` or `t`: a tensor of any shape, of which
             the largest element counts.
-        config: a `PABConfig` (default: spatial attention every 2nd step) or diffusers'
-            `PyramidAttentionBroadcastConfig`.
+        config: a `PABConfig` (default: spatial attention every 2nd step), diffusers'
+            `PyramidAttentionBroadcastConfig`, a `Policy`, or a list of these.
         args: its positional arguments.
         timesteps: of a whole generation, one for each call, on the scale of the config's windows:
             `scheduler.timesteps`. The program then takes the timestep of a step from them. Without them the model's
@@ -88,20 +91,22 @@ def export(
         >>> module.pab_calls  # it is in the second step of its second generation
         tensor(2., dtype=torch.float64)
     """
-    config, timesteps, given = _checked(model, kwargs, config, args, timesteps, contexts)
+    policies = policies_of(config)
+    timesteps, given = _checked(model, kwargs, callback_of(config), args, timesteps, contexts)
     args, kwargs = tuple(args), dict(kwargs)
     plan = Plan(timesteps, None if given is None else float(given.amax())) if timesteps is not None else None
     with torch.no_grad(), uncompiled(model):
         exported = torch.export.export(model, args, kwargs, strict=False)
         gm = copy_of(exported.module())  # type: ignore[arg-type]
-        regions = tag(gm, config, ModuleNames.of(model))
+        regions = tag(gm, policies, ModuleNames.of(model))
         _check_regions(type(model).__name__, regions)
         _check_scale([region for region in regions if region.is_broadcast], timesteps, given)
-        insert_conditions(gm, regions, plan=plan)
+        sink_state(insert_conditions(gm, regions), plan=plan, contexts=len(contexts))
         if contexts:
-            stack_contexts(gm, len(contexts))
             kwargs[CONTEXT] = torch.tensor(0)
         fix_operand_strides(_close_gaps(gm))
+        gm.graph.lint()
+        gm.recompile()
         return torch.export.export(gm, args, kwargs, strict=False)
 
 
@@ -114,7 +119,7 @@ def _close_gaps(gm: fx.GraphModule) -> fx.GraphModule:
     """
     for cond, conditional in conditionals(gm).items():
         operands = list(operands_of(cond))
-        for i, operand in enumerate(operands[len(conditional.caches) :], len(conditional.caches)):
+        for i, operand in enumerate(operands[len(conditional.slots) :], len(conditional.slots)):
             recorded = value(operand)
             if isinstance(recorded, torch.Tensor) and recorded.stride() != torch.empty_like(recorded).stride():
                 with gm.graph.inserting_before(cond):
@@ -125,20 +130,19 @@ def _close_gaps(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _checked(
-    model: Any, kwargs: Any, config: Any, args: Any, timesteps: Any, contexts: Any
-) -> tuple[Any, tuple[float, ...] | None, Any]:
-    """Config, timesteps and the model's timestep argument (`None` if there is none), where all can be exported."""
+    model: Any, kwargs: Any, callback: Any, args: Any, timesteps: Any, contexts: Any
+) -> tuple[tuple[float, ...] | None, Any]:
+    """Timesteps and the model's timestep argument (`None` if there is none), where all can be exported."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"export takes a torch.nn.Module, got {type(model).__name__}: of a pipeline, its transformer.")
     if not isinstance(kwargs, Mapping):
         raise ValueError(f"kwargs must map the model's arguments of one step to their values, got {_kind(kwargs)}.")
     if not isinstance(args, (tuple, list)):
         raise ValueError(f"args must be a tuple of the model's positional arguments, got {_kind(args)}.")
-    config = _diffusers.checked_config(config)
     plan = None if timesteps is None else checked_timesteps(timesteps)
     if plan == ():
         raise ValueError("timesteps is empty: call scheduler.set_timesteps(...) before, or list one for each step.")
-    if plan is None and config.current_timestep_callback is not None:
+    if plan is None and callback is not None:
         raise ValueError(
             "config has a current_timestep_callback, and an exported program cannot call it: pass the timesteps of a "
             "generation, timesteps=scheduler.timesteps, or leave the callback out if the model is given them."
@@ -159,7 +163,7 @@ def _checked(
     if plan is not None and given is not None:
         _check_is_first(given, plan)
     _check_contexts(contexts, kwargs)
-    return config, plan, given
+    return plan, given
 
 
 def _kind(given: Any) -> str:
@@ -198,10 +202,10 @@ def _check_contexts(contexts: Any, kwargs: Mapping[str, Any]) -> None:
 
 def _check_regions(name: str, regions: Sequence[Region]) -> None:
     """Raise if nothing of the model of that class is broadcast; warn of what is computed in every step."""
-    unsafe = [region for region in regions if region.rule is not None and region.unsafe is not None]
+    unsafe = [region for region in regions if region.policy is not None and region.unsafe is not None]
     reasons = "".join(f"\n  {region.name} ({region.role}): {region.unsafe}" for region in unsafe)
     if not any(region.is_broadcast for region in regions):
-        idle = "".join(f"\n  {region.name} ({region.role}): {region.why}" for region in regions if not region.rule)
+        idle = "".join(f"\n  {region.name} ({region.role}): {region.why}" for region in regions if not region.policy)
         raise ValueError(f"nothing of {name} would be broadcast:{reasons + idle or ' no attention was found.'}")
     for region in regions:
         if region.is_broadcast and not all(isinstance(s, int) for node in region.outputs for s in value(node).shape):
@@ -213,18 +217,14 @@ def _check_regions(name: str, regions: Sequence[Region]) -> None:
 
 def _check_scale(broadcast: Sequence[Region], plan: tuple[float, ...] | None, given: Any) -> None:
     """Raise if nothing is reused at these timesteps, warn if such a timestep lets one expect that."""
-    rules = {region.rule for region in broadcast if region.rule is not None}
-    highest = max((rule.high for rule in rules if isinstance(rule, SkipRange)), default=0.0)
+    rules = {region.policy.when for region in broadcast if region.policy is not None and region.policy.when is not None}
     if plan is None:
-        if highest > 1 and 0 < float(given.amax()) <= 1:
-            warn(
-                f"pab_fx: the timestep is {float(given.amax()):g}, but the windows (up to {highest:g}) are on the "
-                "scheduler's scale, 0 to 1000: nothing will be reused. Pass the timesteps of a generation, "
-                "timesteps=scheduler.timesteps."
-            )
+        found = [rule.mismatch(float(given.amax()), None) for rule in rules] if float(given.amax()) > 0 else []
+        for why in filter(None, found):
+            warn(f"pab_fx: {why} For an exported program, pass the timesteps of a generation, timesteps=.")
         return
     calls = Counter(region.module_id for region in broadcast)
-    if not any(any(reused_calls(rule, [t for t in plan for _ in range(n)])) for rule in rules for n in calls.values()):
+    if not any(any(reused_calls(rule, plan, n)) for rule in rules for n in calls.values()):
         raise ValueError(
             f"nothing would be reused at the timesteps {', '.join(f'{t:g}' for t in plan)}: list those of a whole "
             "generation, on the scheduler's scale, 0 to 1000, and see the config's ranges and windows."

@@ -2,21 +2,21 @@
 
 Before, where a region computes, and where it is reused:
 
-    %kept        : call_function[in_order](%out, (0, 1, 2))         %pab_cache_3 : placeholder
-    return (%y, %kept)                                              %y : call_function[add](%x, %pab_cache_3)
+    %kept        : call_function[in_order](%out, (0, 1, 2))         %slot_3 : placeholder
+    return ((%y,), %kept)                                           %y : call_function[add](%x, %slot_3)
 
 After, with `torch.int8` or `torch.float8_e4m3fn`:
 
-    %quantised : call_function[quantise](%kept, torch.int8)         %pab_cache_3       : placeholder
-    %q         : call_function[getitem](%quantised, 0)              %pab_cache_3_scale : placeholder
+    %quantised : call_function[quantise](%kept, torch.int8)         %slot_3       : placeholder
+    %q         : call_function[getitem](%quantised, 0)              %slot_3_scale : placeholder
     %scale     : call_function[getitem](%quantised, 1)              %cache : call_function[dequantise](
-    return (%y, %q, %scale)                                                %pab_cache_3, %pab_cache_3_scale, float32)
+    return ((%y,), %q, %scale)                                             %slot_3, %slot_3_scale, float32)
                                                                     %y     : call_function[add](%x, %cache)
 
 After, with `torch.bfloat16`:
 
-    %narrow : call_method[to](%kept, torch.bfloat16)                %pab_cache_3 : placeholder
-    return (%y, %narrow)                                            %cache : call_method[to](%pab_cache_3, float32)
+    %narrow : call_method[to](%kept, torch.bfloat16)                %slot_3 : placeholder
+    return ((%y,), %narrow)                                         %cache : call_method[to](%slot_3, float32)
                                                                     %y     : call_function[add](%x, %cache)
 
 The elements of a token (the last dimension) share a scale, of which the largest of them becomes the largest number
@@ -40,7 +40,6 @@ from __future__ import annotations
 import logging
 import operator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -48,7 +47,8 @@ from torch import fx
 from .._torch import size_hint
 from ..graph import effects
 from ..graph.dataflow import value
-from .lift import Lifted, in_order, stride_order
+from .form import MARK, Slot, inputs_of, set_slots_returned, slots_returned
+from .strides import in_order, stride_order
 
 logger = logging.getLogger(__name__)
 
@@ -61,71 +61,59 @@ MARGIN = 1 + 2.0**-20  # more than the error of two multiplications, less than o
 SIGNIFICANT = -128  # the upper 17 of a float32's 24 significant bits, as a mask of its bits
 
 
-def compressed(lifted: Lifted, dtype: torch.dtype) -> Lifted:
-    """Keep what a lifted graph writes, and read what it reads, in fewer bytes, in place.
+def compress(gm: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    """Keep what is in the slots of a graph in functional form in fewer bytes, in place.
 
-    Comes after `fix_cache_strides` and before `fix_operand_strides`: what is read becomes an operand that the graph
+    Comes after `fix_slot_strides` and before `fix_operand_strides`: what is read becomes an operand that the graph
     computes.
 
     Args:
-        lifted: from `lift`, of either lowering.
+        gm: of either lowering. A slot with a scale becomes two inputs and two outputs; what `stored` leaves as it is
+            stays. A slot that is updated in place after it was read is written back: it is not the stored tensor that
+            was updated.
         dtype: `torch.bfloat16`, `torch.int8` or `torch.float8_e4m3fn`.
-
-    Returns:
-        The same graph, with "pab_cache_3_scale" after each "pab_cache_3" that has a scale, both among its reads and
-        writes and among its inputs and outputs. What `stored` leaves as it is stays. A cache that is updated in place
-        after it was read is written back: it is not the stored tensor that was updated.
 
     Raises:
         ValueError: for another dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"caches are kept in {', '.join(map(str, DTYPES))}, not in {dtype}.")
-    graph = lifted.gm.graph
-    inputs = graph.find_nodes(op="placeholder")
-    reads: list[str] = []
-    written_back: dict[str, fx.Node] = {}
-    for name, cache in zip(lifted.reads, inputs[len(inputs) - len(lifted.reads) :], strict=True):
-        names, wide = _read(graph, name, cache, dtype)
-        reads.extend(names)
-        if wide is not cache and effects.later_updates(graph, wide):
-            written_back[name] = wide
-    outputs: Any = graph.output_node().args[0]
-    own = len(outputs) - len(lifted.writes)
-    kept = {**written_back, **dict(zip(lifted.writes, outputs[own:], strict=True))}
-    written: dict[str, fx.Node] = {}
-    for name, node in kept.items():
-        written.update(_write(graph, name, node, dtype))
-    graph.output_node().args = ((*outputs[:own], *written.values()),)
-    graph.lint()
-    lifted.gm.recompile()
-    logger.debug("compressed %d reads and %d writes to %s", len(lifted.reads), len(kept), dtype)
-    return replace(lifted, reads=tuple(reads), writes=tuple(written))
+    reads, kept = inputs_of(gm, Slot), {}
+    for slot, held in reads.items():
+        wide = _read(gm.graph, slot, held, dtype)
+        if wide is not held and effects.later_updates(gm.graph, wide):
+            kept[slot] = wide
+    kept.update(slots_returned(gm))
+    written: dict[Slot, fx.Node] = {}
+    for slot, node in kept.items():
+        written.update(_write(gm.graph, slot, node, dtype))
+    set_slots_returned(gm, written)
+    logger.debug("compressed %d reads and %d writes to %s", len(reads), len(kept), dtype)
+    return gm
 
 
-def stored(name: str, kept: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What is stored for a tensor, by name: the tensor itself where that is no larger.
+def stored(kept: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What is stored for a tensor: the tensor itself where that is no larger, else a smaller one, and maybe its scale.
 
     With a scale that is where the last dimension is short, and a tensor without dimensions; integers always are left.
 
     Args:
-        name: of the cache.
         kept: real or fake, [..., D].
         dtype: one of `DTYPES`.
 
     Example:
-        >>> {name: each.shape for name, each in stored("pab_cache_0", torch.ones(2, 7, 64), torch.int8).items()}
-        {'pab_cache_0': torch.Size([2, 7, 64]), 'pab_cache_0_scale': torch.Size([2, 7, 1])}
-        >>> stored("pab_cache_0", torch.ones(7, 1), torch.int8)["pab_cache_0"].dtype
+        >>> {part: each.shape for part, each in stored(torch.ones(2, 7, 64), torch.int8).items()}
+        {'': torch.Size([2, 7, 64]), 'scale': torch.Size([2, 7, 1])}
+        >>> stored(torch.ones(7, 1), torch.int8)[""].dtype
         torch.float32
     """
     elements = size_hint(kept.shape[-1]) if kept.dim() else 0
     scale = 4 if dtype in LARGEST else 0  # bytes
     if not kept.is_floating_point() or kept.itemsize * elements <= dtype.itemsize * elements + scale:
-        return {name: kept}
+        return {"": kept}
     if dtype not in LARGEST:
-        return {name: kept.to(dtype)}
-    return dict(zip((name, f"{name}_scale"), quantise(kept, dtype), strict=True))
+        return {"": kept.to(dtype)}
+    return dict(zip(("", "scale"), quantise(kept, dtype), strict=True))
 
 
 def quantise(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,43 +146,44 @@ def dequantise(quantised: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype)
     return in_order((quantised.to(torch.float32) * scale).to(dtype), stride_order(quantised))
 
 
-def _read(graph: fx.Graph, name: str, cache: fx.Node, dtype: torch.dtype) -> tuple[tuple[str, ...], fx.Node]:
-    """Read a cache from what is stored of it; return the names of the inputs that are read, and the cache."""
-    recorded = value(cache)
-    found = stored(name, recorded, dtype)
-    if found[name] is recorded:
-        return (name,), cache
-    inputs = [cache]
-    for further in list(found)[1:]:
+def _read(graph: fx.Graph, slot: Slot, held: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Read a slot from what is stored of it."""
+    recorded = value(held)
+    found = stored(recorded, dtype)
+    if found[""] is recorded:
+        return held
+    inputs = [held]
+    for part in list(found)[1:]:
         with graph.inserting_after(inputs[-1]):
-            inputs.append(graph.placeholder(further))
-    for node, each in zip(inputs, found.values(), strict=True):
-        node.meta["example_value"] = each
-    first = min(cache.users, default=graph.output_node())
+            inputs.append(graph.placeholder(f"{held.target}_{part}"))
+    for node, (part, each) in zip(inputs, found.items(), strict=True):
+        node.meta = {**node.meta, MARK: replace(slot, part=part), "example_value": each}
+    first = min(held.users, default=graph.output_node())
     with graph.inserting_before(first):
         if len(inputs) == 1:
-            wide = graph.call_method("to", (cache, recorded.dtype))
+            wide = graph.call_method("to", (held, recorded.dtype))
         else:
             wide = graph.call_function(dequantise, (*inputs, recorded.dtype))
     # a part of the module that reads it first: a block that is compiled alone is handed what is stored
     wide.meta = {"nn_module_stack": first.meta.get("nn_module_stack", {}), "example_value": recorded}
-    cache.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
-    return tuple(found), wide
+    held.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
+    return wide
 
 
-def _write(graph: fx.Graph, name: str, kept: fx.Node, dtype: torch.dtype) -> dict[str, fx.Node]:
-    """Make what is stored of an output that is kept, and return it by name."""
+def _write(graph: fx.Graph, slot: Slot, kept: fx.Node, dtype: torch.dtype) -> dict[Slot, fx.Node]:
+    """Make what is stored of an output that is kept."""
     recorded = value(kept)
-    found = stored(name, recorded, dtype)
-    if found[name] is recorded:
-        return {name: kept}
+    found = stored(recorded, dtype)
+    if found[""] is recorded:
+        return {slot: kept}
+    meta = {key: each for key, each in kept.meta.items() if key != MARK}
     with graph.inserting_before(effects.end_of_updates(graph, kept)):
         if len(found) == 1:
             made = [graph.call_method("to", (kept, dtype))]
         else:
             quantised = graph.call_function(quantise, (kept, dtype))
-            quantised.meta = {**kept.meta, "example_value": tuple(found.values())}
+            quantised.meta = {**meta, "example_value": tuple(found.values())}
             made = [graph.call_function(operator.getitem, (quantised, i)) for i in range(len(found))]
     for node, each in zip(made, found.values(), strict=True):
-        node.meta = {**kept.meta, "example_value": each}  # a part of the module that it is computed in
-    return dict(zip(found, made, strict=True))
+        node.meta = {**meta, "example_value": each}  # a part of the module that it is computed in
+    return {replace(slot, part=part): node for part, node in zip(found, made, strict=True)}

@@ -37,10 +37,13 @@ from torch import fx, nn
 
 from .._torch import HigherOrderOperator, size_hint
 from ..graph import effects
+from ..graph.copies import copy_of
 from ..graph.dataflow import backward, is_state, is_tensor, is_tuple, op_name, value
-from .rewrite import copy_of
 
 logger = logging.getLogger(__name__)
+
+INVARIANT = "pab_invariant"
+"""Key in the meta of an input that is computed once a generation."""
 
 FACTORIES = {"arange", "empty", "full", "linspace", "ones", "scalar_tensor", "tensor", "zeros"}
 MOVES = effects.VIEWS | effects.MAYBE_VIEWS | FACTORIES | {f"new_{name}" for name in FACTORIES}
@@ -424,6 +427,7 @@ def _rest(gm: fx.GraphModule, kept: dict[fx.Node, str], done: set[fx.Node]) -> f
         further = {name: result.graph.placeholder(name) for name in dict.fromkeys(kept.values())}
     for node, name in kept.items():
         further[name].meta.setdefault("example_value", value(node))
+        further[name].meta[INVARIANT] = True
         copies[node].replace_all_uses_with(further[name])
     over = [copies[node] for node in gm.graph.nodes if node in done and not _is_input(node)]
     for node in over:

@@ -2,33 +2,35 @@
 
 Before:
 
-    %cond  : call_function[cond](%compute, pab_compute_0, pab_read_0, (%cache, %x))
-    %out   : call_function[operator.getitem](%cond, 0)
-    %write : call_function[aten.copy_](%cache, %out)
-    %y     : call_function[operator.add](%x, %out)
+    %cond : call_function[cond](%computes_0, compute_0, read_0, (%slot_0_0, %x))
+    %out  : call_function[operator.getitem](%cond, 0)
+    %y    : call_function[operator.add](%x, %out)
+    return ((%y,), %out)
 
 After, where it is known to compute:                    and where it is known to reuse:
 
-    %norm  : call_function[layer_norm](%x)                  %cache : get_attr[pab_cache_0]
-    %out   : call_function[attention](%norm)                %y     : call_function[operator.add](%x, %cache)
-    %write : call_function[aten.copy_](%cache, %out)
-    %y     : call_function[operator.add](%x, %out)
+    %norm : call_function[layer_norm](%x)                   %y : call_function[operator.add](%x, %slot_0_0)
+    %out  : call_function[attention](%norm)                 return ((%y,),)
+    %y    : call_function[operator.add](%x, %out)
+    return ((%y,), %out)
 
-Conditions that are not decided stay (the residual).
+Conditions that are not decided stay (the residual). Where state was sunk into buffers, a write of a slot that is left
+as it was goes in the same way.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..graph import effects
-from ..policy.config import ROLES
-from .rewrite import Conditional, aten, conditionals, copy_of, operands_of
+from ..graph.copies import copy_of
+from ..policy.where import ROLES
+from .form import COPY, Conditional, branches_of, conditionals, mark_of, operands_of, set_slots_returned, slots_returned
 
 
 def specialize(
@@ -79,6 +81,7 @@ def specialize(
         if reused or computed:
             decisions[conditional.index] = reused
     decided = decide(result, decisions, writes_in_place=True)
+    decided.graph.lint()
     return copy_of(decided)  # the copy holds only what the graph still refers to
 
 
@@ -86,28 +89,27 @@ def _names(conditional: Conditional) -> tuple[str, ...]:
     return (conditional.role, conditional.name, f"{conditional.name}#{conditional.call}")
 
 
-def decide(gm: fx.GraphModule, reuse: dict[int, bool], writes_in_place: bool = False) -> fx.GraphModule:
+def decide(gm: fx.GraphModule, reuse: Mapping[int, bool], writes_in_place: bool = False) -> fx.GraphModule:
     """Decide conditionals of `gm`, in place.
 
     Args:
         gm: is changed.
         reuse: index of the conditional to whether it reuses.
-        writes_in_place: whether caches are tensors that the graph writes to. Then what one call of a module reuses is
+        writes_in_place: whether slots are buffers that the graph writes to. Then what one call of a module reuses is
             copied if there is a later one, whose output may be kept before this one's is read for the last time.
     """
     unused = effects.unused(gm.graph)
     for cond, conditional in conditionals(gm).items():
         if conditional.index not in reuse:
             continue
-        items = _items(cond)
-        caches = operands_of(cond)[: len(conditional.caches)]
-        if reuse[conditional.index] and writes_in_place and conditional.call + 1 < conditional.calls:
+        reused = reuse[conditional.index]
+        results = _inlined(gm, cond, reused)
+        if reused and writes_in_place and conditional.call + 1 < conditional.calls:
             with gm.graph.inserting_before(cond):
-                caches = tuple(gm.graph.call_function(torch.clone, (cache,)) for cache in caches)
-        results = caches if reuse[conditional.index] else _inline(gm, cond)
-        for i, item in items.items():
-            if reuse[conditional.index]:
-                _erase_writes(gm.graph, item)
+                results[: conditional.outputs] = [
+                    gm.graph.call_function(torch.clone, (each,)) for each in results[: conditional.outputs]
+                ]
+        for i, item in _items(cond).items():
             item.replace_all_uses_with(results[i], propagate_meta=False)
             results[i].meta.update(item.meta)
             gm.graph.erase_node(item)
@@ -116,9 +118,8 @@ def decide(gm: fx.GraphModule, reuse: dict[int, bool], writes_in_place: bool = F
         for branch in branches:
             gm.graph.erase_node(branch)
             gm.delete_submodule(str(branch.target))
+    _drop_unchanged(gm)
     effects.eliminate_dead_code(gm.graph, unused)
-    gm.graph.lint()
-    gm.recompile()
     return gm
 
 
@@ -126,12 +127,21 @@ def _items(cond: fx.Node) -> dict[int, fx.Node]:
     return {user.args[1]: user for user in cond.users if user.target is operator.getitem}  # type: ignore[misc]
 
 
-def _erase_writes(graph: fx.Graph, item: fx.Node) -> None:
-    """Take out the writes of a reused output: they would copy a cache onto itself."""
-    for write in [user for user in item.users if user.target is aten.copy_.default and user.args[1] is item]:
-        graph.erase_node(write)
-    for resize in [user for user in item.users if user.target is aten.resize_as_.default and not user.users]:
-        graph.erase_node(resize)
+def _drop_unchanged(gm: fx.GraphModule) -> None:
+    """Neither return nor write a slot that is as it was, nor take one that nothing reads."""
+    if mark_of(gm.graph.output_node()) is not None:
+        set_slots_returned(gm, {slot: node for slot, node in slots_returned(gm).items() if mark_of(node) != slot})
+        for node in gm.graph.find_nodes(op="placeholder"):
+            if mark_of(node) is not None and not node.users:
+                gm.graph.erase_node(node)
+    for write in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        target, source = write.args
+        sized = target if target.target is torch.ops.aten.resize_as_.default else None
+        buffer = target if sized is None else sized.args[0]
+        if buffer.op == "get_attr" and source.op == "get_attr" and buffer.target == source.target:
+            gm.graph.erase_node(write)
+            if sized is not None:
+                gm.graph.erase_node(sized)
 
 
 def _adopt(gm: fx.GraphModule, branch: fx.GraphModule, path: str) -> None:
@@ -142,15 +152,17 @@ def _adopt(gm: fx.GraphModule, branch: fx.GraphModule, path: str) -> None:
         gm.add_submodule(path, branch.get_submodule(path))
 
 
-def _inline(gm: fx.GraphModule, cond: fx.Node) -> Sequence[fx.Node]:
-    """Copy the computing branch before `cond` and return what it yields."""
-    prefix = str(cond.args[1].target)  # type: ignore[union-attr]
-    branch: fx.GraphModule = gm.get_submodule(prefix)  # type: ignore[assignment]
+def _inlined(gm: fx.GraphModule, cond: fx.Node, reused: bool) -> list[fx.Node]:
+    """Copy a branch before `cond` and return what it yields, without the copies that only a branch needs."""
+    branch = branches_of(gm, cond)[reused]
     inputs = branch.graph.find_nodes(op="placeholder")
     copies: dict[fx.Node, Any] = dict(zip(inputs, operands_of(cond), strict=True))
     with gm.graph.inserting_before(cond):
         for node in branch.graph.nodes:
             if node.op in ("placeholder", "output"):
+                continue
+            if mark_of(node) == COPY:
+                copies[node] = copies[node.args[0]]
                 continue
             copies[node] = gm.graph.node_copy(node, copies.__getitem__)
             if node.op in ("call_module", "get_attr"):

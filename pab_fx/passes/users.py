@@ -23,7 +23,7 @@ from .._torch import fake_mode_of, keep_sources
 from ..graph import effects
 from ..graph.dataflow import op_name, value
 from ..select.region import Region
-from .rewrite import rewrite
+from .form import branches_of, conditionals
 
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 Tagger = Callable[[fx.GraphModule], Sequence[Region]]
@@ -38,7 +38,7 @@ class Passes:
         after: on each lowered graph.
 
     Example:
-        >>> Passes.of([len, rewrite, hash]).after
+        >>> Passes.of([len, repr, hash], rewrite=repr).after
         (<built-in function hash>,)
     """
 
@@ -46,8 +46,12 @@ class Passes:
     after: tuple[Pass, ...]
 
     @classmethod
-    def of(cls, passes: Iterable[Pass]) -> Passes:
+    def of(cls, passes: Iterable[Pass], rewrite: Any) -> Passes:
         """The passes of a list in which `pab_fx.rewrite` stands where the rewrite is to run; else it is the last.
+
+        Args:
+            passes: the list.
+            rewrite: what stands for the rewrite.
 
         Raises:
             ValueError: if it is no list of functions, or has the rewrite in it twice.
@@ -86,9 +90,9 @@ class Passes:
     def run_after(self, gm: fx.GraphModule) -> fx.GraphModule:
         """A lowered graph, which may be changed, after the passes that run behind the rewrite."""
         for each in self.after:
-            for name, branch in list(gm.named_children()):
-                if isinstance(branch, fx.GraphModule) and name.startswith("pab_compute_"):
-                    setattr(gm, name, applied(each, branch))
+            for cond in conditionals(gm):
+                name, (branch, _) = str(cond.args[1].target), branches_of(gm, cond)  # type: ignore[union-attr]
+                setattr(gm, name, applied(each, branch))
             gm = applied(each, gm)
         return gm
 

@@ -1,4 +1,4 @@
-"""What to broadcast and when: `PABConfig`, its presets, and the reading of diffusers' own config.
+"""`PABConfig`: Pyramid Attention Broadcast in diffusers' words, as sugar for a tuple of policies; its presets.
 
 The fields carry diffusers' names (`diffusers.PyramidAttentionBroadcastConfig`), the presets the numbers of
 VideoSys (github.com/NUS-HPC-AI-Lab/VideoSys, `PABConfig` of each pipeline) and of the paper's section 4.
@@ -8,17 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-ATTENTION_ROLES = ("spatial", "temporal", "cross")
-ROLES = (*ATTENTION_ROLES, "mlp")
+import torch
+
+from .checks import (
+    check_callback,
+    check_fields,
+    check_integer,
+    checked_blocks,
+    checked_identifiers,
+    checked_window,
+    is_iterable,
+    is_number,
+)
+from .how import How, Last, Taylor
+from .policy import Policy
+from .when import AfterTimesteps, SkipRange
+from .where import ATTENTION_ROLES, Attentions, FeedForwards
 
 DEFAULT_TIMESTEP_SKIP_RANGE = (100, 800)
 
@@ -51,18 +62,14 @@ class MLPBroadcast:
     skip_count: int = 1
 
     def __post_init__(self) -> None:
-        timesteps: tuple[Any, ...] = tuple(self.timesteps) if _is_iterable(self.timesteps) else (self.timesteps,)
+        timesteps: tuple[Any, ...] = tuple(self.timesteps) if is_iterable(self.timesteps) else (self.timesteps,)
         for timestep in timesteps:
-            if not _is_number(timestep):
+            if not is_number(timestep):
                 raise ValueError(f"mlp: timesteps must be numbers on the scheduler's scale, got {timestep!r}.")
         if not timesteps:
             raise ValueError("mlp: timesteps is empty; list the timesteps whose outputs are kept.")
-        _check_integer("mlp: skip_count", self.skip_count)
-        if self.blocks is not None:
-            blocks = tuple(self.blocks) if _is_iterable(self.blocks) else (self.blocks,)
-            for block in blocks:
-                _check_integer("mlp: a block index", block, least=0)
-            object.__setattr__(self, "blocks", blocks)
+        check_integer("mlp: skip_count", self.skip_count)
+        object.__setattr__(self, "blocks", checked_blocks("mlp: a block index", self.blocks))
         object.__setattr__(self, "timesteps", tuple(float(timestep) for timestep in timesteps))
 
 
@@ -80,9 +87,8 @@ class LayerBroadcast:
         ValueError: naming the field and what it must be.
 
     Example:
-        >>> config = PABConfig(layers=LayerBroadcast((r"blocks.0.",), skip_range=3))
-        >>> config.layer("blocks.0.attn1").skip_range, config.layer("blocks.1.attn1")
-        (3, None)
+        >>> PABConfig(layers=LayerBroadcast((r"blocks.0.",), skip_range=3)).policies()[0].describe()
+        'computed every 3rd step in (100, 800)'
     """
 
     identifiers: tuple[str, ...]
@@ -90,13 +96,13 @@ class LayerBroadcast:
     timestep_skip_range: tuple[float, float] = DEFAULT_TIMESTEP_SKIP_RANGE
 
     def __post_init__(self) -> None:
-        identifiers = _checked_identifiers("layers: identifiers", self.identifiers)
+        identifiers = checked_identifiers("layers: identifiers", self.identifiers)
         if not identifiers:
             raise ValueError("layers: identifiers is empty; name the attentions that it is for.")
         object.__setattr__(self, "identifiers", identifiers)
         if self.skip_range is not None:
-            _check_integer("layers: skip_range", self.skip_range)
-        window = _checked_window("layers: timestep_skip_range", self.timestep_skip_range)
+            check_integer("layers: skip_range", self.skip_range)
+        window = checked_window("layers: timestep_skip_range", self.timestep_skip_range)
         object.__setattr__(self, "timestep_skip_range", window)
 
 
@@ -130,6 +136,9 @@ class PABConfig:
             VideoSys' form `{720: {"block": [0, 1], "skip_count": 2}, ...}`.
         current_timestep_callback: returns the current timestep, on the windows' scale. `None` reads the
             traced model's own `timestep` input.
+        forecast_order: read what is kept as a forecast of this order from the last outputs that were computed
+            (`Taylor`): 0 reads the last output as it was. Each order keeps one more tensor of the output's size.
+        forecast_dtype: what the differences of a forecast are kept in, a dtype or its name; `None` for the output's.
 
     Raises:
         ValueError: naming the field and what it must be.
@@ -151,6 +160,8 @@ class PABConfig:
     layers: Any = None
     mlp: Any = None
     current_timestep_callback: Callable[[], Any] | None = None
+    forecast_order: int = 0
+    forecast_dtype: torch.dtype | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
@@ -160,12 +171,40 @@ class PABConfig:
         for role in ATTENTION_ROLES:
             _check_skip_range(role, self.skip_range(role))
             window_name = f"{role}_attention_timestep_skip_range"
-            object.__setattr__(self, window_name, _checked_window(window_name, getattr(self, window_name)))
+            object.__setattr__(self, window_name, checked_window(window_name, getattr(self, window_name)))
             identifiers_name = f"{role}_attention_block_identifiers"
             object.__setattr__(
-                self, identifiers_name, _checked_identifiers(identifiers_name, getattr(self, identifiers_name))
+                self, identifiers_name, checked_identifiers(identifiers_name, getattr(self, identifiers_name))
             )
-        _check_callback(self.current_timestep_callback)
+        check_callback(self.current_timestep_callback)
+        check_integer("forecast_order", self.forecast_order, least=0)
+        object.__setattr__(self, "forecast_dtype", checked_dtype("forecast_dtype", self.forecast_dtype))
+
+    def policies(self) -> tuple[Policy, ...]:
+        """The config as policies; behind this nobody asks what they were.
+
+        Example:
+            >>> PABConfig(spatial_attention_block_skip_range=3, forecast_order=1).policies()[0].describe()
+            'computed every 3rd step in (100, 800), forecast to order 1'
+        """
+        how = self._how()
+        layers = [
+            Policy(Attentions(names=each.identifiers), _skip_range(each.skip_range, each.timestep_skip_range), how)
+            for each in self.layers
+        ]
+        roles = [
+            Policy(
+                Attentions((role,), identifiers=self.identifiers(role)),
+                _skip_range(self.skip_range(role), self.window(role)),
+                how,
+            )
+            for role in ATTENTION_ROLES
+        ]
+        return (*layers, *roles, *_feed_forwards(self.mlp, how))
+
+    def _how(self) -> How:
+        dtype = checked_dtype("forecast_dtype", self.forecast_dtype)
+        return Taylor(self.forecast_order, dtype) if self.forecast_order else Last()
 
     def skip_range(self, role: str) -> int | None:
         """The skip range `N` of an attention role, or `None` where the role is left alone."""
@@ -178,11 +217,6 @@ class PABConfig:
     def identifiers(self, role: str) -> tuple[str, ...]:
         """The regular expressions that put an attention into this role."""
         return getattr(self, f"{_attention_role(role)}_attention_block_identifiers")
-
-    def layer(self, name: str) -> LayerBroadcast | None:
-        """What an attention of that qualified name is broadcast by in place of its role's range and window."""
-        found = (each for each in self.layers if any(re.search(identifier, name) for identifier in each.identifiers))
-        return next(found, None)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the config as JSON, for `PABConfig.load`; without `current_timestep_callback`, which is code.
@@ -203,6 +237,8 @@ class PABConfig:
             {'cross_attention_block_skip_range': 6}
         """
         fields = dataclasses.asdict(dataclasses.replace(self, current_timestep_callback=None))
+        if self.forecast_dtype is not None:
+            fields["forecast_dtype"] = str(self.forecast_dtype).removeprefix("torch.")
         default = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if value != default[name] and value != ()}
 
@@ -280,15 +316,28 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def check_diffusers_config(config: Any) -> None:
-    """Raise `ValueError` for values of a diffusers config that its hooks would fail on much later."""
-    for role in ATTENTION_ROLES:
-        _check_skip_range(role, getattr(config, f"{role}_attention_block_skip_range"))
-        window_name = f"{role}_attention_timestep_skip_range"
-        _checked_window(window_name, getattr(config, window_name))
-        identifiers_name = f"{role}_attention_block_identifiers"
-        _checked_identifiers(identifiers_name, getattr(config, identifiers_name))
-    _check_callback(config.current_timestep_callback)
+def _skip_range(skip_range: int | None, window: tuple[float, float]) -> SkipRange | None:
+    return None if skip_range is None else SkipRange(skip_range, *window)
+
+
+def _feed_forwards(entries: tuple[MLPBroadcast, ...], how: How) -> list[Policy]:
+    """A policy for all blocks that have the same timesteps: of several entries, all that name a block hold for it."""
+    blocks = sorted({block for entry in entries for block in entry.blocks or ()})
+    alike: dict[tuple[tuple[float, int], ...], list[int]] = {}
+    for block in blocks:
+        alike.setdefault(_skip_counts(entries, block), []).append(block)
+    policies = [Policy(FeedForwards(tuple(of)), AfterTimesteps(counts), how) for counts, of in alike.items()]
+    every = _skip_counts(entries, None)
+    return policies + ([Policy(FeedForwards(), AfterTimesteps(every), how)] if every else [])
+
+
+def _skip_counts(entries: tuple[MLPBroadcast, ...], block: int | None) -> tuple[tuple[float, int], ...]:
+    return tuple(
+        (timestep, entry.skip_count)
+        for entry in entries
+        if entry.blocks is None or block in entry.blocks
+        for timestep in entry.timesteps
+    )
 
 
 def _attention_role(role: str) -> str:
@@ -304,11 +353,11 @@ def _normalise_layers(layers: Any) -> tuple[LayerBroadcast, ...]:
     if isinstance(layers, LayerBroadcast):
         return (layers,)
     if isinstance(layers, Mapping):
-        _check_fields("layers", layers, LayerBroadcast)
+        check_fields("layers", layers, LayerBroadcast)
         if "identifiers" not in layers:
             raise ValueError("layers: identifiers is missing; name the attentions that it is for.")
         return (LayerBroadcast(**layers),)
-    if _is_iterable(layers):
+    if is_iterable(layers):
         return tuple(entry for item in layers for entry in _normalise_layers(item))
     raise ValueError(f"layers must be a LayerBroadcast, a mapping of its fields, or several, got {layers!r}.")
 
@@ -320,22 +369,15 @@ def _normalise_mlp(mlp: Any) -> tuple[MLPBroadcast, ...]:
     if isinstance(mlp, MLPBroadcast):
         return (mlp,)
     if isinstance(mlp, Mapping):
-        if mlp and all(_is_number(key) for key in mlp):
+        if mlp and all(is_number(key) for key in mlp):
             return tuple(_from_videosys(timestep, entry) for timestep, entry in mlp.items())
-        _check_fields("mlp", mlp, MLPBroadcast)
+        check_fields("mlp", mlp, MLPBroadcast)
         if "timesteps" not in mlp:
             raise ValueError("mlp: timesteps is missing; list the timesteps whose outputs are kept.")
         return (MLPBroadcast(**mlp),)
-    if _is_iterable(mlp) and mlp:
+    if is_iterable(mlp) and mlp:
         return tuple(entry for item in mlp for entry in _normalise_mlp(item))
     raise ValueError(f"mlp must be an MLPBroadcast or a mapping, got {mlp!r}.")
-
-
-def _check_fields(where: str, given: Mapping[str, Any], cls: type) -> None:
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in given:
-        if name not in known:
-            raise ValueError(f"unknown option {name!r} in {where}; it has {', '.join(sorted(known))}.")
 
 
 def _from_videosys(timestep: float, entry: Any) -> MLPBroadcast:
@@ -347,46 +389,22 @@ def _from_videosys(timestep: float, entry: Any) -> MLPBroadcast:
 
 def _check_skip_range(role: str, value: Any) -> None:
     if value is not None:
-        _check_integer(f"{role}_attention_block_skip_range", value)
+        check_integer(f"{role}_attention_block_skip_range", value)
 
 
-def _check_integer(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+def checked_dtype(name: str, given: Any) -> torch.dtype | None:
+    """A floating-point dtype by itself or by its name.
 
+    Raises:
+        ValueError: for anything else.
 
-def _checked_window(name: str, window: Any) -> tuple[float, float]:
-    edges = tuple(window) if _is_iterable(window) else ()
-    if len(edges) != 2 or not all(_is_number(edge) for edge in edges):
-        raise ValueError(f"{name} must be two numbers (lo, hi), got {window!r}.")
-    low, high = edges
-    if low > high:
-        raise ValueError(f"{name} is reversed: {window!r}; write it as ({high!r}, {low!r}).")
-    return low, high
-
-
-def _checked_identifiers(name: str, identifiers: Any) -> tuple[str, ...]:
-    if isinstance(identifiers, str) or not _is_iterable(identifiers):
-        raise ValueError(f"{name} must be a tuple of regular expressions, got {identifiers!r}.")
-    identifiers = tuple(identifiers)
-    for identifier in identifiers:
-        if not isinstance(identifier, str):
-            raise ValueError(f"{name} must hold strings, got {identifier!r}.")
-        try:
-            re.compile(identifier)
-        except re.error as error:
-            raise ValueError(f"{name} holds {identifier!r}, which is no regular expression: {error}.") from None
-    return tuple(identifiers)
-
-
-def _check_callback(callback: Any) -> None:
-    if callback is not None and not callable(callback):
-        raise ValueError(f"current_timestep_callback must be callable, got {callback!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def _is_iterable(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+    Example:
+        >>> checked_dtype("forecast_dtype", "bfloat16")
+        torch.bfloat16
+    """
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if found is not None and isinstance(found, torch.dtype) and found.is_floating_point:
+        return found
+    if given is None:
+        return None
+    raise ValueError(f"{name} must be a floating-point dtype of torch, such as 'bfloat16', got {given!r}.")

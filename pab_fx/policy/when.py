@@ -1,8 +1,12 @@
-"""When to reuse: pure functions of a rule, the call counter and the timestep. Nothing here knows a graph.
+"""When a part reuses what was kept of it: rules, as pure functions. Nothing here knows a graph.
 
-One rule governs one attention or feed-forward. Of the state it is given, `n` is the number of calls of the
-module since the last reset, `t` the current timestep on the scheduler's scale, and `until` the last call
-that may reuse what is kept (`NEVER` where nothing is).
+A rule is asked in a step in which something is kept, and never in the first step of a generation. It decides by the
+step and by the progress since the last step that computed:
+
+    decide(step, progress, signal) -> reuse
+
+The same function decides on the host, where its arguments hold numbers, and in a graph, where they hold
+`torch.fx.Proxy`s: so it joins conditions by `&` and `|`, and branches on nothing.
 """
 
 from __future__ import annotations
@@ -11,95 +15,288 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
+
+from .checks import check_integer
 
 NEVER = -math.inf
-"""`until` of a module that keeps nothing."""
+"""The timestep of the last step that computed, where none has."""
 
 END = -math.inf
 """The timestep that follows the last one of a generation."""
 
 
+class Step(NamedTuple):
+    """A step of a generation.
+
+    Args:
+        n: how many steps there were before it; with diffusers' configs, calls of the module, as its hooks count.
+        t: its timestep, on the scheduler's scale.
+        of: how many steps the generation has; infinity where that is not known.
+    """
+
+    n: Any
+    t: Any
+    of: Any = math.inf
+
+
+class Progress(NamedTuple):
+    """What happened so far, seen from a step.
+
+    Args:
+        age: steps since the last one that computed; 1 in the step after it.
+        t: timestep of that one.
+    """
+
+    age: Any
+    t: Any
+
+
+class Rule:
+    """When a part is computed and when what was kept is read. Subclasses are frozen dataclasses with a `decide`.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Late(Rule):
+        ...     below: float
+        ...     def decide(self, step, progress, signal=None):
+        ...         return (step.t < self.below) & (progress.age < 3)
+        >>> reused_calls(Late(500), (900, 700, 400, 300, 200, 100))
+        (False, False, True, False, True, True)
+    """
+
+    def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
+        """Whether a step reuses what is kept: a bool, or a node where the arguments are nodes."""
+        raise NotImplementedError(f"{type(self).__name__} has no decide(step, progress, signal).")
+
+    def to_graph(self, step: Step, progress: Progress, signal: Any = None) -> Any:
+        """`decide` as nodes of a graph.
+
+        Args:
+            step, progress: hold `torch.fx.Proxy`s of tensors of shape [] and dtype float64 on the CPU.
+        """
+        return self.decide(step, progress, signal)
+
+    def describe(self) -> str:
+        """The rule in words, for reports."""
+        return repr(self)
+
+    def may_reuse(self, step: Step, progress: Progress) -> bool:
+        """Whether a step reuses for some timestep up to `step.t`; asked where the timestep to come is not known."""
+        return True
+
+    def is_over(self, t: float) -> bool:
+        """Whether no step after one at timestep `t` reuses any more, where the timesteps to come are not known."""
+        return False
+
+    def keeps(self, step: Step, progress: Progress, next_t: float | None) -> bool:
+        """Whether the step after `step` may reuse what is there after it, so that it has to be kept.
+
+        Args:
+            step: the step that has run.
+            progress: seen from the step after it.
+            next_t: timestep of the step after it, `END` if there is none, `None` where it is not known: timesteps do
+                not rise within a generation, so it is at most `step.t` then.
+        """
+        if next_t == END:
+            return False
+        if next_t is None:
+            return bool(self.may_reuse(Step(step.n + 1, step.t, step.of), progress))
+        return bool(self.decide(Step(step.n + 1, next_t, step.of), progress))
+
+    def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:
+        """Why nothing will be reused in a generation that begins at `t`, and what to do; `None` where it may be."""
+        return None
+
+
 @dataclass(frozen=True)
-class SkipRange:
-    """Compute every `skip_range`-th call and reuse between, inside the open timestep window `(low, high)`.
+class SkipRange(Rule):
+    """Compute every `skip_range`-th step and reuse between, inside the open timestep window `(low, high)`.
 
     The rule of the paper's section 3.2 as `diffusers/hooks/pyramid_attention_broadcast.py` spells it.
+
+    Args:
+        skip_range: the range `N`, an integer >= 1.
+        low, high: the window, on the scheduler's scale, 0 to 1000.
+
+    Raises:
+        ValueError: naming the field and what it must be.
+
+    Example:
+        >>> reused_calls(SkipRange(2, 100, 800), (700, 600, 500, 50))
+        (False, True, False, False)
     """
 
     skip_range: int
-    low: float
-    high: float
+    low: float = 100
+    high: float = 800
 
-    def reuses(self, n: int, t: float, until: float) -> bool:
-        """Whether call `n` at timestep `t` reuses the kept output.
+    def __post_init__(self) -> None:
+        check_integer("SkipRange: skip_range", self.skip_range)
+
+    def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
+        """Inside of the window, all but every `skip_range`-th step."""
+        return (step.t > self.low) & (step.t < self.high) & (step.n % self.skip_range != 0)
+
+    def may_reuse(self, step: Step, progress: Progress) -> bool:
+        """As `Rule.may_reuse`: timesteps may fall into the window yet."""
+        return step.n % self.skip_range != 0 and step.t > self.low
+
+    def is_over(self, t: float) -> bool:
+        """As `Rule.is_over`: below the window nothing reuses."""
+        return t <= self.low
+
+    def describe(self) -> str:
+        """The rule in words.
 
         Example:
-            >>> [SkipRange(2, 100, 800).reuses(n, t, math.inf) for n, t in enumerate((700, 600, 500, 50))]
-            [False, True, False, False]
+            >>> SkipRange(3, 100, 800).describe()
+            'computed every 3rd step in (100, 800)'
         """
-        return 0 < n <= until and self.low < t < self.high and n % self.skip_range != 0
+        if self.skip_range == 1:
+            return "computed every step"
+        return f"computed every {_ordinal(self.skip_range)} step in ({self.low:g}, {self.high:g})"
 
-    def lifetime(self, t: float) -> float:
-        """For how many calls an output computed at timestep `t` may be reused."""
-        return math.inf
-
-    def keeps(self, n: int, t: float, until: float, next_t: float | None) -> bool:
-        """Whether call `n + 1` may reuse what call `n` leaves, which therefore has to be kept.
-
-        Args:
-            next_t: timestep of the next call, `END` after the last one, `None` where it is not known:
-                timesteps never rise within a generation, so it is then taken to be at most `t`.
-        """
-        if (n + 1) % self.skip_range == 0:
-            return False
-        if next_t is None:
-            return t > self.low
-        return self.low < next_t < self.high
+    def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:
+        """As `Rule.mismatch`: the window is on another scale than the timesteps."""
+        if t > 1 or self.high <= 1:
+            return None
+        return (
+            f"the generation starts at timestep {t:g}, but the windows (up to {self.high:g}) are on the "
+            "scheduler's scale, 0 to 1000: nothing will be reused. Set current_timestep_callback to a function "
+            "that returns the scheduler's timestep, for example lambda: pipe.current_timestep."
+        )
 
 
 @dataclass(frozen=True)
-class ComputeAndKeep(SkipRange):
-    """Compute in every call and hand on what it leaves, for somebody to compare it with what other calls leave."""
-
-    skip_range: int = 1
-    low: float = 0.0
-    high: float = 0.0
-
-    def keeps(self, n: int, t: float, until: float, next_t: float | None) -> bool:
-        """Always, also after the last call; arguments as for `SkipRange.keeps`."""
-        return True
-
-
-@dataclass(frozen=True)
-class AfterTimesteps:
-    """Compute at each listed timestep and reuse for the given number of calls after it: `((720.0, 2), ...)`.
+class AfterTimesteps(Rule):
+    """Compute at each listed timestep and reuse for the given number of steps after it: `((720.0, 2), ...)`.
 
     The rule of VideoSys' `mlp_broadcast` for feed-forwards.
+
+    Args:
+        skip_counts: pairs of a timestep, on the scheduler's scale, and how many steps reuse what it computes.
+
+    Raises:
+        ValueError: if a count is no integer >= 1.
+
+    Example:
+        >>> reused_calls(AfterTimesteps(((700.0, 2),)), (700, 600, 500, 400))
+        (False, True, True, False)
     """
 
     skip_counts: tuple[tuple[float, int], ...]
 
-    def reuses(self, n: int, t: float, until: float) -> bool:
-        """Whether call `n` at timestep `t` reuses the kept output.
+    def __post_init__(self) -> None:
+        most: dict[float, int] = {}
+        for timestep, count in self.skip_counts:
+            check_integer("AfterTimesteps: a skip count", count)
+            most[float(timestep)] = max(count, most.get(float(timestep), 0))
+        object.__setattr__(self, "skip_counts", tuple(most.items()))
+
+    def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
+        """As long as what was computed at a listed timestep lasts, and at none of those."""
+        return (progress.age <= self._count(progress.t)) & (self._count(step.t) == 0)
+
+    def _count(self, t: Any) -> Any:
+        """How many steps reuse what is computed at timestep `t`."""
+        return sum((t == listed) * count for listed, count in self.skip_counts)
+
+    def may_reuse(self, step: Step, progress: Progress) -> bool:
+        """As `Rule.may_reuse`."""
+        return bool(progress.age <= self._count(progress.t))
+
+    def describe(self) -> str:
+        """The rule in words; "up to", since the next listed timestep computes anew.
 
         Example:
-            >>> rule = AfterTimesteps(((700.0, 2),))
-            >>> [rule.reuses(n, t, 0 + rule.lifetime(700)) for n, t in enumerate((700, 600, 500, 400))]
-            [False, True, True, False]
+            >>> AfterTimesteps(((720.0, 2), (640.0, 2))).describe()
+            'reused up to 2 steps after 720, 640'
         """
-        return 0 < n <= until and not self.lifetime(t)
+        after: dict[int, list[str]] = {}
+        for timestep, count in self.skip_counts:
+            after.setdefault(count, []).append(f"{timestep:g}")
+        said = (
+            f"{'1 step' if count == 1 else f'up to {count} steps'} after {', '.join(listed)}"
+            for count, listed in after.items()
+        )
+        return f"reused {'; '.join(said)}"
 
-    def lifetime(self, t: float) -> float:
-        """For how many calls an output computed at timestep `t` may be reused: 0 unless `t` is listed."""
-        return max((count for listed, count in self.skip_counts if listed == t), default=0)
+    def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:
+        """As `Rule.mismatch`: the generation has none of the listed timesteps."""
+        listed = sorted(timestep for timestep, _ in self.skip_counts)
+        if not timesteps or not set(listed).isdisjoint(timesteps):
+            return None
+        return (
+            f"none of the timesteps {listed} is among the generation's {list(timesteps)}, so no feed-forward will be "
+            "reused. List timesteps of the scheduler."
+        )
 
-    def keeps(self, n: int, t: float, until: float, next_t: float | None) -> bool:
-        """Whether call `n + 1` may reuse what call `n` leaves; arguments as for `SkipRange.keeps`."""
-        return n < until and (next_t is None or (next_t != END and not self.lifetime(next_t)))
+
+@dataclass(frozen=True)
+class Every(Rule):
+    """Compute every `n`-th step and reuse between, whatever the timesteps.
+
+    Step `i` computes if `i < warmup`, if `(i - warmup) mod n = 0`, or if it is one of the last `cooldown`.
+
+    Args:
+        n: an integer >= 1.
+        warmup: how many steps compute at the beginning, an integer >= 1.
+        cooldown: how many steps compute at the end. The number of steps has to be known then: from the pipeline,
+            or from `timesteps=`.
+
+    Raises:
+        ValueError: naming the field and what it must be.
+
+    Example:
+        >>> reused_calls(Every(3, warmup=2, cooldown=1), (900, 800, 700, 600, 500, 400, 300, 200))
+        (False, False, False, True, True, False, True, False)
+    """
+
+    n: int
+    warmup: int = 1
+    cooldown: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("Every: n", self.n)
+        check_integer("Every: warmup", self.warmup)
+        check_integer("Every: cooldown", self.cooldown, least=0)
+
+    def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
+        """Between the steps that compute."""
+        due = (step.n >= self.warmup) & ((step.n - self.warmup) % self.n != 0)
+        return due & (step.n < step.of - self.cooldown) if self.cooldown else due
+
+    def may_reuse(self, step: Step, progress: Progress) -> bool:
+        """As `Rule.may_reuse`: timesteps do not matter."""
+        return bool(self.decide(step, progress))
+
+    def describe(self) -> str:
+        """The rule in words.
+
+        Example:
+            >>> Every(3, warmup=2, cooldown=1).describe()
+            'computed every 3rd step, in the first 2 and in the last 1'
+        """
+        if self.n == 1:
+            return "computed every step"
+        ends = [f"in the first {self.warmup}"] if self.warmup > 1 else []
+        ends += [f"in the last {self.cooldown}"] if self.cooldown else []
+        return ", ".join([f"computed every {_ordinal(self.n)} step", " and ".join(ends)]).removesuffix(", ")
+
+    def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:
+        """As `Rule.mismatch`: the number of steps is asked for, and is not known."""
+        if not self.cooldown or timesteps:
+            return None
+        return (
+            f"{self!r} computes the last {self.cooldown} steps, and how many steps the generation has is not known: "
+            "none of them counts as one of the last. Pass timesteps=, such as scheduler.timesteps."
+        )
 
 
-Rule = SkipRange | AfterTimesteps
+def _ordinal(number: int) -> str:
+    ending = "th" if number // 10 % 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def checked_timesteps(timesteps: Any) -> tuple[float, ...]:
@@ -127,20 +324,49 @@ def checked_timesteps(timesteps: Any) -> tuple[float, ...]:
     return tuple(map(float, listed))
 
 
-def reused_calls(rule: Rule, timesteps: Sequence[float]) -> tuple[bool, ...]:
-    """The plan of a whole generation: for each timestep, whether the rule reuses there.
+def reused_calls(rule: Rule, timesteps: Sequence[float], calls: int = 1) -> tuple[bool, ...]:
+    """The plan of a whole generation: for each call of a module, whether the rule reuses there.
 
     Args:
-        timesteps: one per call of the module, in the order of the generation.
+        rule: the rule.
+        timesteps: one per step, in the order of the generation.
+        calls: how often a step calls the module; its calls are counted.
 
     Example:
         >>> reused_calls(SkipRange(3, 100, 800), (900, 700, 600, 500, 400, 50))
         (False, True, True, False, True, False)
     """
-    plan, until = [], NEVER
-    for n, t in enumerate(timesteps):
-        reuse = rule.reuses(n, t, until)
+    plan: list[bool] = []
+    computed, computed_t = 0, NEVER
+    every = [t for t in timesteps for _ in range(calls)]
+    for n, t in enumerate(every):
+        reuse = n > 0 and bool(rule.decide(Step(n, t, len(every)), Progress(n - computed, computed_t)))
         if not reuse:
-            until = n + rule.lifetime(t)
+            computed, computed_t = n, t
         plan.append(reuse)
     return tuple(plan)
+
+
+def evenly_spaced(steps: int) -> tuple[float, ...]:
+    """Timesteps for a generation of which none are known, from 1000 down.
+
+    Example:
+        >>> evenly_spaced(4)
+        (1000.0, 750.0, 500.0, 250.0)
+    """
+    return tuple(1000.0 * (steps - i) / steps for i in range(steps))
+
+
+def falling_timesteps(given: Any) -> tuple[float, ...]:
+    """The timesteps of a generation, which fall: one that rises begins another.
+
+    Raises:
+        ValueError: for timesteps that rise, or are none.
+    """
+    found = checked_timesteps(given)
+    if found and found[0] < found[-1]:
+        raise ValueError(
+            f"timesteps begin at {found[0]:g} and end at {found[-1]:g}, and those of a generation fall: pass them in "
+            "the order in which the steps run, scheduler.timesteps."
+        )
+    return found

@@ -6,21 +6,19 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import fx
 
-from ..graph.costs import operations
-from ..policy.config import ROLES
 from ..policy.when import Rule
+from ..policy.where import ROLES
+from ..report.costs import operations
+from ..run.runtime import Runtime
 from ..run.state import Cell
 from ..select.region import Region
 from .captured import Captured
 from .data import ContextReport, GraphReport, OnceReport, RegionReport, Report, RoleReport
-from .strips import Scheduled, in_words, schedule_of
-
-if TYPE_CHECKING:
-    from ..backend import PABBackend
+from .strips import Scheduled, schedule_of
 
 NUMBER = "pab_number"
 """Key in a node's meta of the number by which its time is found; copies of the node have it too."""
@@ -31,51 +29,63 @@ Round = Mapping[int | None, float]
 """Seconds of a step by the numbers of the nodes that they were spent in; under `None` of all others."""
 
 
-def report_of(backend: PABBackend, rounds: Sequence[Round] = (), assumed: Sequence[float] = ()) -> Report:
+def report_of(
+    runtime: Runtime,
+    captured: Sequence[Captured],
+    regions: Sequence[Region],
+    warnings: tuple[str, ...] = (),
+    rounds: Sequence[Round] = (),
+    assumed: Sequence[float] = (),
+) -> Report:
     """The report of a backend, from its graphs and the state it holds.
 
     Args:
-        backend: the backend.
+        runtime: the state.
+        captured: the graphs.
+        regions: what was found in them.
+        warnings: what was warned of.
         rounds: where the time of a step went, for each time that it was measured.
         assumed: timesteps for the schedule where not all are known; default: those seen.
     """
-    costs = _costs(backend.captured, rounds)
-    regions = tuple(
-        dataclasses.replace(each, **costs[each.name]) if each.name in costs else each for each in _regions(backend)
+    costs = _costs(captured, rounds)
+    found = tuple(
+        dataclasses.replace(each, **costs[each.name]) if each.name in costs else each
+        for each in _regions(captured, regions)
     )
-    timesteps, source = backend.seen.timesteps(assumed)
+    timesteps, source = runtime.seen.timesteps(assumed)
     return Report(
-        roles=_roles(backend),
-        regions=regions,
-        graphs=sum(len(graph.graphs) for graph in backend.graphs),
-        warnings=backend.notices.messages,
-        once=_once(backend),
-        model=", ".join(dict.fromkeys(type(root).__name__ for root in backend.roots)),
-        schedule=schedule_of(_scheduled(backend.captured), timesteps, source),
-        captured=tuple(map(_graph, backend.captured)),
+        roles=_roles(runtime, regions),
+        regions=found,
+        graphs=sum(len(each.graph.graphs) for each in captured if each.graph is not None),
+        warnings=warnings,
+        once=_once(runtime, captured),
+        model=", ".join(dict.fromkeys(type(root).__name__ for root in runtime.roots)),
+        schedule=schedule_of(_scheduled(captured), timesteps, source),
+        captured=tuple(map(_graph, captured)),
         seconds=median(sum(each.values()) for each in rounds) if rounds else None,
+        restarts=runtime.restarts,
     )
 
 
-def _once(backend: PABBackend) -> OnceReport:
-    kept = [each for store in backend.stores() for of in list(store.kept.values()) for each in list(of.values())]
+def _once(runtime: Runtime, captured: Sequence[Captured]) -> OnceReport:
+    kept = [each for store in runtime.stores() for of in list(store.kept.values()) for each in list(of.values())]
     return OnceReport(
-        sum(graph.once.operations for graph in backend.graphs if graph.once is not None),
-        backend.computed_once,
-        backend.taken_as_kept,
+        sum(each.graph.once.operations for each in captured if each.graph is not None and each.graph.once is not None),
+        runtime.computed_once,
+        runtime.taken_as_kept,
         sum(each.bytes for each in kept),
     )
 
 
-def _roles(backend: PABBackend) -> tuple[RoleReport, ...]:
+def _roles(runtime: Runtime, regions: Sequence[Region]) -> tuple[RoleReport, ...]:
     roles = []
     for role in ROLES:
-        found = [each for store in backend.stores() for each in store.cells() if each[2].role == role]
+        found = [each for each in runtime.cells() if each[2].role == role]
         owned = [(owner, cell) for owner, _, cell in found if cell.rule]
-        names = {region.name for region in backend.regions if region.is_broadcast and region.role == role}
+        names = {region.name for region in regions if region.is_broadcast and region.role == role}
         if not owned and (found or not names):  # blocks that share a graph may have a role that is left alone
             continue
-        computed, reused = backend.counts[role, False], backend.counts[role, True]
+        computed, reused = runtime.counts[role, False], runtime.counts[role, True]
         contexts = _contexts((context, cell) for _, context, cell in found if cell.rule)
         roles.append(RoleReport(role, len({owner for owner, _ in owned}) or len(names), computed, reused, contexts))
     return tuple(roles)
@@ -98,21 +108,29 @@ def _bytes(kept: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def _regions(backend: PABBackend) -> tuple[RegionReport, ...]:
-    """Each attention and feed-forward once, for each block that runs its graph; left alone if no part is broadcast."""
-    instances = {region: of for captured in backend.captured for region, of in captured.instances.items()}
-    found = [each for region in backend.regions for each in _instances(region, instances.get(region, {}))]
+def _regions(captured: Sequence[Captured], regions: Sequence[Region]) -> tuple[RegionReport, ...]:
+    """Each part once, for each block that runs its graph; left alone if no piece of it is broadcast."""
+    instances = {region: of for each in captured for region, of in each.instances.items()}
+    found = [each for region in regions for each in _instances(region, instances.get(region, {}))]
     broadcast = {each.name for each in found if each.left_alone is None}
     return tuple(dict.fromkeys(each for each in found if each.left_alone is None or each.name not in broadcast))
 
 
 def _instances(region: Region, instances: Mapping[str, tuple[str, Rule | None]]) -> Iterator[RegionReport]:
     """A region in each block that has run it, or as it was captured where none has."""
-    for name, (role, rule) in (instances or {region.name: (region.role, region.rule)}).items():
+    for name, (role, rule) in (instances or {region.name: (region.role, _rule(region))}).items():
         why = region.why if name == region.name or region.assign is None else region.assign(name)[2]
         left_alone = region.unsafe or (None if rule else LEFT_ALONE)
-        words = in_words(rule) if rule is not None and left_alone is None else ""
-        yield RegionReport(name, role, why, left_alone, region.note, words)
+        words = [rule.describe(), _how(region)] if rule is not None and left_alone is None else []
+        yield RegionReport(name, role, why, left_alone, region.note, ", ".join(filter(None, words)))
+
+
+def _rule(region: Region) -> Rule | None:
+    return None if region.policy is None else region.policy.when
+
+
+def _how(region: Region) -> str:
+    return "" if region.policy is None else region.policy.how.describe()
 
 
 def _scheduled(graphs: Iterable[Captured]) -> Iterator[Scheduled]:
@@ -122,10 +140,10 @@ def _scheduled(graphs: Iterable[Captured]) -> Iterator[Scheduled]:
         for region in captured.regions:
             if not region.is_broadcast:
                 continue
-            instances = captured.instances.get(region) or {region.name: (region.role, region.rule)}
+            instances = captured.instances.get(region) or {region.name: (region.role, _rule(region))}
             for name, (role, rule) in instances.items():
                 if rule is not None:  # two models of a pipeline have parts of one name
-                    yield Scheduled(f"{captured.model} {name}", role, rule, calls[region.name])
+                    yield Scheduled(f"{captured.model} {name}", role, rule, calls[region.name], _how(region))
 
 
 def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dict[str, Any]]:

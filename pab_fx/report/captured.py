@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
-from ..graph.costs import flops, operations, spared_by
+from ..compile.variants import ORIGIN
 from ..graph.modules import ModuleNames
 from ..policy.when import Rule
-from ..run.generation import ORIGIN
+from ..report.costs import flops, operations, spared_by
+from ..run.call import BroadcastGraph
 from ..select.region import Region
-
-if TYPE_CHECKING:
-    from ..run.graph import BroadcastGraph
 
 
 class Plain:
@@ -67,18 +65,16 @@ class Captured:
         """For each region, role and rule of the modules that it has run as, by their qualified names."""
         if self.graph is None:
             return {}
-        by_id = {
-            calls[0].module_id: self.graph.instances.get(m, {}) for m, calls in enumerate(self.graph.lowerings.modules)
-        }
+        by_id = {anchor.module_id: self.graph.instances.get(m, {}) for m, anchor in enumerate(self.graph.anchors)}
         return {region: by_id[region.module_id] for region in self.regions if region.module_id in by_id}
 
     @property
     def cache_bytes(self) -> dict[str, int]:
-        """Bytes that the caches of each module hold when kept, by its `module_id`."""
+        """Bytes that the slots of each module hold when kept, by its `module_id`."""
         if self.graph is None:
             return {}
-        lowerings = self.graph.lowerings
-        return {calls[0].module_id: size for calls, size in zip(lowerings.modules, lowerings.cache_bytes, strict=True)}
+        sizes = self.graph.lowerings.slot_bytes
+        return {anchor.module_id: sum(each) for anchor, each in zip(self.graph.anchors, sizes, strict=True)}
 
     # ------------------------------------------------------------------------------------------- what it costs
 
@@ -111,8 +107,8 @@ class Captured:
         """The nodes that each step runs, by their number; `None` for all."""
         if self.graph is None or self.graph.once is None:
             return None
-        rewritten = self.graph.lowerings.rewritten
-        graphs = [module.graph for module in rewritten.modules() if isinstance(module, fx.GraphModule)]
+        conditional = self.graph.lowerings.conditional
+        graphs = [module.graph for module in conditional.modules() if isinstance(module, fx.GraphModule)]
         return {node.meta[ORIGIN] for graph in graphs for node in graph.nodes if ORIGIN in node.meta}
 
     # -------------------------------------------------------------------------------- what the rewrite made of it
@@ -127,7 +123,7 @@ class Captured:
         """How many operations of the captured graph are outside of the conditions, and run in each step."""
         if self.graph is None:
             return self.operations
-        nodes = self.graph.lowerings.rewritten.graph.nodes
+        nodes = self.graph.lowerings.conditional.graph.nodes
         return operations(node for node in nodes if ORIGIN in node.meta and node.op.startswith("call"))
 
     @property
@@ -141,7 +137,7 @@ class Captured:
         if self.graph is None:
             return None
         found = self.graph.graphs.get((True,) * self.conditions)
-        return None if found is None else operations(found.gm.graph.nodes)
+        return None if found is None else operations(found.graph.nodes)
 
 
 def frame_of(names: ModuleNames) -> str:

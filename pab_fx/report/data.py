@@ -152,6 +152,7 @@ class Report:
         schedule: what a generation computes and reuses, step by step.
         captured: every graph that Dynamo captured.
         seconds: time of a step that reuses nothing; `None` where it was not measured.
+        restarts: generations that began in the middle of another, because a timestep rose a little.
         outlines: the graphs for drawing; only `pab_fx.explain` makes them.
     """
 
@@ -164,6 +165,7 @@ class Report:
     schedule: Schedule = NO_SCHEDULE
     captured: tuple[GraphReport, ...] = ()
     seconds: float | None = None
+    restarts: int = 0
     outlines: tuple[Outline, ...] = field(default=(), repr=False)
 
     @property

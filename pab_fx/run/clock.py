@@ -18,17 +18,17 @@ import contextlib
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from math import isfinite
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..policy.when import END
+from ..policy.when import END, evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,14 @@ def request_of(pipeline: Any) -> Any:
     return pipeline if session is None else session.of(pipeline)
 
 
-def running_pipeline() -> DiffusionPipeline | None:
-    """The innermost pipeline whose `__call__` is on this thread's Python stack.
+Source = Literal["known", "seen", "assumed"]
+
+PIPELINES: list[type] = []
+"""Classes whose running `__call__` is a request: diffusers' pipelines, once `pab_fx.diffusers` is imported."""
+
+
+def running_pipeline() -> Any:
+    """The innermost pipeline whose `__call__` is on this thread's Python stack, `None` if there is none.
 
     Or the one that is told to free its hooks, as servers do after an error: that is about no other pipeline.
     """
@@ -118,7 +124,7 @@ def running_pipeline() -> DiffusionPipeline | None:
         # a frame's locals are asked for only where they matter: up to Python 3.12 that keeps what they hold alive
         if code.co_name in ("__call__", "maybe_free_model_hooks") and code.co_argcount:
             receiver = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(receiver, DiffusionPipeline):
+            if isinstance(receiver, tuple(PIPELINES)):
                 return receiver
         frame = frame.f_back
     return None
@@ -270,3 +276,34 @@ def _numbers(plan: Any) -> tuple[float, ...]:
 def _is_same(token: Any, other: Any) -> bool:
     """Whether two steps' tokens are one step's: counts by value, timesteps by identity (Heun's come twice)."""
     return token is other or (isinstance(token, int) and isinstance(other, int) and token == other)
+
+
+class SeenTimesteps:
+    """The timesteps of the generation that ran last: all of them where they are known, else those seen so far."""
+
+    def __init__(self) -> None:
+        self._known: tuple[float, ...] = ()
+        self._seen: list[float] = []
+
+    def see(self, t: float, known: Sequence[float] | None, is_first: bool) -> None:
+        """Take note of a call of a graph at timestep `t`; `is_first` if a generation begins with it.
+
+        Branches of guidance, and parts of a model that was captured in pieces, are called at one timestep.
+        """
+        if known is not self._known:
+            self._known = tuple(known or ())
+        if is_first and t not in self._seen[-1:]:
+            self._seen.clear()
+        if not self._seen or t < self._seen[-1]:
+            self._seen.append(t)
+
+    def timesteps(self, assumed: Sequence[float] = ()) -> tuple[tuple[float, ...], Source]:
+        """The timesteps, and how they are known.
+
+        Args:
+            assumed: what to take where not all are known; default: those seen, or evenly spaced ones.
+        """
+        if self._known:
+            return self._known, "known"
+        seen = tuple(filter(isfinite, self._seen))
+        return (seen, "seen") if seen and not assumed else (tuple(assumed) or evenly_spaced(20), "assumed")

@@ -12,7 +12,13 @@ from .state import Cell
 
 
 class Holder(Protocol):
-    """Takes what a graph leaves, and gives back what a graph reads."""
+    """Takes what a graph leaves, and gives back what a graph reads.
+
+    Attributes:
+        at_one_address: whether compiled graphs expect what they read at one address.
+    """
+
+    at_one_address: bool
 
     def hold(self, cell: Cell, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """What a cell keeps of these tensors."""
@@ -40,6 +46,8 @@ class Static:
     back at the end of a generation: other addresses would have the graphs recorded again.
     """
 
+    at_one_address = True
+
     def hold(self, cell: Cell, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The cell's buffers, with these values."""
         buffers = cell.buffers
@@ -64,6 +72,8 @@ class Offloaded:
     From and to an accelerator the copies run on a stream of their own, through pinned memory: those to the device wait
     for no computation, and computations only for the copies that they read.
     """
+
+    at_one_address = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

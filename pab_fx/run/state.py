@@ -7,7 +7,6 @@ graph: its identity names the module it belongs to. State hangs on that paramete
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..policy.when import END, NEVER, Rule
+from ..compile.specs import TensorSpec
+from ..policy.when import END, NEVER, Progress, Rule, Step
 
 
 class Count(NamedTuple):
@@ -25,13 +25,19 @@ class Count(NamedTuple):
     Args:
         n: calls since the last reset.
         t: timestep of the last call.
-        until: last call that may reuse what is kept.
+        computed: number of the last call that computed.
+        computed_t: timestep of that one.
+        filled: how many calls have computed and updated what is kept, since something is.
+        first_t: timestep of the first call.
         generation: number of the generation it is in, `None` where the timesteps alone tell.
     """
 
     n: int = 0
     t: float = NEVER
-    until: float = NEVER
+    computed: int = -1
+    computed_t: float = NEVER
+    filled: int = 0
+    first_t: float = NEVER
     generation: int | None = None
 
     def begun(self, t: float, step: int, timesteps: Sequence[float] | None, generation: int | None) -> Count:
@@ -47,11 +53,41 @@ class Count(NamedTuple):
             starts |= not (step < len(timesteps) and timesteps[step] == t)
         return FRESH if starts else self
 
-    def advanced(self, rule: Rule, t: float, has_cache: bool, next_t: float | None) -> tuple[Count, bool, bool]:
-        """The count after one call, whether that call reuses, and whether what it leaves may be reused."""
-        reuse = has_cache and rule.reuses(self.n, t, self.until)
-        until = self.until if reuse else self.n + rule.lifetime(t)
-        return Count(self.n + 1, t, until, self.generation), reuse, rule.keeps(self.n, t, until, next_t)
+    def rises_within(self, t: float) -> bool:
+        """Whether a timestep rises by so little that it is hardly the first one of another generation.
+
+        Example:
+            >>> Count(n=3, t=700.0, first_t=900.0).rises_within(701.0)
+            True
+            >>> Count(n=50, t=20.0, first_t=980.0).rises_within(980.0)
+            False
+        """
+        return self.n > 0 and self.t < t and (self.n == 1 or 4 * (t - self.t) < self.first_t - self.t)
+
+    def scalars(self) -> tuple[float, float]:
+        """`Scalars` of the call that comes: its distance and how often the slots were filled."""
+        return (float(self.n - self.computed) if self.filled else 1.0), float(self.filled)
+
+    def advanced(
+        self, rule: Rule, t: float, has_cache: bool, next_t: float | None, of: float, remembers: bool
+    ) -> tuple[Count, bool, bool]:
+        """The count after one call, whether that call reuses, and whether what is there then has to be kept.
+
+        Args:
+            rule: when the module reuses.
+            t: timestep of the call.
+            has_cache: whether something is kept.
+            next_t: as for `Rule.keeps`.
+            of: how many calls the generation has.
+            remembers: whether what is kept is read also where a call computes.
+        """
+        step = Step(self.n, t, of)
+        reuse = has_cache and self.n > 0 and bool(rule.decide(step, Progress(self.n - self.computed, self.computed_t)))
+        computed, computed_t = (self.computed, self.computed_t) if reuse else (self.n, t)
+        filled = self.filled if reuse else 1 + (self.filled if has_cache else 0)
+        after = Count(self.n + 1, t, computed, computed_t, filled, self.first_t if self.n else t, self.generation)
+        keeps = rule.keeps(step, Progress(after.n - computed, computed_t), next_t)
+        return after, reuse, keeps or (remembers and next_t != END and not rule.is_over(t))
 
 
 FRESH = Count()
@@ -59,16 +95,17 @@ FRESH = Count()
 
 @dataclass(slots=True, eq=False)
 class Cell:
-    """State of one attention or feed-forward in one cache context.
+    """State of one part of a model in one cache context of one request.
 
     Args:
         role: the role it has.
         rule: when it reuses; `None` for never.
         count: how far it is in the generation.
-        caches: what is kept; `None` for nothing.
+        caches: what is in its slots; `None` for nothing.
         specs: what `caches` look like, or looked like last, as the graph that kept them has it.
         buffers: where what is kept is copied to, where that has to be at one address.
-        name: qualified name of the attention or feed-forward.
+        name: qualified name of the part.
+        runs: whether a call is reading and writing it now.
     """
 
     role: str
@@ -78,6 +115,7 @@ class Cell:
     specs: Sequence[TensorSpec] = ()
     buffers: tuple[torch.Tensor, ...] | None = None
     name: str = ""
+    runs: bool = False
 
     def reset(self) -> None:
         """Forget the generation: the next call is the first of a new one."""
@@ -90,39 +128,6 @@ class Cell:
         return all(spec.matches(kept) for spec, kept in zip(expected, self.specs, strict=True))
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape (-1: any), dtype and device of a cache, and its dimensions as they lie in memory, outermost first."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    order: tuple[int, ...]
-
-    def matches(self, other: TensorSpec) -> bool:
-        """Whether a tensor of one may be read in place of one of the other, apart from its strides."""
-        sizes = len(other.shape) == len(self.shape) and all(
-            size == found or -1 in (size, found) for size, found in zip(self.shape, other.shape, strict=True)
-        )
-        return sizes and other.dtype == self.dtype and other.device == self.device
-
-    def fits(self, tensor: Any) -> bool:
-        """Whether that is such a tensor, apart from its strides."""
-        return isinstance(tensor, torch.Tensor) and self.matches(
-            TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device, ())
-        )
-
-    @property
-    def size(self) -> int:
-        """In bytes; 0 where only the data tell."""
-        return 0 if -1 in self.shape else math.prod(self.shape) * self.dtype.itemsize
-
-    def empty(self) -> torch.Tensor:
-        """Such a tensor, with arbitrary values."""
-        shape = [max(size, 1) for size in self.shape]
-        return torch.empty_permuted(shape, self.order, dtype=self.dtype, device=self.device)
-
-
 @dataclass(eq=False)
 class StateStore:
     """All cells of a backend in one request, by owner: a parameter or a module, held weakly.
@@ -130,11 +135,13 @@ class StateStore:
     Args:
         found: for each graph, the cells that its modules had, by cache context, to spare the look-up.
         kept: for each graph, what it computed once in the generation, by cache context.
+        buffers: for each graph, where that lies, where it has to be at one address.
     """
 
     _cells: Any = field(default_factory=WeakIdKeyDictionary)
     found: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
     kept: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
+    buffers: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
 
     def find(self, owner: Any, occurrence: Hashable, context: Hashable) -> Cell | None:
         """The cell of an owner's `occurrence`-th module in a cache context, if there is one yet."""
@@ -154,6 +161,7 @@ class StateStore:
     def reset(self, owners: Iterable[Any] | None = None) -> None:
         """Reset every cell, or those of the given owners; what graphs computed once goes either way."""
         self.kept.clear()
+        self.found.clear()  # with what stands in for slots that are not read
         if owners is None:
             owners = [owner for owner, _ in self._owned()]
         for owner in owners:

@@ -20,6 +20,8 @@ from .region import Region
 
 UNUSED = "none of its tensors is used outside of it"
 UPDATED_LATER = "the module is called several times, and what a call yields is updated in place afterwards"
+UPDATES_KEPT = "its output is updated in place afterwards; what is kept is the updated value, as with hooks"
+UPDATES_NOT_KEPT = "its output is updated in place afterwards; what is kept is a copy from before"
 NOT_ALIKE = "the module is called several times, and its calls are not alike"
 
 
@@ -29,7 +31,7 @@ def bounded_alike(graph: fx.Graph, calls: list[Region]) -> list[Region]:
     An output that only some calls use is kept by all. Calls that are not alike are computed every time.
     """
     bounded = [_bounded(graph, call) for call in calls]
-    if len(calls) == 1 or calls[0].rule is None:
+    if len(calls) == 1 or calls[0].policy is None:
         return [
             replace(region, unsafe=UNUSED) if not region.outputs and region.is_broadcast else region
             for region in bounded
@@ -40,7 +42,8 @@ def bounded_alike(graph: fx.Graph, calls: list[Region]) -> list[Region]:
     alike = len({tuple(map(op_name, _skeleton(call.nodes))) for call in calls}) == 1
     if not kept or not alike or any(region.unsafe for region in bounded):
         return [replace(region, unsafe=region.unsafe or NOT_ALIKE) for region in bounded]
-    if any(region.note for region in bounded):  # what one call keeps, the next one reads before it is updated
+    # what one call keeps, the next one reads before it is updated
+    if any(region.note and region.policy is not None and region.policy.how.keeps_updates for region in bounded):
         return [replace(region, unsafe=UPDATED_LATER) for region in bounded]
     if any(place not in at for at in places for place in kept):
         return [replace(region, unsafe=NOT_ALIKE) for region in bounded]
@@ -73,17 +76,17 @@ def _spec(output: fx.Node) -> object:
 
 def _bounded(graph: fx.Graph, region: Region) -> Region:
     """The region with its outputs, or with the reason why it cannot be broadcast."""
-    if region.rule is None or region.unsafe:
+    if region.policy is None or region.unsafe:
         return region
     region = replace(region, nodes=_with_own_contexts(graph, region.nodes))
     unsafe = _unsafe(graph, region.nodes)
     if unsafe:
         return replace(region, unsafe=unsafe)
     nodes, outputs, replayed = _outputs(region.nodes)
-    note = None
+    note, policy = None, region.policy
     inside = set(nodes)
     if any(not inside.issuperset(effects.later_updates(graph, output)) for output in outputs):
-        note = "its output is updated in place afterwards; what is kept is the updated value, as with hooks"
+        note = UPDATES_KEPT if policy is not None and policy.how.keeps_updates else UPDATES_NOT_KEPT
     return replace(region, nodes=nodes, outputs=outputs, replayed=replayed, note=note)
 
 

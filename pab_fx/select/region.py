@@ -1,16 +1,18 @@
-"""A region: nodes of a graph whose outputs are kept and reused, one call of an attention or of a feed-forward."""
+"""A region: nodes of a graph whose outputs are kept and reused, one call of a part of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import fx
 
-from ..policy.when import Rule
+from ..policy.policy import Policy
 
-Assign = Callable[[str], tuple[str, Rule | None, str]]
-"""Role, rule (`None` to leave alone) and the reason for an attention or feed-forward of that name."""
+Assign = Callable[..., tuple[str, "Policy | None", str]]
+"""Role, policy (`None` to leave alone) and reason for a role, a name and a reason that the graph tells."""
 
 
 @dataclass(frozen=True)
@@ -18,17 +20,17 @@ class Region:
     """Nodes whose outputs are broadcast together.
 
     Args:
-        name: qualified name of the attention or feed-forward; for one that is no module, of its core node.
+        name: qualified name of the part; for one that is no module, of its core node.
         module_id: the same for all calls of one module in this graph.
         role: "spatial", "temporal", "cross" or "mlp".
-        rule: when it reuses; `None` if the config leaves it alone.
+        policy: when it reuses and how; `None` if the policies leave it alone.
         why: why it has that role.
         nodes: the region's nodes in graph order.
         outputs: those of them whose tensors are kept.
         replayed: views of the outputs that are used inside and outside; outside they are to be taken again.
-        unsafe: why it is computed in every step although it has a rule; `None` if it can be broadcast.
+        unsafe: why it is computed in every step although it has a policy; `None` if it can be broadcast.
         note: something a user should know of it.
-        assign: role, rule and reason for a name: where the frame is one of several blocks of a class, each of
+        assign: role, policy and reason for a name: where the frame is one of several blocks of a class, each of
             them may run this graph, and has a role of its own.
         relative: the name within that block, `None` where the frame is the model's own.
     """
@@ -36,17 +38,37 @@ class Region:
     name: str
     module_id: str
     role: str
-    rule: Rule | None
+    policy: Policy | None
     why: str
     nodes: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...] = ()
     replayed: tuple[fx.Node, ...] = ()
     unsafe: str | None = None
     note: str | None = None
-    assign: Assign | None = None
+    assign: Any = None
     relative: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        module_id: str,
+        assign: Assign,
+        role: str,
+        why: str,
+        nodes: Sequence[fx.Node],
+        unsafe: str | None = None,
+    ) -> Region:
+        """A region with the role and the policy that `assign` gives for what the graph tells."""
+        by_name = partial(_assigned, assign, role, why)
+        role, policy, why = by_name(name)
+        return cls(name, module_id, role, policy, why, tuple(nodes), unsafe=unsafe, assign=by_name)
 
     @property
     def is_broadcast(self) -> bool:
         """Whether the rewrite makes this region conditional."""
-        return self.rule is not None and self.unsafe is None
+        return self.policy is not None and self.unsafe is None
+
+
+def _assigned(assign: Assign, role: str, why: str, name: str) -> tuple[str, Policy | None, str]:
+    return assign(role, name, why)

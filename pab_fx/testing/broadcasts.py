@@ -22,9 +22,10 @@ from diffusers import PyramidAttentionBroadcastConfig
 from torch import Tensor, nn
 
 from ..backend import PABBackend
-from ..diffusers import hooks as _diffusers
-from ..passes.rewrite import rewrite
-from ..policy.config import ROLES, PABConfig
+from ..export.rewrite import rewrite
+from ..policy.config import PABConfig
+from ..policy.where import ROLES
+from ..run.contexts import cache_context
 from .hooked import Clock, Counts, Hooked, told_by
 from .repro import repro_of
 from .tracing import traced
@@ -194,7 +195,7 @@ class _Run:
                 self.clock.t = t
                 for context, model in zip(self.contexts, models, strict=True):
                     before = _counts(model, backend)
-                    with self.mode(), _diffusers.cache_context(context):
+                    with self.mode(), cache_context(context):
                         outputs = self._call(model, t, seed=len(found))
                     after = _counts(model, backend)
                     counts = None if after is None or before is None else Counter(after)

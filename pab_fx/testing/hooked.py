@@ -12,7 +12,9 @@ from typing import Any
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from torch import nn
 
-from ..diffusers import hooks as _diffusers
+from ..diffusers.configs import policies_of
+from ..diffusers.hooks import has_hooks
+from ..policy.policy import assigned
 
 Counts = Counter[tuple[str, bool]]
 
@@ -52,13 +54,14 @@ class Hooked:
         self.counts: Counts = Counter()
         apply_pyramid_attention_broadcast(self.model, config)
         for name, module in self.model.named_modules():
-            if not _diffusers.has_hooks(module):
+            if not has_hooks(module):
                 continue
             if name in alone:
                 module._diffusers_hook.remove_hook("pyramid_attention_broadcast")
                 continue
-            role = _diffusers.role_of(name, bool(getattr(module, "is_cross_attention", False)), config)
-            self._count(module, role or "")
+            kind = "cross" if getattr(module, "is_cross_attention", False) else "spatial"
+            role, policy, _ = assigned(policies_of(config), kind, name)
+            self._count(module, role if policy is not None else "")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -69,7 +72,7 @@ class Hooked:
             hook.state.reset()
 
     def _hooks(self) -> Iterator[Any]:
-        modules: Iterator[Any] = filter(_diffusers.has_hooks, self.model.modules())
+        modules: Iterator[Any] = filter(has_hooks, self.model.modules())
         for module in modules:
             yield module._diffusers_hook.hooks["pyramid_attention_broadcast"]
 

@@ -6,13 +6,18 @@ their cells share; so a call of sixty of them costs one decision, and sixty comp
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..compile.specs import TensorSpec
 from ..policy.when import Rule
-from .state import Cell, TensorSpec, next_timestep
+from .state import Cell, next_timestep
+
+UNKNOWN = (1.0, 0.0)
+"""`Scalars` of a module that keeps nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Group:
         role: their role.
         rule: when they reuse; `None` for never.
         calls: how often each of them is called.
+        remembers: whether what is kept of them is read also where they compute.
         modules: their numbers in the graph.
         cells: their cells.
     """
@@ -47,6 +53,7 @@ class Group:
     role: str
     rule: Rule | None
     calls: int
+    remembers: bool
     modules: tuple[int, ...]
     cells: tuple[Cell, ...]
 
@@ -66,7 +73,7 @@ class Group:
             cells, modules = tuple(self.cells[i] for i in alike), tuple(self.modules[i] for i in alike)
             for cell in cells:
                 cell.count = cells[0].count
-            groups.append(Group(self.role, self.rule, self.calls, modules, cells))
+            groups.append(replace(self, modules=modules, cells=cells))
         return groups
 
 
@@ -77,12 +84,16 @@ class Decision:
     Args:
         group: the group.
         reuses: whether it reuses, for each call of a module in the step.
-        keeps: whether what is left after the step may be reused by the next one.
+        reads: whether what is kept is read before a call has replaced it.
+        keeps: whether what is left after the step has to be kept.
+        scalars: `Scalars` as numbers, for each call of a module in the step.
     """
 
     group: Group
     reuses: tuple[bool, ...]
+    reads: bool
     keeps: bool
+    scalars: tuple[tuple[float, float], ...]
 
     def record(self, counts: Counter[tuple[str, bool]]) -> None:
         """Count the calls of each role that compute and that reuse."""
@@ -97,6 +108,7 @@ class Lockstep:
     Args:
         cells: the modules' cells.
         calls: how often each module is called in a step.
+        remembers: for each module whether what is kept of it is read also where it computes.
         owners: for each module, yields what its cell hangs on, `None` once that is gone.
 
     Attributes:
@@ -104,23 +116,29 @@ class Lockstep:
     """
 
     def __init__(
-        self, cells: Sequence[Cell], calls: Sequence[int], owners: Sequence[Callable[[], object | None]]
+        self,
+        cells: Sequence[Cell],
+        calls: Sequence[int],
+        remembers: Sequence[bool],
+        owners: Sequence[Callable[[], object | None]],
     ) -> None:
         self.cells, self.owners = tuple(cells), tuple(owners)
         self.first = next((cell for cell in cells if cell.rule is not None), cells[0])
         self.plans: dict[Hashable, Any] = {}
-        alike: dict[Hashable, list[int]] = {}
+        alike: dict[tuple[str, Rule | None, int, bool], list[int]] = {}
         for m, cell in enumerate(cells):
-            alike.setdefault((cell.role, cell.rule, calls[m]), []).append(m)
-        self._groups = [
-            Group(cells[ms[0]].role, cells[ms[0]].rule, calls[ms[0]], tuple(ms), tuple(cells[m] for m in ms))
-            for ms in alike.values()
-        ]
+            alike.setdefault((cell.role, cell.rule, calls[m], remembers[m]), []).append(m)
+        self._groups = [Group(*key, modules=tuple(ms), cells=tuple(cells[m] for m in ms)) for key, ms in alike.items()]
 
-    def begin(self, call: Call, expected: Sequence[Sequence[TensorSpec]]) -> None:
-        """Start a new generation where a call is its first, for outputs like `expected` of each module."""
+    def begin(self, call: Call, expected: Sequence[Sequence[TensorSpec]]) -> bool:
+        """Start a new generation where a call is its first, for slots like `expected` of each module.
+
+        Returns:
+            Whether a generation began in the middle of another, because a timestep rose a little.
+        """
         if not all(group.is_together for group in self._groups):
             self._groups, self.plans = [part for group in self._groups for part in group.parts()], {}
+        rose = False
         for group in self._groups:
             if not all(cell.fits(expected[m]) for m, cell in zip(group.modules, group.cells, strict=True)):
                 for cell in group.cells:
@@ -128,8 +146,10 @@ class Lockstep:
             count = group.cells[0].count
             begun = count.begun(call.t, count.n // group.calls, call.timesteps, call.generation)
             if begun is not count:
+                rose |= call.generation is None and count.rises_within(call.t)
                 for cell in group.cells:
                     cell.count, cell.caches = begun, None
+        return rose
 
     def advance(self, call: Call) -> list[Decision]:
         """Count the call, and decide it."""
@@ -138,19 +158,24 @@ class Lockstep:
     def _advance(self, group: Group, call: Call) -> Decision:
         rule, first = group.rule, group.cells[0]
         if rule is None:
-            return Decision(group, (False,) * group.calls, False)
+            return Decision(group, (False,) * group.calls, False, False, (UNKNOWN,) * group.calls)
         count, has_cache, keeps = first.count, first.caches is not None, False
+        if not has_cache and count.filled:  # what was kept was let go: no later step was to read it
+            count = count._replace(filled=0)
+        of = len(call.timesteps) * group.calls if call.timesteps else math.inf
         next_t = call.next_t
         if next_t is None:
             next_t = next_timestep(call.timesteps, count.n // group.calls, call.t)
-        reuses = []
+        reuses, scalars = [], []
+        had_cache = has_cache
         for following in (*[call.t] * (group.calls - 1), next_t):
-            count, reuse, keeps = count.advanced(rule, call.t, has_cache, following)
+            scalars.append(count.scalars())
+            count, reuse, keeps = count.advanced(rule, call.t, has_cache, following, of, group.remembers)
             reuses.append(reuse)
             has_cache = True
         for cell in group.cells:
             cell.count = count
-        return Decision(group, tuple(reuses), keeps)
+        return Decision(group, tuple(reuses), had_cache and (reuses[0] or group.remembers), keeps, tuple(scalars))
 
     def reset(self) -> None:
         """Forget the generation."""

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..backend import PABBackend
-from ..diffusers.hooks import current_cache_context
-from ..passes.predicates import TIMESTEP_NAMES
-from .clock import Step, request_of, running, running_pipeline
+from .backend import PABBackend
+from .passes.counting import TIMESTEP_NAMES
+from .run.call import ConcurrentCallError
+from .run.clock import Step, request_of, running, running_pipeline
+from .run.contexts import current_cache_context
 
 
 class SteppingCall:
@@ -32,7 +32,7 @@ class SteppingCall:
         model: nn.Module,
         compiled: Callable[..., Any],
         backend: PABBackend,
-        owner: weakref.ref[DiffusionPipeline] | None,
+        owner: weakref.ref[Any] | None,
     ) -> None:
         self._model, self._compiled, self._backend, self._owner = weakref.ref(model), compiled, backend, owner
         self._name, self._id = type(model).__name__, id(model)
@@ -43,25 +43,29 @@ class SteppingCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         pipeline, caller = running_pipeline(), (self._id, current_cache_context.get())
         step = self._step(pipeline, caller, args, kwargs)
-        known, calls = len(self._backend.regions), self._backend.calls
+        known, calls = len(self._backend.regions), self._backend.runtime.calls
         try:
             with running(step):
                 outputs = self._compiled(*args, **kwargs)
+        except ConcurrentCallError:  # the call that runs goes on
+            raise
         except BaseException:
             self._forget(step.request)
             if pipeline is not None:
-                self._backend.clock(pipeline).retract(caller)
+                self._backend.runtime.clock(pipeline).retract(caller)
             raise
-        if self._has_broadcast and self._backend.calls == calls:  # what is kept is of another step than the last
+        if (
+            self._has_broadcast and self._backend.runtime.calls == calls
+        ):  # what is kept is of another step than the last
             self._forget(step.request)
-        self._warn(known, self._backend.calls > calls)
+        self._warn(known, self._backend.runtime.calls > calls)
         return outputs
 
     def _forget(self, request: Any) -> None:
         """Begin anew in one request; others are in the middle of theirs."""
         model = self._model()
         if model is not None:
-            self._backend.store(request).reset([*model.parameters(), *model.modules()])
+            self._backend.runtime.store(request).reset([*model.parameters(), *model.modules()])
 
     def _step(self, pipeline: Any, caller: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
         request = request_of(pipeline)
@@ -71,7 +75,7 @@ class SteppingCall:
         if given is None:
             given = next((args[i] for i in self._positions if i < len(args)), None)
         is_owner = self._owner is None or pipeline is self._owner()
-        return self._backend.clock(pipeline).tick(pipeline, request, caller, given, is_owner)
+        return self._backend.runtime.clock(pipeline).tick(pipeline, request, caller, given, is_owner)
 
     def _warn(self, known: int, broadcasts: bool) -> None:
         """Warn of a call that broadcast nothing, or of attentions that were left alone in it for the first time.
@@ -85,10 +89,10 @@ class SteppingCall:
             notices.warn_of_no_attention(self._name)
         notices.warn_of_left_alone(backend.newly_left_alone(known))
         if not self._has_broadcast:
-            called = {role for role, _ in list(backend.counts)}  # a list: another thread may count meanwhile
-            notices.warn_of_unmatched_roles(self._name, backend.config, backend.regions, called)
+            called = {role for role, _ in list(backend.runtime.counts)}  # a list: another thread may count meanwhile
+            notices.warn_of_unmatched_roles(self._name, backend.policies, backend.regions, called)
             if len(backend.roots) == 1:  # else they may be another model's
-                notices.warn_of_unmatched_layers(self._name, backend.config, backend.regions)
+                notices.warn_of_unmatched_names(self._name, backend.policies, backend.regions)
         if self._has_broadcast and not broadcasts and not torch.is_grad_enabled():
             notices.warn_of_no_graph(self._name)
         self._has_broadcast |= broadcasts

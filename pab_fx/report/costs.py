@@ -19,9 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from .._torch import operator_namespace, size_hint
+from ..graph import effects
+from ..graph.dataflow import op_name, value
 from ..select.region import Region
-from . import effects
-from .dataflow import op_name, value
 
 
 def operations(nodes: Iterable[fx.Node]) -> int:

@@ -1,14 +1,9 @@
-"""Hold, from step to step, what a graph computes once a generation (see `invariants`).
-
-Which inputs stay the same is not known when a graph is captured. It is guessed, and checked in every step: an input is
-the same if it is the same object at the same version. One that is not is taken for a changing one from then on.
-"""
+"""The variants of a captured graph, by which of its inputs stay the same from step to step: a guess, at first."""
 
 from __future__ import annotations
 
 import inspect
 import re
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,16 +11,31 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._torch import mark_static
-from ..compile.lowering import Lowerings
+from ..graph.copies import copy_of
 from ..graph.dataflow import is_state, value
+from ..passes.conditions import insert_conditions
+from ..passes.counting import TIMESTEP_NAMES
 from ..passes.invariants import Invariants, split_invariants
-from ..passes.predicates import TIMESTEP_NAMES
-from ..passes.rewrite import copy_of, insert_conditions
 from ..select.region import Region
+from .lowering import Lowerings
 
 ORIGIN = "pab_origin"
 """The number of a node in the captured graph, under which its copies find it: names are given anew in a copy."""
+
+
+@dataclass(frozen=True)
+class Once:
+    """What computes the kept tensors of a graph.
+
+    Args:
+        run: takes the graph's inputs, returns the kept tensors.
+        reads: positions of the inputs that it reads.
+        operations: how many operations it spares in every other step.
+    """
+
+    run: Callable[..., Sequence[torch.Tensor]]
+    reads: tuple[int, ...]
+    operations: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,8 @@ class Variants:
             rest = _carried_over(self._regions, gm) or []
         else:
             gm = split.rest
-        insert_conditions(gm, rest, _no_timestep, allocate=False)
+        insert_conditions(gm, rest)
+        gm.graph.lint()
         return Variant(self._lowered(gm), split)
 
     def once(self, split: Invariants) -> Once:
@@ -96,78 +107,6 @@ def _carried_over(regions: Sequence[Region], gm: fx.GraphModule) -> list[Region]
         replace(region, nodes=there(region.nodes), outputs=there(region.outputs), replayed=there(region.replayed))
         for region in regions
     ]
-
-
-def _no_timestep() -> float:
-    """In place of the timestep in a graph that is lifted: its schedule runs on the host."""
-    raise AssertionError("the schedule of a lifted graph runs on the host")
-
-
-@dataclass(frozen=True)
-class Once:
-    """What computes the kept tensors of a graph.
-
-    Args:
-        run: takes the graph's inputs, returns the kept tensors.
-        reads: positions of the inputs that it reads.
-        operations: how many operations it spares in every other step.
-    """
-
-    run: Callable[..., Sequence[torch.Tensor]]
-    reads: tuple[int, ...]
-    operations: int
-
-
-class Kept:
-    """The kept tensors of a graph in one generation, and what they were computed from.
-
-    Args:
-        once: computes them.
-        args: inputs of the graph.
-        buffers: where they are copied to, filled when it is empty; `None` for where they were computed.
-    """
-
-    def __init__(self, once: Once, args: Sequence[Any], buffers: list[torch.Tensor] | None = None) -> None:
-        self.once = once
-        self.tensors = tuple(once.run(*args))
-        if buffers is not None:
-            if [buffer.shape for buffer in buffers] != [tensor.shape for tensor in self.tensors]:
-                buffers[:] = [mark_static(torch.empty_like(tensor)) for tensor in self.tensors]
-            for buffer, tensor in zip(buffers, self.tensors, strict=True):
-                buffer.copy_(tensor)
-            self.tensors = tuple(buffers)
-        self._seen = [(position, *_seen(args[position])) for position in once.reads]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the kept tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
-
-    def outdated(self, args: Sequence[Any]) -> list[int]:
-        """Positions of the inputs that are others than those that the tensors were computed from."""
-        return [i for i, seen, version in self._seen if not _is_same(args[i], seen, version)]
-
-
-def _seen(given: Any) -> tuple[Any, int | None]:
-    """What an input is remembered by: a tensor by what it is and its version, a number by its value."""
-    if not isinstance(given, torch.Tensor):
-        return given, None
-    if _is_number(given):
-        return given.item(), None
-    return weakref.ref(given), None if given.is_inference() else given._version
-
-
-def _is_same(given: Any, seen: Any, version: int | None) -> bool:
-    if not isinstance(given, torch.Tensor):
-        return bool(given == seen)
-    if _is_number(given):
-        return bool(given.item() == seen)
-    return seen() is given and (version is None or given._version == version)
-
-
-def _is_number(given: torch.Tensor) -> bool:
-    """Whether a tensor is a float of the code or the call: under `dynamic=True` Dynamo makes a new one in each call."""
-    return given.dtype == torch.float64 and given.dim() == 0 and given.device.type == "cpu"
 
 
 def likely_unchanging(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module) -> frozenset[int]:

@@ -1,0 +1,96 @@
+"""Configs become policies here, at the door: `PABConfig`, diffusers' own, policies, or a list of any of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from diffusers import PyramidAttentionBroadcastConfig
+
+from ..policy.checks import check_callback, check_integer, checked_identifiers, checked_window
+from ..policy.config import PRESETS, PABConfig
+from ..policy.how import Last
+from ..policy.policy import Policy
+from ..policy.when import SkipRange
+from ..policy.where import ATTENTION_ROLES, Modules
+from .hooks import is_attention
+
+
+def policies_of(config: Any) -> tuple[Policy, ...]:
+    """A config as policies; `PABConfig()` for `None`.
+
+    Args:
+        config: a `PABConfig`, diffusers' `PyramidAttentionBroadcastConfig`, a `Policy`, or several of these.
+
+    Raises:
+        ValueError: for anything else, with what was probably meant.
+
+    Example:
+        >>> [policy.where.roles for policy in policies_of(PABConfig())]
+        [('spatial',), ('temporal',), ('cross',)]
+    """
+    if config is None:
+        config = PABConfig()
+    if isinstance(config, Policy):
+        return (config,)
+    if isinstance(config, PABConfig):
+        return config.policies()
+    if isinstance(config, PyramidAttentionBroadcastConfig):
+        return _of_hooks(config)
+    if isinstance(config, Iterable) and not isinstance(config, (str, bytes, Mapping)):
+        policies = tuple(policy for each in config if each is not None for policy in policies_of(each))
+        if policies:
+            return policies
+    hint = ""
+    if isinstance(config, str) and config in PRESETS:
+        hint = f" Did you mean PABConfig.preset({config!r})?"
+    elif isinstance(config, Mapping):
+        hint = " PABConfig.of(...) makes one from a mapping."
+    elif isinstance(config, type):
+        hint = f" That is the class: write {config.__name__}(...)."
+    raise ValueError(
+        "config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig, a Policy, or a list of those, "
+        f"got {config!r}.{hint}"
+    )
+
+
+def callback_of(config: Any) -> Callable[[], Any] | None:
+    """The `current_timestep_callback` of a config, of several the first one's that has one."""
+    for each in config if isinstance(config, (list, tuple)) else (config,):
+        callback: Callable[[], Any] | None = getattr(each, "current_timestep_callback", None)
+        if callback is not None:
+            return callback
+    return None
+
+
+def ranges_of(config: PyramidAttentionBroadcastConfig) -> dict[str, int]:
+    """The skip range of each role that has one; without any given, diffusers takes 2 for spatial attention."""
+    ranges = {role: getattr(config, f"{role}_attention_block_skip_range") for role in ATTENTION_ROLES}
+    return {role: found for role, found in ranges.items() if found is not None} or {"spatial": 2}
+
+
+def _of_hooks(config: PyramidAttentionBroadcastConfig) -> tuple[Policy, ...]:
+    """What the hooks do, as policies.
+
+    As `_apply_pyramid_attention_broadcast_on_attention_class` in `diffusers/hooks/pyramid_attention_broadcast.py`: the
+    first of spatial, temporal and cross whose range is set, whose identifiers match the qualified name and whose kind
+    agrees with `is_cross_attention`. A hook keeps the very tensor that the model may go on to update.
+    """
+    windows, identifiers = {}, {}
+    for role in ATTENTION_ROLES:
+        name = f"{role}_attention_block_skip_range"
+        if getattr(config, name) is not None:
+            check_integer(name, getattr(config, name))
+        name = f"{role}_attention_timestep_skip_range"
+        windows[role] = checked_window(name, getattr(config, name))
+        name = f"{role}_attention_block_identifiers"
+        identifiers[role] = checked_identifiers(name, getattr(config, name))
+    check_callback(callback_of(config))
+    return tuple(
+        Policy(
+            Modules(is_attention, role, role == "cross", identifiers[role]),
+            SkipRange(skip_range, *windows[role]),
+            Last(keeps_updates=True),
+        )
+        for role, skip_range in ranges_of(config).items()
+    )

@@ -1,0 +1,464 @@
+"""Make each region conditional: the pass that the package is named after.
+
+Before, for an attention of any number of nodes:
+
+    %x   : placeholder
+    %out : call_function[attention](%x, ...)
+    %y   : call_function[operator.add](%x, %out)
+    return (%y,)
+
+After, in functional form (see `form`), with `Last`:
+
+    %x        : placeholder
+    %compute_0: placeholder                                              # a bool
+    %slot_0_0 : placeholder                                              # what was kept
+    %cond     : call_function[cond](%compute_0, compute_0, read_0, (%slot_0_0, %x))
+    %out      : call_function[operator.getitem](%cond, 0)
+    %y        : call_function[operator.add](%x, %out)
+    return ((%y,), %out)                                                 # what is to be kept
+
+`compute_0` holds the attention and everything that only fed it (its norm, modulation and projections); `read_0` returns
+a copy of the slot. With a how that computes, as `Taylor(1)`, both branches hold more:
+
+    compute_0(%slot_0, %slot_1, %distance, %filled, %x):      read_0(%slot_0, %slot_1, %distance, %filled, %x):
+        %out  : attention(norm(%x))                               %out : %slot_0 + %slot_1 * %distance
+        %d    : where(%filled > 0, (%out - %slot_0) / %distance, 0.0)
+        return (%out, clone(%out), %d)                            return (%out, clone(%slot_0), clone(%slot_1))
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
+
+from .._torch import cond_op, symbol_of, symbols_inside
+from ..graph import effects
+from ..graph.copies import record, traced_into
+from ..graph.dataflow import activations, is_number, is_sizes, is_tensor, is_tuple, value
+from ..policy.how import How, Scalars
+from ..policy.policy import Policy
+from ..select.region import Region
+from .form import (
+    COPY,
+    MARK,
+    Conditional,
+    Predicate,
+    Scalar,
+    Slot,
+    add_input,
+    device_of,
+    fake_like,
+    set_slots_returned,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def insert_conditions(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule:
+    """Rewrite `gm`, in place, as the module's docstring shows.
+
+    Args:
+        gm: a captured graph.
+        regions: from `tag(gm, ...)`.
+    """
+    broadcast = [region for region in regions if region.is_broadcast]
+    if not broadcast:
+        return gm
+    output = gm.graph.output_node()
+    output.args = ((output.args[0],),)
+    reads = {region: _reads(gm.graph, region) for region in broadcast}
+    unused = [node for region in broadcast for node in _use_outputs(gm.graph, region)]
+    for region in broadcast:
+        _replay_outside(gm.graph, region)
+        _hand_out_copies(gm.graph, region)
+    bodies = _bodies(gm.graph, regions, {node for each in reads.values() for node in each.inputs})
+    kept: dict[Slot, fx.Node] = {}
+    for region, conditional in zip(broadcast, _numbered(broadcast), strict=True):
+        body = _with_own_views(gm.graph, bodies[region])
+        _made_conditional(gm, region, body, reads[region], conditional, kept)
+    for node in unused:
+        gm.graph.erase_node(node)
+    set_slots_returned(gm, kept)
+    logger.debug("made %d regions conditional", len(broadcast))
+    return gm
+
+
+def _numbered(broadcast: Sequence[Region]) -> list[Conditional]:
+    """The conditionals of these regions, by their modules and calls."""
+    calls, seen = Counter(region.module_id for region in broadcast), Counter[str]()
+    modules = {module_id: number for number, module_id in enumerate(calls)}
+    found = []
+    for index, region in enumerate(broadcast):
+        module = modules[region.module_id]
+        slots = range(len(_slots(_policy(region).how, region.outputs)))
+        found.append(
+            Conditional(
+                index=index,
+                name=region.name,
+                module=module,
+                role=region.role,
+                policy=_policy(region),
+                call=seen[region.module_id],
+                calls=calls[region.module_id],
+                outputs=len(region.outputs),
+                slots=tuple(Slot(module, i) for i in slots),
+                items=(),
+                assign=region.assign,
+                relative=region.relative,
+            )
+        )
+        seen[region.module_id] += 1
+    return found
+
+
+# ------------------------------------------------------------------------------------------- what a body is
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """What the how of a region reads where it reuses.
+
+    Args:
+        inputs: the activations that the region reads, if they are read then; else none.
+        scalars: names of the scalars that are read then.
+        whole: for each output, the number of the slot that it is, as it is; `None` where it is computed.
+    """
+
+    inputs: tuple[fx.Node, ...]
+    scalars: frozenset[str]
+    whole: tuple[int | None, ...]
+
+    def is_kept(self, output: fx.Node, region: Region, slot: int) -> bool:
+        """Whether a slot is read as that output, and is nothing else."""
+        return self.whole[region.outputs.index(output)] == slot and self.whole.count(slot) == 1
+
+
+def _reads(graph: fx.Graph, region: Region) -> _Reads:
+    """Trace the reading of a region's slots into a graph that nobody keeps."""
+    how = _policy(region).how
+    inside, acts = set(region.nodes), activations(graph)
+    sources = dict.fromkeys(s for node in region.nodes for s in node.all_input_nodes if s not in inside)
+    inputs = [source for source in sources if source in acts and is_tensor(source)]
+    scratch = fx.Graph()
+    slots = [scratch.placeholder("slot") for _ in _slots(how, region.outputs)]
+    given = [scratch.placeholder("input") for _ in inputs]
+    scalars = Scalars(*map(scratch.placeholder, Scalars._fields))
+    read = traced_into(scratch, how.read, slots, given, scalars)
+    if len(read) != len(region.outputs):
+        raise ValueError(f"{how!r} reads {len(read)} tensors of {region.name}, which yields {len(region.outputs)}.")
+    return _Reads(
+        inputs=tuple(inputs) if any(node.users for node in given) else (),
+        scalars=frozenset(name for name in Scalars._fields if getattr(scalars, name).users),
+        whole=tuple(slots.index(node) if node in slots else None for node in read),
+    )
+
+
+def _policy(region: Region) -> Policy:
+    assert region.policy is not None
+    return region.policy
+
+
+def _slots(how: How, outputs: Sequence[fx.Node]) -> list[Any]:
+    """What the slots for these outputs look like; `None` for each where it was not recorded."""
+    recorded = list(map(value, outputs))
+    if any(each is None for each in recorded):
+        return [None] * len(how.slots([torch.empty((), device="meta") for _ in outputs]))
+    return list(how.slots(recorded))
+
+
+def _use_outputs(graph: fx.Graph, region: Region) -> list[fx.Node]:
+    """Give each output of a region a user outside, for as long as the rewrite takes; return those made for it.
+
+    A call of a module keeps what any call of that module needs.
+    """
+    inside = set(region.nodes)
+    made = []
+    for output in region.outputs:
+        if inside.issuperset(output.users):
+            with graph.inserting_before(region.nodes[-1].next):
+                made.append(graph.call_function(torch.clone, (output,)))
+    return made
+
+
+def _replay_outside(graph: fx.Graph, region: Region) -> None:
+    """Give the users outside of a region their own copy of a view that is used inside as well.
+
+    %view = view(%out)                      %view = view(%out)
+    %a    = add(%view, 1)    # inside  ->   %a    = add(%view, 1)
+    %b    = add(%view, 2)    # outside      %copy = view(%out)
+                                            %b    = add(%copy, 2)
+    """
+    inside = set(region.nodes)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in sorted(region.replayed):
+        with graph.inserting_before(node.next):
+            copies[node] = graph.node_copy(node, lambda source: copies.get(source, source))
+        node.replace_all_uses_with(copies[node], delete_user_cb=lambda user: user not in inside)
+
+
+def _hand_out_copies(graph: fx.Graph, region: Region) -> None:
+    """Let a model update a copy of an output in place, so that what is kept stays as the region left it.
+
+    %out = attention(%x)                    %out = attention(%x)
+    %y   = iadd(%out, %x)    # outside  ->  %own = clone(%out)
+                                            %y   = iadd(%own, %x)
+    """
+    inside = set(region.nodes)
+    for output in region.outputs if not _policy(region).how.keeps_updates else ():
+        updates = effects.later_updates(graph, output)
+        if inside.issuperset(updates):
+            continue
+        aliases = [n for n in graph.nodes if n > output and n not in inside and effects.may_alias(n, output)]
+        with graph.inserting_after([output, *filter(inside.__contains__, updates)][-1]):
+            own = graph.call_function(torch.clone, (output,))
+        own.meta = dict(output.meta)
+        output.replace_all_uses_with(own, delete_user_cb=lambda user: user not in inside and user is not own)  # noqa: B023
+        if value(own) is not None:
+            for node in (own, *aliases):
+                record(node)
+
+
+def _bodies(graph: fx.Graph, regions: Sequence[Region], pinned: Collection[fx.Node]) -> dict[Region, list[fx.Node]]:
+    """For each broadcast region its nodes and those that only feed it, in graph order.
+
+        %n = norm(%x)           # only %a uses it                       %n = norm(%x)  \\
+        %a = attention(%n)      # the region                     ->     %a = attention(%n)  / the body
+
+    A node is left where it is if moving it down to the region could move it past an update in place, or into or
+    out of an autocast, and if it is pinned, since a step that reuses reads it too. What waits for a collective goes
+    where that goes.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    updates = [order[node] for node in graph.nodes if effects.updated(node) or effects.sets_ambient_state(node)]
+    owned = {node for region in regions for node in region.nodes}.union(pinned)
+    bodies: dict[Region, list[fx.Node]] = {}
+    for region in regions:
+        if not region.is_broadcast:
+            continue
+        body = set(region.nodes)
+        end = order[region.nodes[-1]]
+        for node in sorted(order, key=order.__getitem__, reverse=True)[len(order) - end :]:
+            movable = (
+                node.op in ("call_function", "call_method", "call_module")
+                and node not in owned
+                and node.users
+                and all(user in body for user in node.users)
+                and is_tensor(node)
+                and not any(is_tuple(source) or is_number(source) for source in node.all_input_nodes)
+                and (effects.is_removable(node) or effects.collective_of(node))
+                and not any(
+                    _since(order, node) < update < end for update in updates if update not in _own(order, region)
+                )
+            )
+            if movable:
+                body.add(node)
+        bodies[region] = sorted(body, key=order.__getitem__)
+    return bodies
+
+
+def _since(order: dict[fx.Node, int], node: fx.Node) -> int:
+    return order[effects.collective_of(node) or node]
+
+
+def _own(order: dict[fx.Node, int], region: Region) -> set[int]:
+    return {order[node] for node in region.nodes}
+
+
+def _with_own_views(graph: fx.Graph, body: list[fx.Node]) -> list[fx.Node]:
+    """The body with copies of what it reads but no `cond` takes: modules, tuples, sizes, views that share storage.
+
+        %a, %b = chunk(%base, 2)                             %a, %b = chunk(%base, 2)   # for others
+        %o     = attention(%x, %a, %b)   # the body    ->    %c, %d = chunk(%base, 2)   \\
+                                                             %o     = attention(%x, %c, %d)  / the body
+    """
+    inside = set(body)
+    while True:
+        operands = dict.fromkeys(s for node in inside for s in node.all_input_nodes if s not in inside)
+        shared = [
+            view
+            for view in operands
+            if is_tuple(view)
+            or is_sizes(view)
+            or _is_module(view)
+            or (effects.is_view(view) and any(view is not o and effects.may_alias(view, o) for o in operands))
+        ]
+        if not shared:
+            return sorted(inside)
+        for view in shared:
+            with graph.inserting_before(view.next):
+                own = graph.node_copy(view)
+            view.replace_all_uses_with(own, delete_user_cb=lambda user: user in inside)
+            inside.add(own)
+
+
+def _is_module(node: fx.Node) -> bool:
+    """Whether a node is a module handed to a higher-order operator, such as flex_attention's `score_mod`."""
+    owner = node.graph.owning_module
+    return node.op == "get_attr" and owner is not None and isinstance(_attribute(owner, str(node.target)), nn.Module)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- a conditional
+
+
+def _made_conditional(
+    gm: fx.GraphModule, region: Region, body: list[fx.Node], reads: _Reads, made: Conditional, kept: dict[Slot, fx.Node]
+) -> None:
+    """Put a `cond` node in the place of a body, and what is in its module's slots then into `kept`."""
+    graph, how = gm.graph, _policy(region).how
+    slots = _slot_inputs(gm, made, _slots(how, region.outputs), kept)
+    scalars = Scalars(*(_scalar_input(gm, made.index, name, region.outputs[0]) for name in Scalars._fields))
+    place = {"nn_module_stack": region.outputs[-1].meta.get("nn_module_stack", {})}  # `regional` keeps them together
+    end = body[-1].next
+    with graph.inserting_before(end):
+        updated = traced_into(graph, how.update, slots, reads.inputs, region.outputs, scalars, meta=place)
+        given = {*slots, *scalars, *reads.inputs}
+        values = [
+            node
+            if node not in given
+            and node not in updated[:i]
+            and (node not in region.outputs or reads.is_kept(node, region, i))
+            else _apart(node)
+            for i, node in enumerate(updated)
+        ]
+    while body[-1].next is not end:
+        body.append(body[-1].next)
+    remembers = any(source in slots for node in body for source in node.all_input_nodes)
+    returned = {**kept, **dict(zip(made.slots, values, strict=True))}
+    set_slots_returned(gm, returned)
+    compute, operands, outputs = fuse_as_graphmodule(gm, body, f"pab_compute_{made.index}", always_return_tuple=True)
+    used = [node for node, name in zip(scalars, Scalars._fields, strict=True) if node.users or name in reads.scalars]
+    further = (*_sizes_inside(graph, operands, outputs), *reads.inputs)
+    operands = tuple(dict.fromkeys((*slots, *used, *operands, *further)))
+    _take(compute, operands)
+    conditional = replace(made, items=tuple(outputs.index(node) for node in values), remembers=remembers)
+    read = _reader(how, operands, slots, scalars, reads, outputs, conditional)
+    kept.update(
+        dict(zip(made.slots, _replaced(gm, body, (compute, read), operands, outputs, conditional), strict=True))
+    )
+    for node in scalars:
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _slot_inputs(
+    gm: fx.GraphModule, made: Conditional, looks: Sequence[Any], kept: dict[Slot, fx.Node]
+) -> list[fx.Node]:
+    """What is in the slots before the conditional: what an earlier call of the module has left, or an input."""
+    return [
+        kept[slot] if slot in kept else add_input(gm, f"pab_slot_{slot.module}_{slot.index}", slot, recorded)
+        for slot, recorded in zip(made.slots, looks, strict=True)
+    ]
+
+
+def _scalar_input(gm: fx.GraphModule, index: int, name: str, output: fx.Node) -> fx.Node:
+    one = torch.ones((), dtype=torch.float32, device=device_of(output))
+    recorded = None if value(output) is None else fake_like(value(output), one)
+    return add_input(gm, f"pab_{name}_{index}", Scalar(index, name), recorded)
+
+
+def _apart(node: fx.Node) -> fx.Node:
+    """A copy for a branch to yield: its results may alias neither each other nor what it takes."""
+    copied = node.graph.call_function(torch.clone, (node,))
+    copied.meta = {key: each for key, each in node.meta.items() if key != "val"}
+    copied.meta[MARK] = COPY
+    record(copied)
+    return copied
+
+
+def _sizes_inside(graph: fx.Graph, operands: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """The sizes that a branch is given, since its operands' shapes are computed from them.
+
+        branch(%x)    # %x: [2, (h // 2) * (w // 2), 32]    ->    branch(%x, %h, %w)
+
+    Inductor's code of a branch knows only symbols that are operands, or a whole dimension of one (seen in 2.13).
+    """
+    inside = symbols_inside(map(value, (*operands, *outputs)))
+    return [node for node in graph.find_nodes(op="placeholder") if symbol_of(value(node)) in inside] if inside else []
+
+
+def _take(branch: fx.GraphModule, operands: Sequence[fx.Node]) -> None:
+    """Let a branch take these operands, in this order: both branches of a `cond` take the same ones."""
+    taken = {str(node.target): node for node in branch.graph.find_nodes(op="placeholder")}
+    first = next(node for node in branch.graph.nodes if node.op != "placeholder")
+    for operand in operands:
+        with branch.graph.inserting_before(first):
+            node = taken.get(operand.name) or branch.graph.placeholder(operand.name)
+        node.meta = {key: each for key, each in operand.meta.items() if key != MARK}
+        first.prepend(node)
+    branch.recompile()
+
+
+def _reader(
+    how: How,
+    operands: Sequence[fx.Node],
+    slots: Sequence[fx.Node],
+    scalars: Scalars,
+    reads: _Reads,
+    outputs: Sequence[fx.Node],
+    conditional: Conditional,
+) -> fx.GraphModule:
+    """The branch that reads; what it yields is none of its operands, which a branch may not return."""
+    graph = fx.Graph()
+    given: dict[fx.Node, fx.Node] = {}
+    for operand in operands:
+        given[operand] = graph.placeholder(operand.name)
+        given[operand].meta = {key: each for key, each in operand.meta.items() if key != MARK}
+    taken = Scalars(*(given.get(node) for node in scalars))
+    own = [given[slot] for slot in slots]
+    found = [*traced_into(graph, how.read, own, [given[node] for node in reads.inputs], taken)]
+    found += [own[conditional.items.index(i)] for i in range(len(found), len(outputs))]
+    graph.output(tuple(_apart(n) if n.op == "placeholder" or n in found[:i] else n for i, n in enumerate(found)))
+    return fx.GraphModule(nn.Module(), graph, class_name=f"pab_read_{conditional.index}")
+
+
+def _replaced(
+    gm: fx.GraphModule,
+    body: list[fx.Node],
+    branches: Sequence[fx.GraphModule],
+    operands: tuple[fx.Node, ...],
+    outputs: tuple[fx.Node, ...],
+    conditional: Conditional,
+) -> list[fx.Node]:
+    """Put a `cond` node and its items in the place of a body; return what is in each of its slots then."""
+    graph = gm.graph
+    names = [f"pab_{kind}_{conditional.index}" for kind in ("compute", "read")]
+    for name, module in zip(names, branches, strict=True):
+        gm.add_submodule(name, module)
+    predicate = add_input(gm, f"pab_computes_{conditional.index}", Predicate(conditional.index), torch.tensor(True))
+    with graph.inserting_before(body[-1].next):
+        cond = graph.call_function(cond_op, (predicate, *map(graph.get_attr, names), operands))
+        items = [graph.call_function(operator.getitem, (cond, i)) for i in range(len(outputs))]
+    cond.meta = {MARK: conditional, "nn_module_stack": outputs[-1].meta.get("nn_module_stack", {})}
+    for item, output in zip(items, outputs, strict=True):
+        item.meta = {key: each for key, each in output.meta.items() if key != MARK}
+        output.replace_all_uses_with(item, delete_user_cb=lambda user: user not in body)
+    _sink_users(body[0], items)
+    erase_nodes(gm, body)
+    return [items[i] for i in conditional.items]
+
+
+def _sink_users(first: fx.Node, items: list[fx.Node]) -> None:
+    """Move what reads the items, but stands before them, behind them; the order among it is kept."""
+    late, anchor, node = set(items), items[-1], first
+    while node is not items[0]:
+        following = node.next
+        if not late.isdisjoint(node.all_input_nodes):
+            anchor.append(node)
+            late.add(node)
+            anchor = node
+        node = following

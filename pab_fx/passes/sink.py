@@ -1,0 +1,154 @@
+"""Sink the state of a conditional graph into buffers, and count and decide in nodes: a module that is whole by itself.
+
+Before, in functional form:
+
+    %x         : placeholder
+    %computes_0: placeholder
+    %slot_0_0  : placeholder
+    %cond      : call_function[cond](%computes_0, compute_0, read_0, (%slot_0_0, %x))
+    %out       : call_function[operator.getitem](%cond, 0)
+    return ((%y,), %out)
+
+After:
+
+    %x         : placeholder
+    %timestep  : placeholder
+    %compute   : not (0 < calls and calls mod N != 0 and lo < timestep < hi)      # see `counting`
+    %slot      : get_attr[pab_slot_0_0]
+    %cond      : call_function[cond](%compute, compute_0, read_0, (%slot, %x))
+    %out       : call_function[operator.getitem](%cond, 0)
+    %write     : call_function[aten.copy_](%slot, %out)
+    %count     : call_function[aten.copy_](%calls, calls + 1)
+    return (%y,)
+
+With cache contexts each buffer is a stack, a `cond` is handed the stack and the index of the context, and its branches
+take that entry where they read a slot: where a slot is not read, none is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import effects
+from ..graph.dataflow import value
+from .buffers import Buffers
+from .counting import Counting, Plan
+from .form import (
+    Predicate,
+    Scalar,
+    Slot,
+    branches_of,
+    conditionals,
+    device_of,
+    inputs_of,
+    operands_of,
+    set_slots_returned,
+    slots_returned,
+)
+from .strides import in_order, stride_order
+
+
+def sink_state(
+    gm: fx.GraphModule,
+    timestep_callback: Callable[[], Any] | None = None,
+    plan: Plan | None = None,
+    contexts: int = 0,
+) -> fx.GraphModule:
+    """Rewrite `gm`, in place, as the module's docstring shows.
+
+    Args:
+        gm: a graph from `insert_conditions`; one without conditions is left as it is.
+        timestep_callback: yields the timestep in place of the graph's input.
+        plan: the timesteps of a generation, which take the place of both: the graph counts through them.
+        contexts: how many cache contexts there are, each with a state of its own; 0 for one without a name.
+
+    Raises:
+        ValueError: if the graph has neither a timestep input nor a callback nor a plan.
+    """
+    if not conditionals(gm):
+        return gm
+    *_, last = gm.graph.find_nodes(op="placeholder")
+    first = last.next
+    buffers = Buffers(gm, contexts)
+    _sink_slots(gm, buffers)
+    with gm.graph.inserting_before(first):
+        counting = Counting(gm, buffers, timestep_callback, plan)
+    for conditional in conditionals(gm).values():
+        assert conditional.policy.when is not None
+        decided = counting.decided(conditional.policy.when, conditional.call, conditional.calls)
+        _give(gm, Predicate(conditional.index), decided.compute)
+        for mark, node in inputs_of(gm, Scalar).items():
+            if mark.conditional == conditional.index:
+                _give(gm, mark, _as_scalar(counting, decided.scalars(mark.name), device_of(node)))
+    counting.count()
+    return gm
+
+
+def _give(gm: fx.GraphModule, mark: Predicate | Scalar, node: fx.Node) -> None:
+    """Put a node in the place of an input."""
+    given = inputs_of(gm, type(mark))[mark]
+    given.replace_all_uses_with(node)
+    gm.graph.erase_node(given)
+
+
+def _as_scalar(counting: Counting, node: fx.Node, device: torch.device) -> fx.Node:
+    with counting.nodes():
+        return counting.call("scalar", torch.Tensor.to, node, device, torch.float32)
+
+
+def _sink_slots(gm: fx.GraphModule, buffers: Buffers) -> None:
+    """Read each slot from a buffer, and write it there once it has its last value."""
+    graph = gm.graph
+    for slot, given in inputs_of(gm, Slot).items():
+        name = f"pab_slot_{slot.module}_{slot.index}"
+        buffers.register(name, _buffer_for(gm, value(given)))
+        (reader,) = given.users  # the first call of its module
+        with graph.inserting_before(reader):
+            held = graph.get_attr(name)
+        held.meta = {"example_value": value(given)} if value(given) is not None and buffers.index is None else {}
+        given.replace_all_uses_with(held)
+        if buffers.index is not None:
+            _choose_inside(gm, buffers, reader, held, name)
+        graph.erase_node(given)
+    kept = slots_returned(gm)
+    set_slots_returned(gm, {})
+    output = graph.output_node()
+    output.args = (output.args[0][0],)  # type: ignore[index]
+    output.meta.pop("pab_fx", None)
+    for slot, node in kept.items():
+        with graph.inserting_before(effects.end_of_updates(graph, node)):
+            buffers.write(f"pab_slot_{slot.module}_{slot.index}", node)
+
+
+def _buffer_for(gm: fx.GraphModule, recorded: Any) -> torch.Tensor:
+    """A buffer of the size that was recorded, in the layout that both branches of a `cond` yield; else an empty one."""
+    if isinstance(recorded, torch.Tensor) and all(isinstance(size, int) for size in recorded.shape):
+        strides = torch.empty_like(recorded).stride()
+        return torch.empty_strided(recorded.shape, strides, dtype=recorded.dtype, device=recorded.device).zero_()
+    like = next((p for p in gm.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.empty(0, dtype=like.dtype, device=like.device)
+
+
+def _choose_inside(gm: fx.GraphModule, buffers: Buffers, cond: fx.Node, held: fx.Node, name: str) -> None:
+    """Hand a `cond` the index of the context, and let its branches take that entry of a stack, laid out as it was."""
+    position = operands_of(cond).index(held)
+    with gm.graph.inserting_before(cond):
+        index = buffers.index_for(name)
+    cond.args = (*cond.args[:3], (*operands_of(cond), index))
+    for branch in branches_of(gm, cond):
+        inputs = branch.graph.find_nodes(op="placeholder")
+        stack, users = inputs[position], list(inputs[position].users)
+        with branch.graph.inserting_after(inputs[-1]):
+            entry = branch.graph.placeholder(f"pab_index_{position}")
+        recorded = value(stack)
+        stack.meta = {}
+        if users:
+            with branch.graph.inserting_before(entry.next):
+                chosen = buffers.chosen(branch.graph, stack, entry)
+                laid_out = branch.graph.call_function(in_order, (chosen, stride_order(torch.empty_like(recorded))))
+            stack.replace_all_uses_with(laid_out, delete_user_cb=lambda user: user in users)  # noqa: B023
+        branch.recompile()

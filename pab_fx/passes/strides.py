@@ -1,0 +1,74 @@
+"""One layout in memory for what is kept, and for what conditions take.
+
+    return ((%y,), %out)         ->    %kept = in_order(%out, (0, 2, 1, 3))
+                                       return ((%y,), %kept)
+
+    %cond = cond(..., (%x,))     ->    %c    = hold_strides(%x)
+                                       %cond = cond(..., (%c,))
+
+A compiler is free to lay out what it computes, and a graph that is compiled for the strides of an input refuses others
+at run time: what one graph keeps another one reads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .._torch import hold_strides, size_hint
+from ..graph import effects
+from ..graph.dataflow import value
+from .form import Slot, conditionals, inputs_of, operands_of, set_slots_returned, slots_returned
+
+
+def fix_slot_strides(gm: fx.GraphModule) -> fx.GraphModule:
+    """Hold what is kept to the layout that it was traced with, without gaps, in place."""
+    for node in inputs_of(gm, Slot).values():
+        node.meta["example_value"] = in_order(value(node), stride_order(value(node)))
+    kept = {}
+    for slot, found in slots_returned(gm).items():
+        recorded = value(found)
+        with gm.graph.inserting_before(effects.end_of_updates(gm.graph, found)):
+            kept[slot] = gm.graph.call_function(in_order, (found, stride_order(recorded)))
+        # a part of the module that it is computed in: `regional` keeps the two together
+        kept[slot].meta = {**found.meta, "example_value": in_order(recorded, stride_order(recorded))}
+    set_slots_returned(gm, kept)
+    return gm
+
+
+def fix_operand_strides(gm: fx.GraphModule) -> fx.GraphModule:
+    """Hold the operands of each `cond` to the strides that they were traced with, in place.
+
+    Inductor compiles a branch for those strides, but is free to choose others for what the surrounding
+    graph computes; the branch then refuses its operand at run time, and in a package of AOTInductor reads it wrongly
+    (seen in 2.13).
+    """
+    for cond in conditionals(gm):
+        operands = list(operands_of(cond))
+        for i, operand in enumerate(operands):
+            recorded = value(operand)
+            if operand.op in ("placeholder", "get_attr") or not isinstance(recorded, torch.Tensor):
+                continue
+            with gm.graph.inserting_before(cond):
+                operands[i] = gm.graph.call_function(hold_strides, (operand,))
+            # a part of the module that attends
+            operands[i].meta = {"nn_module_stack": cond.meta.get("nn_module_stack", {}), "example_value": recorded}
+        cond.args = (*cond.args[:3], tuple(operands))
+    return gm
+
+
+def stride_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of a tensor, outermost in memory first.
+
+    Example:
+        >>> stride_order(torch.empty(2, 3, 5).transpose(1, 2))
+        (0, 2, 1)
+    """
+    strides = list(map(size_hint, tensor.stride()))
+    return tuple(sorted(range(tensor.dim()), key=lambda i: -strides[i]))
+
+
+def in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """`tensor`, dense in memory with its dimensions in that order; itself if it is so already."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(inverse)

@@ -1,0 +1,80 @@
+"""A policy: which parts of a model, when they reuse what was kept, and how that is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .how import How, Last
+from .when import Rule
+from .where import Where
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Where, when and how a step cache works.
+
+    Of several policies, the first that is for a part governs it.
+
+    Args:
+        where: `Attentions` or `FeedForwards`.
+        when: a rule: `SkipRange`, `AfterTimesteps`, `Every`, or one of your own; `None` leaves these parts alone.
+        how: `Last` (the last output, as it was), `Taylor` (a forecast), or one of your own.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> from pab_fx import Attentions, Every, Taylor
+        >>> Policy(Attentions("spatial"), Every(3), Taylor(1)).describe()
+        'computed every 3rd step, forecast to order 1'
+    """
+
+    where: Where
+    when: Rule | None
+    how: How = field(default_factory=Last)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.where, type) or not (hasattr(self.where, "takes") and hasattr(self.where, "role_of")):
+            raise ValueError(f"Policy: where must be Attentions(...) or FeedForwards(...), got {self.where!r}.")
+        if self.when is not None and not isinstance(self.when, Rule):
+            raise ValueError(
+                f"Policy: when must be a rule, such as SkipRange(2, 100, 800), or None, got {self.when!r}."
+            )
+        if not isinstance(self.how, How):
+            raise ValueError(f"Policy: how must be a how, such as Last() or Taylor(1), got {self.how!r}.")
+        try:
+            hash((self.when, self.how))
+        except TypeError:
+            raise ValueError(
+                f"Policy: {self.when!r} or {self.how!r} is not hashable: make it a frozen dataclass."
+            ) from None
+
+    def describe(self) -> str:
+        """When and how in words."""
+        said = ("left alone",) if self.when is None else (self.when.describe(), self.how.describe())
+        return ", ".join(filter(None, said))
+
+
+def assigned(policies: Sequence[Policy], role: str, name: str, why: str = "") -> tuple[str, Policy | None, str]:
+    """The role of a part, the policy that governs it, and why it has that role.
+
+    Args:
+        policies: the first that is for the part counts.
+        role: what the graph says.
+        name: qualified name of the part.
+        why: why the graph says so.
+
+    Returns:
+        Role, policy (`None` if it is left alone) and reason.
+
+    Example:
+        >>> from pab_fx import Attentions, SkipRange
+        >>> assigned([Policy(Attentions("cross"), SkipRange(6))], "cross", "blocks.0.attn2")[1].when
+        SkipRange(skip_range=6, low=100, high=800)
+    """
+    said = next(filter(None, (policy.where.role_of(role, name) for policy in policies)), None)
+    if said is not None:
+        role, why = said[0], said[1] or why
+    policy = next((policy for policy in policies if policy.where.takes(role, name)), None)
+    return role, policy if policy is not None and policy.when is not None else None, why

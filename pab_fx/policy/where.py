@@ -1,0 +1,150 @@
+"""Which parts of a model a policy is for, as data: what tells them in a graph is for `select/` to find.
+
+The graph gives each part a role and a qualified name. `role_of` may give it another role, by its name; `takes` tells
+whether the policy is for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .checks import checked_blocks, checked_identifiers
+
+ATTENTION_ROLES = ("spatial", "temporal", "cross")
+MLP = "mlp"
+ROLES = (*ATTENTION_ROLES, MLP)
+
+
+@dataclass(frozen=True)
+class Attentions:
+    """Attentions, found by dataflow: by their role, by their name, or both.
+
+    Keys and values that come from another sequence than the queries make an attention `cross`, a sequence axis that is
+    the video's frames makes it `temporal`, everything else is `spatial`.
+
+    Args:
+        roles: of "spatial", "temporal" and "cross", one or several; `None` for all.
+        names: regular expressions (`re.search`) of which one has to match the qualified name; none for every name.
+        identifiers: regular expressions; an attention whose name one of them matches has the first of `roles`, whatever
+            the dataflow says.
+
+    Raises:
+        ValueError: for an unknown role, bad expressions, or identifiers without a role.
+
+    Example:
+        >>> Attentions("spatial").takes("spatial", "blocks.0.attn1")
+        True
+        >>> Attentions(names=(r"blocks.0.",)).takes("cross", "blocks.1.attn2")
+        False
+    """
+
+    roles: tuple[str, ...] | None = None
+    names: tuple[str, ...] = ()
+    identifiers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        roles = (self.roles,) if isinstance(self.roles, str) else self.roles
+        for role in roles or ():
+            if role not in ATTENTION_ROLES:
+                raise ValueError(f"unknown role {role!r}; the attention roles are {', '.join(ATTENTION_ROLES)}.")
+        object.__setattr__(self, "roles", None if roles is None else tuple(roles))
+        names = (self.names,) if isinstance(self.names, str) else self.names
+        object.__setattr__(self, "names", checked_identifiers("Attentions: names", names))
+        object.__setattr__(self, "identifiers", checked_identifiers("Attentions: identifiers", self.identifiers))
+        if self.identifiers and not self.roles:
+            raise ValueError("Attentions: identifiers say which attentions have a role, so give that role.")
+
+    def role_of(self, role: str, name: str) -> tuple[str, str] | None:
+        """The role of an attention of that name and why, where an identifier says it; else `None`."""
+        found = next((each for each in self.identifiers if re.search(each, name)), None)
+        if found is None or not self.roles or role == MLP:
+            return None
+        return self.roles[0], f"its name matches {found!r}"
+
+    def takes(self, role: str, name: str) -> bool:
+        """Whether the policy is for a part of that role and name."""
+        is_named = not self.names or any(re.search(each, name) for each in self.names)
+        return role in (self.roles or ATTENTION_ROLES) and is_named
+
+
+@dataclass(frozen=True)
+class FeedForwards:
+    """Feed-forwards beside an attention in a numbered block: modules that project, bend and project back.
+
+    Args:
+        blocks: indices of the blocks, as they stand in the module's name (`transformer_blocks.3.ff` is 3); `None` for
+            every block.
+
+    Raises:
+        ValueError: if something other than integers >= 0 is in `blocks`.
+
+    Example:
+        >>> FeedForwards(blocks=(3,)).takes("mlp", "transformer_blocks.3.ff")
+        True
+    """
+
+    blocks: tuple[int, ...] | None = None
+
+    roles = (MLP,)
+    names = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", checked_blocks("FeedForwards: a block index", self.blocks))
+
+    def role_of(self, role: str, name: str) -> tuple[str, str] | None:
+        """`None`: the graph alone tells a feed-forward."""
+        return None
+
+    def takes(self, role: str, name: str) -> bool:
+        """Whether the policy is for a part of that role and name."""
+        return role == MLP and (self.blocks is None or block_index(name) in self.blocks)
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Whole modules of certain classes, as a hook wraps them, the outermost of nested ones first.
+
+    Args:
+        are: tells a class of such modules.
+        role: the role that they get.
+        is_cross: the kind they have to have: whether the module says `is_cross_attention`, or, without the module,
+            whether keys and values come from another sequence.
+        identifiers: regular expressions of which one has to match the qualified name (`re.search`).
+
+    Example:
+        >>> Modules(are=lambda cls: True, role="temporal", is_cross=False, identifiers=("temporal",)).role_of(
+        ...     "spatial", "temporal_blocks.0.attn1"
+        ... )
+        ('temporal', '')
+    """
+
+    are: Callable[[type | None], bool]
+    role: str
+    is_cross: bool
+    identifiers: tuple[str, ...]
+
+    roles = None
+    names = ()
+
+    def role_of(self, role: str, name: str) -> tuple[str, str] | None:
+        """The role of a module of that kind and name, whatever else tells it; `None` if the policy is not for it."""
+        found = next((each for each in self.identifiers if re.search(each, name)), None)
+        if found is None or (role == "cross") != self.is_cross:
+            return None
+        return self.role, ""
+
+    def takes(self, role: str, name: str) -> bool:
+        """Whether the policy is for a part of that role and name."""
+        return role == self.role and any(re.search(each, name) for each in self.identifiers)
+
+
+Where = Any
+"""One of the classes above."""
+
+
+def block_index(name: str) -> int | None:
+    """The number of the block that a part of that qualified name is in."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -1,0 +1,422 @@
+"""A call of a graph that broadcasts, from top to bottom: whose state, begin, decide, run, hold."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .._torch import calling_argument, calling_modules
+from ..compile.lowering import Compiled, Expected, Lowerings
+from ..compile.specs import TensorSpec
+from ..compile.variants import Variants
+from ..graph.dataflow import value
+from ..graph.modules import joined
+from ..passes.counting import TIMESTEP_NAMES, timestep_name
+from ..passes.form import Predicate, Scalar, mark_of
+from ..policy.how import Scalars
+from ..policy.when import END, Rule
+from .checks import check_outputs, refuse
+from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
+from .contexts import current_cache_context
+from .deciding import Call, Decision, Lockstep
+from .kept import Kept
+from .owners import Anchor, instance_of
+from .running import name_of_caller
+from .runtime import Runtime
+from .state import Cell, StateStore
+
+COMPUTE, REUSE = torch.tensor(True), torch.tensor(False)
+"""Predicates of conditions; made here, since a graph may be compiled inside of a mode that makes fake tensors."""
+
+
+class ConcurrentCallError(RuntimeError):
+    """Two threads call a model in one request at once: their steps cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call does once it is decided.
+
+    Args:
+        compiled: the graph that it runs.
+        given: what it takes after the captured graph's inputs: predicates, and `None` for what is filled in.
+        scalars: per scalar: (position among all inputs, number of the decision, call, number of the scalar, device).
+        reads: per slot that is read: (position, cell, number among the cell's caches).
+        unread: per slot that is demanded but not read: (position, module, number).
+        drops: cells whose caches are not kept on, or are to be replaced.
+        writes: per module whose slots are kept: (cell, module, positions among the outputs), `None` for one that stays.
+        stand_ins: what was passed for slots that are not read, and what it looks like; of one resolution.
+    """
+
+    compiled: Compiled
+    given: tuple[torch.Tensor | None, ...]
+    scalars: tuple[tuple[int, int, int, int, torch.device], ...]
+    reads: tuple[tuple[int, Cell, int], ...]
+    unread: tuple[tuple[int, int, int], ...]
+    drops: tuple[Cell, ...]
+    writes: tuple[tuple[Cell, int, tuple[int | None, ...]], ...]
+    stand_ins: list[Any]
+
+
+class BroadcastGraph:
+    """A compiled graph that broadcasts; called by Dynamo in place of the graph it was made from.
+
+    Args:
+        runtime: owner of the state.
+        variants: makes lowerings of the captured graph, and what is computed once a generation.
+        unchanging: positions of the inputs that are likely the same in each step; `None` if nothing is to be
+            computed once.
+        anchors: for each module, how to tell its instances apart.
+        example_inputs: inputs of the captured graph.
+        is_model: whether the graph is of the outermost model's own frame. In a block's, an input called
+            timestep may be an embedding of it.
+        has_conditions: whether one graph holds every condition, instead of one for each set of reusing parts.
+
+    Attributes:
+        runs: how often the graph was called.
+        instances: by qualified name, role and rule of each module that it has run, by the module's number in the graph.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        variants: Variants,
+        unchanging: frozenset[int] | None,
+        anchors: tuple[Anchor, ...],
+        example_inputs: Sequence[Any],
+        is_model: bool,
+        has_conditions: bool,
+    ) -> None:
+        self._runtime, self._variants, self._has_conditions = runtime, variants, has_conditions
+        self._has_erred = False
+        self.runs = 0
+        self.instances: dict[int, dict[str, tuple[str, Rule | None]]] = {}
+        self._use(unchanging)
+        self.anchors = anchors
+        self._owners = tuple(anchor.positions[0] for anchor in anchors if anchor.positions)
+        self._timestep_input = _timestep_input(self.lowerings.inputs) if is_model else None
+        # inside of Dynamo's call, the graph that the first step runs
+        self.lowerings.compile_as_captured(self._key((False,) * len(self.lowerings.conditionals)), example_inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        runtime, step = self._runtime, current_step.get() or self._step_of_its_own()
+        runtime.calls += 1
+        self.runs += 1
+        t = self._timestep(args) if step.t is None else step.t
+        call = Call(t, step.next_t, step.timesteps or runtime.known_timesteps(), step.generation)
+        modules, expected = self._modules(args, step), self.lowerings.expected(args)
+        _enter(modules)
+        try:
+            before = modules.first.count
+            self._begin(modules, call, expected)
+            if self.once is not None:
+                args = (*args, *self._computed_once(args, step, modules.first.count.n == 0))
+                expected = self.lowerings.expected(args)  # of another variant, if the guess was wrong
+            decisions = modules.advance(call)
+            for decision in decisions:
+                decision.record(runtime.counts)
+            if call.generation is None and before.n > 0 and before.t == t:
+                self._warn_of_second_call(t, decisions)
+            return self._run(args, self._plan(modules, decisions), decisions, expected)
+        except BaseException:
+            modules.reset()
+            raise
+        finally:
+            modules.first.runs = False
+
+    @property
+    def graphs(self) -> dict[Any, fx.GraphModule]:
+        """The graphs compiled so far, by their key."""
+        return self.lowerings.graphs
+
+    def warmup(self, timesteps: Sequence[float]) -> None:
+        """Compile every graph that a generation with these timesteps needs, for inputs like those captured."""
+        cells = [Cell(calls[0].role, calls[0].policy.when) for calls in self.lowerings.modules]
+        modules = self._lockstep(cells, ())
+        for t, next_t in zip(timesteps, (*timesteps[1:], END), strict=True):
+            decisions = modules.advance(Call(t, next_t, timesteps, None))
+            self.lowerings.compiled(self._key(self._reuses(decisions)))
+            for decision in decisions:
+                for cell in decision.group.cells:
+                    cell.caches = () if decision.keeps else None
+
+    # ------------------------------------------------------------------------------------------- whose state
+
+    def _step_of_its_own(self) -> Step:
+        """The step of a model that is not enabled, only compiled: it has no more than a request."""
+        pipeline = running_pipeline()
+        if pipeline is not None:
+            self._runtime.clock(pipeline)  # so that the backend heeds the end of the pipeline's call
+        return Step(request_of(pipeline))
+
+    def _modules(self, args: Sequence[Any], step: Step) -> Lockstep:
+        """The modules that a call runs, with their cells in its request and cache context."""
+        store, context = self._runtime.store(step.request), (current_cache_context.get(), step.branch)
+        known = store.found.setdefault(self, {})
+        found: Lockstep | None = known.get(context)
+        if found is None or any(owner() is not args[i] for owner, i in zip(found.owners, self._owners, strict=True)):
+            # where more than the owners tell the modules apart, they are found anew in every call
+            by_owner = len(self._owners) == len(self.anchors) and not any(
+                args[i] in self._runtime.tied for i in self._owners
+            )
+            owners = [weakref.ref(args[i], lambda _: known.pop(context, None)) for i in self._owners]
+            found = self._lockstep(self._cells(args, store, context), owners)
+            if by_owner:
+                known[context] = found
+        return found
+
+    def _lockstep(self, cells: Sequence[Cell], owners: Sequence[Any]) -> Lockstep:
+        modules = self.lowerings.modules
+        return Lockstep(cells, tuple(map(len, modules)), tuple(calls[0].remembers for calls in modules), owners)
+
+    def _cells(self, args: Sequence[Any], store: StateStore, context: Hashable) -> list[Cell]:
+        caller: Any = None
+        cells = []
+        for m, anchor in enumerate(self.anchors):
+            if not anchor.positions and caller is None:
+                caller = next(iter(calling_modules()), self)
+            owner, *others = [args[i] for i in anchor.positions] or [caller]
+            key: tuple[Hashable, ...] = (anchor.occurrence, *map(id, others))
+            if owner in self._runtime.tied:
+                key = (*key, instance_of(anchor, self.lowerings.modules[m][0]))
+            cell = store.find(owner, key, context)
+            if cell is None:
+                role, rule, name = self._assigned(m)
+                cell = store.add(owner, key, context, Cell(role, rule, name=name))
+            cells.append(cell)
+            self.instances.setdefault(m, {})[cell.name] = (cell.role, cell.rule)
+        return cells
+
+    def _assigned(self, m: int) -> tuple[str, Rule | None, str]:
+        """Role, rule and name of the module instance that runs now; by its name where many blocks run this graph."""
+        conditional = self.lowerings.modules[m][0]
+        role, name, rule = conditional.role, conditional.name, conditional.policy.when
+        if conditional.relative is not None and conditional.assign is not None:
+            block = name_of_caller(tuple(self._runtime.roots))
+            if block is None:
+                return role, None, name
+            name = joined(block, conditional.relative)
+            role, policy, _ = conditional.assign(name)
+            rule = None if policy is None else policy.when
+        rule_of = self._runtime.rule_of
+        return role, rule if rule_of is None else rule_of(role, name), name
+
+    # ------------------------------------------------------------------------------------------- begin
+
+    def _begin(self, modules: Lockstep, call: Call, expected: Expected) -> None:
+        """Begin a generation where it is due, and note the timestep."""
+        if modules.begin(call, expected.slots):
+            self._runtime.restarts += 1
+            if self._runtime.restarts > 1:
+                self._runtime.warn_once(
+                    "rising",
+                    f"pab_fx: the timestep rises to {call.t:g} in the middle of a generation, and not for the first "
+                    "time: timesteps of a generation fall, so each rise begins another one, and little or nothing is "
+                    "reused. Set current_timestep_callback to a function that returns the scheduler's timestep.",
+                )
+        is_first = modules.first.count.n == 0
+        self._runtime.seen.see(call.t, call.timesteps, is_first)
+        if is_first:
+            self._warn_of_schedule(call, {cell.rule for cell in modules.cells if cell.rule is not None})
+
+    def _timestep(self, args: Sequence[Any]) -> float:
+        """The timestep of this call: from the callback, the graph's input, or the argument of the model around it."""
+        callback = self._runtime.callback
+        if callback is not None:
+            return as_number(timestep_from(callback))
+        if self._timestep_input is not None:
+            return as_number(args[self._timestep_input])
+        given = calling_argument(TIMESTEP_NAMES)
+        if given is None:
+            self._runtime.warn_once(
+                "no timestep",
+                "pab_fx: no model around the attention takes an argument called timestep, so every step is computed. "
+                "Set current_timestep_callback, for example lambda: pipe.current_timestep.",
+            )
+            return math.inf
+        return as_number(given)
+
+    def _warn_of_second_call(self, t: float, decisions: Sequence[Decision]) -> None:
+        """Warn, in a loop of one's own, of what may be guidance that would get the other branch's attention."""
+        if current_cache_context.get() is not None or not any(any(each.reuses) for each in decisions):
+            return
+        self._runtime.warn_once(
+            "second call",
+            f"pab_fx: the model is called twice in a row at timestep {t:g}, and the second call reuses attention of "
+            "the first. If these are branches of guidance, name them: with pab_fx.cache_context('cond'): ... If a "
+            "new generation begins there, call reset().",
+        )
+
+    def _warn_of_schedule(self, call: Call, rules: set[Rule]) -> None:
+        """Warn, at the start of a generation, of timesteps at which these rules reuse nothing."""
+        timesteps = call.timesteps
+        if timesteps and all(abs(call.t - known) > 1e-3 * max(1.0, abs(known)) for known in timesteps):
+            self._runtime.warn_once(
+                "other timesteps",
+                f"pab_fx: the generation starts at timestep {call.t:g}, which is none of timesteps={list(timesteps)}: "
+                "what is kept is decided by those. Pass the timesteps that the loop runs through, or none.",
+            )
+        for rule in rules:
+            why = rule.mismatch(call.t, timesteps)
+            if why is not None:
+                self._runtime.warn_once(f"mismatch {type(rule).__name__}", f"pab_fx: {why}")
+
+    # ------------------------------------------------------------------------------------------- once a generation
+
+    def _use(self, unchanging: frozenset[int] | None) -> None:
+        """Run the variant of the graph for inputs that stay the same."""
+        self._unchanging = unchanging
+        variant = self._variants.variant(unchanging)
+        self.lowerings: Lowerings = variant.lowerings
+        self.once = None if variant.split is None else self._variants.once(variant.split)
+
+    def _computed_once(self, args: Sequence[Any], step: Step, is_first: bool) -> tuple[torch.Tensor, ...]:
+        """What the graph computes once a generation; anew where it reads others than before.
+
+        Weights may be other ones in each generation: merged adapters leave no trace in a parameter's version.
+        """
+        of_contexts = self._runtime.store(step.request).kept.setdefault(self, {})
+        context = (current_cache_context.get(), step.branch)
+        kept: Kept | None = None if is_first else of_contexts.get(context)
+        outdated = [] if kept is None else kept.outdated(args)
+        assert self.once is not None
+        if outdated and self._unchanging and not self._unchanging.isdisjoint(outdated):
+            # the guess was wrong: once, the inputs that changed are left out, and then all of them
+            self._use(frozenset() if self._has_erred else self._unchanging - set(outdated))
+            self._has_erred, kept = True, None
+            of_contexts.clear()
+        if self.once is None:
+            return ()
+        if kept is None or outdated:
+            kept = of_contexts[context] = Kept(self.once, args, self._at_one_address(step, context))
+            self._runtime.computed_once += 1
+        else:
+            self._runtime.taken_as_kept += 1
+            if self._runtime.checks_invariants:
+                kept.check(args)
+        return kept.tensors
+
+    def _at_one_address(self, step: Step, context: Hashable) -> list[torch.Tensor] | None:
+        """Where what is computed once is copied to, for CUDA graphs, in each request; `None` if it need not be."""
+        holder = self._runtime.holder
+        if holder is None or not holder.at_one_address:
+            return None
+        return self._runtime.store(step.request).buffers.setdefault(self, {}).setdefault(context, [])
+
+    # ------------------------------------------------------------------------------------------- decide
+
+    def _plan(self, modules: Lockstep, decisions: Sequence[Decision]) -> Plan:
+        """What decisions come to; found once for equal ones."""
+        key = (self.lowerings, *[(decision.reuses, decision.reads, decision.keeps) for decision in decisions])
+        if key not in modules.plans:
+            modules.plans[key] = self._planned(modules, decisions)
+        return modules.plans[key]
+
+    def _reuses(self, decisions: Sequence[Decision]) -> tuple[bool, ...]:
+        """For each conditional whether it reuses."""
+        reuses = [False] * len(self.lowerings.conditionals)
+        for decision in decisions:
+            for m in decision.group.modules:
+                for conditional, reuse in zip(self.lowerings.modules[m], decision.reuses, strict=True):
+                    reuses[conditional.index] = reuse
+        return tuple(reuses)
+
+    def _key(self, reuses: tuple[bool, ...]) -> Any:
+        return "cond" if self._has_conditions else reuses
+
+    def _planned(self, modules: Lockstep, decisions: Sequence[Decision]) -> Plan:
+        cells, reuses = modules.cells, self._reuses(decisions)
+        compiled = self.lowerings.compiled(self._key(reuses))
+        number_of = {m: i for i, decision in enumerate(decisions) for m in decision.group.modules}
+        of_module = {m: decisions[i] for m, i in number_of.items()}
+        written = {m: positions for m, positions in compiled.writes if of_module[m].keeps}
+        # a slot that stays is neither let go nor written; of a module that has one, none is let go before
+        stays = {m for m, each in of_module.items() if each.keeps and None in written.get(m, (None,))}
+        given: list[torch.Tensor | None] = []
+        scalars = []
+        inputs = [n for n in compiled.gm.graph.find_nodes(op="placeholder") if mark_of(n) is not None]
+        for p, (mark, node) in enumerate(zip(compiled.takes, inputs, strict=True), len(self.lowerings.inputs)):
+            computes = isinstance(mark, Predicate) and not reuses[mark.conditional]
+            given.append((COMPUTE if computes else REUSE) if isinstance(mark, Predicate) else None)
+            if isinstance(mark, Scalar):
+                conditional = self.lowerings.conditionals[mark.conditional]
+                which, device = Scalars._fields.index(mark.name), value(node).device
+                scalars.append((p, number_of[conditional.module], conditional.call, which, device))
+        reads = [(p, m, i) for p, m, i in compiled.reads if of_module[m].reads]
+        return Plan(
+            compiled,
+            tuple(given),
+            tuple(scalars),
+            tuple((p, cells[m], i) for p, m, i in reads),
+            tuple(each for each in compiled.reads if each not in reads),
+            tuple(cell for m, cell in enumerate(cells) if m not in stays),
+            tuple((cells[m], m, positions) for m, positions in written.items()),
+            [],
+        )
+
+    # ------------------------------------------------------------------------------------------- run, hold
+
+    def _run(self, args: Sequence[Any], plan: Plan, decisions: Sequence[Decision], expected: Expected) -> Any:
+        """Run a graph on what the cells keep, and keep what it leaves.
+
+        What a step replaces, or is the last to read, is let go before: by the cells here, by the compiled graph as soon
+        as it has read it.
+        """
+        runtime, is_new = self._runtime, not plan.stand_ins or plan.stand_ins[0] is not expected
+        if is_new:
+            plan.stand_ins[:] = [expected, *[runtime.unread(expected.slots[m][i]) for _, m, i in plan.unread]]
+        inputs = [*args, *plan.given]
+        for (position, _, _), stand_in in zip(plan.unread, plan.stand_ins[1:], strict=True):
+            inputs[position] = stand_in
+        for position, i, call, which, device in plan.scalars:
+            inputs[position] = runtime.scalar(decisions[i].scalars[call][which], device)
+        for position, cell, i in plan.reads:
+            inputs[position] = self._kept(cell, i)
+        for cell in plan.drops:
+            cell.caches = None
+        outputs = plan.compiled.run(inputs)
+        check_outputs(outputs, plan.compiled.returns, expected.outputs)
+        if is_new:
+            _check_slots(outputs, plan, expected.slots)
+        for cell, m, positions in plan.writes:
+            written = tuple([outputs[i] if i is not None else self._kept(cell, c) for c, i in enumerate(positions)])
+            holder = runtime.holder
+            cell.caches, cell.specs = written if holder is None else holder.hold(cell, written), expected.slots[m]
+        return outputs[: self.lowerings.outputs]
+
+    def _kept(self, cell: Cell, i: int) -> torch.Tensor:
+        kept = cell.caches[i]  # type: ignore[index]
+        return kept if self._runtime.holder is None else self._runtime.holder.lend(kept)
+
+
+def _enter(modules: Lockstep) -> None:
+    """Note that a call reads and writes this state.
+
+    Raises:
+        ConcurrentCallError: if another one does already.
+    """
+    if modules.first.runs:
+        raise ConcurrentCallError(
+            "two threads call one model at once, and both would count and keep for the same request. Give each a "
+            "request of its own: with pab.session(): ..., or a pipeline of its own."
+        )
+    modules.first.runs = True
+
+
+def _check_slots(outputs: Any, plan: Plan, expected: Sequence[Sequence[TensorSpec]]) -> None:
+    """Refuse what is to be kept if it is not what the captured graph says."""
+    for cell, m, positions in plan.writes:
+        for spec, i in zip(expected[m], positions, strict=True):
+            if i is not None and not spec.fits(outputs[i]):
+                refuse(outputs[i], spec, f"a {cell.role} cache")
+
+
+def _timestep_input(inputs: Sequence[fx.Node]) -> int | None:
+    names = [timestep_name(node) for node in inputs]
+    return next((names.index(name) for name in TIMESTEP_NAMES if name in names), None)

@@ -1,0 +1,129 @@
+"""The state of a backend while models run: one owner, which every call of a graph is handed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..compile.specs import TensorSpec
+from ..policy.when import Rule, falling_timesteps
+from .clock import PipelineClock, SeenTimesteps, request_of, running_pipeline
+from .holding import Holder
+from .running import TiedParameters
+from .state import StateStore
+
+Assigned = Callable[[str, str], "Rule | None"]
+"""The rule for a role and a qualified name, `None` to leave that part alone."""
+
+
+class Runtime:
+    """Counters, caches and clocks of a backend, by request.
+
+    Args:
+        timesteps: those of the generation, or a function that returns them; `None` where they are not known.
+        callback: yields the current timestep in place of the model's own input.
+        holder: holds what is kept; `None` where it stays as the graphs leave it.
+        warn_once: warns, the first time there is that to say, by a key.
+        checks_invariants: whether what is computed once a generation is computed in each step too, and compared.
+
+    Attributes:
+        roots: models that are known to be whole.
+        rule_of: rules that take the place of the captured ones.
+        counts: calls of each role, by whether they reused.
+        calls: calls of graphs that broadcast.
+        computed_once: how often what does not change was computed.
+        taken_as_kept: how often it was taken instead.
+        restarts: generations that began in the middle of another, because a timestep rose a little.
+    """
+
+    def __init__(
+        self,
+        timesteps: tuple[float, ...] | Callable[[], Any] | None,
+        callback: Callable[[], Any] | None,
+        holder: Holder | None,
+        warn_once: Callable[[str, str], None],
+        checks_invariants: bool = False,
+    ) -> None:
+        self.timesteps, self.callback, self.holder, self.warn_once = timesteps, callback, holder, warn_once
+        self.checks_invariants = checks_invariants
+        self.rule_of: Assigned | None = None
+        self.roots: Any = ()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all state, as for a new backend."""
+        self.forget_state()
+        self._clocks: Any = WeakIdKeyDictionary()
+        self.counts: Counter[tuple[str, bool]] = Counter()
+        self.seen = SeenTimesteps()
+        self.tied = TiedParameters()
+        self._unread: WeakValueDictionary[TensorSpec, torch.Tensor] = WeakValueDictionary()
+        self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
+        self.calls = self.computed_once = self.taken_as_kept = self.restarts = 0
+
+    def forget_state(self) -> None:
+        """Forget what is counted and kept; generations begin afresh."""
+        self.state = StateStore()
+        self._stores: Any = WeakIdKeyDictionary()
+
+    def known_timesteps(self) -> tuple[float, ...] | None:
+        """The timesteps of the running generation, `None` if they were not given."""
+        return falling_timesteps(self.timesteps()) if callable(self.timesteps) else self.timesteps
+
+    def store(self, request: Any) -> StateStore:
+        """The state of a request (a session or a pipeline), or what belongs to none; it goes with the request."""
+        if request is None:
+            return self.state
+        found = self._stores.get(request)
+        return self._stores.setdefault(request, StateStore()) if found is None else found
+
+    def stores(self) -> list[StateStore]:
+        """The state of every request, and what belongs to none."""
+        return [self.state, *self._stores.data.copy().values()]  # another thread may begin a request meanwhile
+
+    def clock(self, pipeline: Any) -> PipelineClock:
+        """The clock that follows a pipeline."""
+        found = self._clocks.get(pipeline)
+        return found or self._clocks.setdefault(pipeline, PipelineClock(self.callback))
+
+    def reset(self) -> None:
+        """Start a new generation in every request: all counters are 0 and all caches are given back."""
+        for store in self.stores():
+            store.reset()
+
+    def reset_model(self, model: nn.Module) -> None:
+        """`reset` for the modules of one model, in the request that runs, or in all if none does."""
+        request = request_of(running_pipeline())
+        for store in self.stores() if request is None else [self.store(request)]:
+            store.reset([*model.parameters(), *model.modules()])
+
+    def end_generation(self, pipeline: Any) -> None:
+        """A pipeline's call is over: give back what its request keeps."""
+        if pipeline in self._clocks:
+            self.clock(pipeline).end()
+            self.store(request_of(pipeline)).reset()
+
+    def unread(self, spec: TensorSpec) -> torch.Tensor:
+        """A tensor to pass where a slot is demanded but not read; it goes with what holds it."""
+        found = self._unread.get(spec)
+        if found is None:
+            found = self._unread[spec] = spec.empty()
+        return found
+
+    def scalar(self, number: float, device: torch.device) -> torch.Tensor:
+        """A number as a tensor of shape [] and dtype float32 on a device, made once for each."""
+        key = (number, device)
+        if key not in self._scalars:
+            self._scalars[key] = torch.tensor(number, dtype=torch.float32, device=device)
+        return self._scalars[key]
+
+    def cells(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Every cell of every request, as `StateStore.cells` yields them."""
+        for store in self.stores():
+            yield from store.cells()
