@@ -19,6 +19,7 @@ from torch import nn
 
 import pab_fx
 from pab_fx import LayerBroadcast, MLPBroadcast, PABBackend, PABConfig, pab_backend
+from pab_fx.policy import assigned
 from pab_fx.testing import strategies
 
 ROLES = ("spatial", "temporal", "cross")
@@ -163,7 +164,7 @@ def test_an_unknown_role_is_refused_with_the_names_there_are() -> None:
 def test_a_config_of_another_kind_is_refused() -> None:
     for config in ({"spatial_attention_block_skip_range": 2}, "latte", PABConfig):
         with pytest.raises(
-            ValueError, match="config must be a PABConfig or diffusers' PyramidAttentionBroadcastConfig"
+            ValueError, match="config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig, a Policy"
         ):
             PABBackend(config)  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from pab_fx import PABBackend, PABConfig, rewrite, specialize
+from pab_fx import Last, PABBackend, PABConfig, rewrite, specialize
 from pab_fx.graph.copies import copy_of
 from pab_fx.passes.conditions import insert_conditions
 from pab_fx.passes.form import conditionals, mark_of, set_slots_returned
@@ -118,15 +119,20 @@ def test_rewriting_a_model_of_diffusers_twice_is_refused(name: str, tracer: str)
 # --------------------------------------------- a schedule that always computes lowers to the original graph
 
 
+def keeping_updates(config: PABConfig) -> list[Any]:
+    """The policies of a config, for graphs of which nothing is copied; and the config, for its callback."""
+    return [*(replace(policy, how=Last(keeps_updates=True)) for policy in config.policies()), config]
+
+
 def check_all_computing(gm: fx.GraphModule, config: PABConfig) -> None:
     """With every condition decided to compute there is the graph itself, and updates of what only the rewrite reads."""
-    assert_graphs_equivalent(specialize(rewrite(gm, config)), gm, private="^pab_")
+    assert_graphs_equivalent(specialize(rewrite(gm, keeping_updates(config))), gm, private="^pab_")
 
 
 def check_lowered(gm: fx.GraphModule, config: PABConfig) -> None:
     """What goes to the inner compiler is the graph itself, and returns what is to be kept behind what that returns."""
     rewritten = copy_of(gm)
-    insert_conditions(rewritten, tag(rewritten, config.policies()))
+    insert_conditions(rewritten, tag(rewritten, keeping_updates(config)[:-1]))
     count = len(conditionals(rewritten))
     found = lowered(rewritten, (False,) * count, Lowering()) if count else rewritten
     set_slots_returned(found, {})
@@ -178,6 +184,8 @@ def check_one_by_one(gm: fx.GraphModule, config: PABConfig, order: Sequence[int]
     at_once = specialize(rewritten, reuse=[name for name in names if decisions[name]])
     found = rewritten
     for name in sorted(names, key=lambda name: order[names.index(name) % len(order)]):
+        if name not in {f"{each.name}#{each.call}" for each in conditionals(found).values()}:
+            continue  # a call that nobody reads any more, as a later call of its module computes
         found = specialize(found, **({"reuse": {name}, "compute": ()} if decisions[name] else {"compute": {name}}))
     assert_graphs_equivalent(found, at_once, dead_code=bool(names))  # no decision, no elimination of dead code
     assert not conditionals(found)

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from pab_fx import MLPBroadcast, PABBackend, PABConfig, rewrite, specialize
-from pab_fx.diffusers.configs import policies_of
 from pab_fx.graph import effects
+from pab_fx.passes.form import Predicate, Slot, inputs_of
 from pab_fx.select.bounds import UPDATED_LATER
 from pab_fx.select.tag import tag
 from pab_fx.testing import assert_graphs_equivalent, zoo
@@ -238,7 +238,7 @@ def test_a_printed_graph_names_its_parts() -> None:
     for name in ("pab_compute_spatial", "pab_compute_cross", "pab_compute_mlp", "pab_reuse_spatial", "cond"):
         assert name in names
         assert f"%{name}" in text
-    for name in ("pab_compute_0", "pab_read_0", "pab_cache_0"):
+    for name in ("pab_compute_0", "pab_read_0", "pab_slot_0_0"):
         assert name in text
 
 
@@ -324,7 +324,7 @@ def test_parameters_are_shared_and_buffers_stay_out_of_the_state_dict(
     }[stage]()
     found = {p.data_ptr() for p in gm.parameters()}
     assert found < given if stage == "reuse" else found == given
-    assert [name for name, _ in gm.named_buffers() if "pab_cache" in name]
+    assert [name for name, _ in gm.named_buffers() if "pab_slot" in name]
     assert not [name for name in gm.state_dict() if name.split(".")[-1].startswith("pab_")]
 
 
@@ -591,14 +591,16 @@ class UsesRescaled(nn.Module):
 def test_a_number_at_the_end_of_an_attention_stays_outside_unless_its_product_is_updated(updates: bool) -> None:
     """What the hooks keep is the product itself, and they reuse it as it was updated since."""
     model, kept = UsesRescaled(updates).eval().requires_grad_(False), []
+    clock = zoo.Clock()
+    config = zoo.diffusers_config(clock, (2, None, 4))
 
     def noted(gm: fx.GraphModule) -> fx.GraphModule:
-        (region,) = tag(gm, policies_of(CONFIG))
+        (region,) = tag(gm, CONFIG.policies())
         kept.extend(op(gm, node) for node in region.outputs)
         return gm
 
-    compiled = torch.compile(model, backend=PABBackend(CONFIG, inner="eager", passes=[noted]))
-    found = run(compiled, TIMESTEPS)
+    compiled = torch.compile(model, backend=PABBackend(config, inner="eager", passes=[noted]))
+    found = run(compiled, TIMESTEPS, clock)
     assert kept == ["truediv" if updates else "linear"]
     assert all(equal(found, hooked(model, TIMESTEPS)))
     assert not all(equal(found, run(model, TIMESTEPS)))
@@ -612,9 +614,9 @@ def test_an_attention_called_twice_whose_output_is_updated_later_is_computed_in_
         zoo.redraw_(model)
     clock = zoo.Clock()
     oracle = zoo.hooked(model, zoo.diffusers_config(clock, (None, None, 4)))
-    backend = PABBackend(CONFIG, inner="eager", lowering=lowering)
+    backend = PABBackend(zoo.diffusers_config(clock, (2, None, 4)), inner="eager", lowering=lowering)
     expected = run(oracle, TIMESTEPS, clock)
-    found = run(torch.compile(model, backend=backend), TIMESTEPS)
+    found = run(torch.compile(model, backend=backend), TIMESTEPS, clock)
     assert all(equal(expected, found))
     assert {role.role for role in backend.report().roles if role.reused} == {"cross"}
     left = {region.name: region.left_alone for region in backend.report().regions}
@@ -666,19 +668,19 @@ def test_a_reusing_graph_has_no_attention_for_what_it_reuses(name: str) -> None:
     zoo.trajectory(entry, model, (700, 600, 500))
     (graph,) = backend.graphs
     conditionals = graph.lowerings.conditionals
-    total, broadcast = attentions(graph.graphs[(False,) * len(conditionals)].gm), len(conditionals)
+    total, broadcast = attentions(graph.graphs[(False,) * len(conditionals)]), len(conditionals)
     assert broadcast
     roles = {conditional.role for conditional in conditionals}
     assert len(graph.graphs) == (2 if roles == {"spatial"} else 3)
-    for reuses, lifted in graph.graphs.items():
-        assert attentions(lifted.gm) == total - sum(reuses)
-        assert lifted.predicates == ()
-        assert len(lifted.reads) >= sum(reuses)
-        assert not [node for node in lifted.gm.graph.nodes if "cond" in str(node.target) and node.op != "placeholder"]
+    for reuses, lowered in graph.graphs.items():
+        assert attentions(lowered) == total - sum(reuses)
+        assert not inputs_of(lowered, Predicate)
+        assert len(inputs_of(lowered, Slot)) >= sum(reuses)
+        assert not [node for node in lowered.graph.nodes if "cond" in str(node.target) and node.op != "placeholder"]
     all_reused = graph.graphs[(True,) * broadcast]
-    assert ops(all_reused.gm)["linear"] <= ops(graph.graphs[(False,) * broadcast].gm)["linear"] - 4 * broadcast
+    assert ops(all_reused)["linear"] <= ops(graph.graphs[(False,) * broadcast])["linear"] - 4 * broadcast
     if name.startswith("CogVideoX"):
-        assert attentions(all_reused.gm) == 0
+        assert attentions(all_reused) == 0
 
 
 @pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "LatteTransformer3DModel"])

@@ -408,7 +408,7 @@ def test_each_cache_context_has_counters_and_caches_of_its_own(lowering: str, ho
 
 
 def test_a_cache_context_ends_with_its_block_also_after_an_exception() -> None:
-    from pab_fx.diffusers.hooks import current_cache_context
+    from pab_fx.run.contexts import current_cache_context
 
     model = Tiny()
     PABBackend(inner="eager")
@@ -535,7 +535,7 @@ def test_a_reusing_step_runs_no_attention_and_every_other_step_runs_one_graph() 
 
     assert run.differs == 2  # n = 3 and n = 5
     (graph,) = backend.graphs
-    computing, reusing = (graph.graphs[key].gm for key in ((False,) * 4, (True,) * 4))
+    computing, reusing = (graph.graphs[key] for key in ((False,) * 4, (True,) * 4))
     assert len(graph.graphs) == 2
     assert ran == [*[computing] * 3, reusing, computing, reusing, computing, computing]
     assert attentions(computing) == 4

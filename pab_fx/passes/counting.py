@@ -99,17 +99,18 @@ class Counting:
             self.started = self.call("started", torch.gt, self.calls, 0.0)
             self._counts.insert(0, (CALLS, self.call("n_next", torch.add, self.calls, 1.0)))
 
-    def decided(self, rule: Rule, call: int, calls: int) -> Decided:
+    def decided(self, rule: Rule, role: str, call: int, calls: int) -> Decided:
         """A call of a module that goes by a rule; modules with the same rule that are called equally often share it.
 
         Args:
             rule: when the module reuses.
+            role: its role, for the names of nodes.
             call: which of its calls in the graph it is; asked for in order.
             calls: how often the graph calls the module.
         """
         key = (rule, calls)
         if key not in self._modules:
-            self._modules[key] = _Calls(self, rule, calls, f"pab_rule_{len(self._modules)}")
+            self._modules[key] = _Calls(self, rule, calls, role, f"pab_{role}_{len(self._modules)}")
         with self.nodes():
             return self._modules[key].decided(call)
 
@@ -224,11 +225,12 @@ class _Calls:
         counting: makes nodes.
         rule: when the module reuses.
         calls: how often it is called.
+        role: its role.
         name: of its buffers.
     """
 
-    def __init__(self, counting: Counting, rule: Rule, calls: int, name: str) -> None:
-        self._counting, self._rule, self._calls, self._name = counting, rule, calls, name
+    def __init__(self, counting: Counting, rule: Rule, calls: int, role: str, name: str) -> None:
+        self._counting, self._rule, self._calls, self._role, self._name = counting, rule, calls, role, name
         self._decided: list[Decided] = []
         self._state: dict[str, fx.Node] = {}
 
@@ -250,9 +252,9 @@ class _Calls:
         due = self._rule.to_graph(step, progress)
         if not isinstance(due, fx.Proxy):  # a rule that always decides alike
             due = fx.Proxy(counting.call("due", torch.full, (), bool(due)), tracer)
-        reuse = counting.call("reuse", torch.logical_and, started, due.node)
+        reuse = counting.call(f"reuse_{self._role}", torch.logical_and, started, due.node)
         self._last = (n, reuse)
-        return Decided(counting.call("compute", torch.logical_not, reuse), state.scalar)
+        return Decided(counting.call(f"compute_{self._role}", torch.logical_not, reuse), state.scalar)
 
     def _n(self, call: int) -> fx.Node:
         """The number of a call of the module."""

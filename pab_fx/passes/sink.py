@@ -79,7 +79,7 @@ def sink_state(
         counting = Counting(gm, buffers, timestep_callback, plan)
     for conditional in conditionals(gm).values():
         assert conditional.policy.when is not None
-        decided = counting.decided(conditional.policy.when, conditional.call, conditional.calls)
+        decided = counting.decided(conditional.policy.when, conditional.role, conditional.call, conditional.calls)
         _give(gm, Predicate(conditional.index), decided.compute)
         for mark, node in inputs_of(gm, Scalar).items():
             if mark.conditional == conditional.index:
