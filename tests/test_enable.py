@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -315,9 +316,25 @@ def test_enable_takes_the_fields_of_a_config() -> None:
         pab_fx.enable(nn.Linear(2, 2), CONFIG, cross_attention_block_skip_range=3)
 
 
-def test_a_model_in_which_no_attention_is_found_warns() -> None:
-    with pab_fx.enable(nn.Linear(2, 2), inner="eager") as pab, pytest.warns(UserWarning, match="found in Linear"):
-        pab._models[0].model()(torch.ones(1, 2))
+class Perceptron(nn.Module):
+    """Has no attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden_states)
+
+
+@pytest.mark.parametrize("model", [Perceptron, lambda: nn.Linear(2, 2)], ids=["own", "torch"])
+@torch.no_grad()
+def test_a_model_in_which_no_attention_is_found_warns(model: Callable[[], nn.Module]) -> None:
+    """Also one of torch's own modules, which torch 2.13 does not capture."""
+    given = model()
+    name = type(given).__name__
+    with pab_fx.enable(given, inner="eager"), pytest.warns(UserWarning, match=f"no attention was found in {name}"):
+        given(torch.ones(1, 2))
 
 
 def test_the_report_outlives_disable() -> None:

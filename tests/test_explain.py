@@ -353,6 +353,14 @@ def test_the_drawing_has_a_condition_for_each_kind_of_attention(latte: Report) -
     assert len(titles) == 1 + 2 * len(outline.boxes)
 
 
+def test_what_is_left_of_an_attention_is_drawn_as_what_it_does(latte: Report) -> None:
+    """Not as another attention: the last operations of one that drops nothing and rescales."""
+    (outline,) = latte.outlines
+    left = [box.label for box in outline.boxes if box.block and box.region is None]
+    assert any("truediv" in label for label in left)
+    assert not [label for label in left if re.search(r"attn|dropout", label)]
+
+
 def test_blocks_that_are_alike_are_drawn_once(cogvideox: Report) -> None:
     (outline,) = cogvideox.outlines
     (attention,) = [box for box in outline.boxes if box.region is not None]

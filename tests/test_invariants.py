@@ -448,8 +448,8 @@ def test_a_tensor_that_only_invariants_are_written_to_is_kept() -> None:
     split = graph.split()
     check(graph, split)
     assert [op_name(node) for node in outputs(split.once)] == ["zeros_like"]
-    assert set(ops(split.rest)) <= {"mul", "add", "getattr", "T", "zeros_like", "permute", "transpose"}
-    assert not ops(split.rest)["zeros_like"]
+    calls = [node for node in split.rest.graph.nodes if node.op.startswith("call_")]
+    assert {op_name(node) for node in calls if not effects.is_view(node)} == {"mul", "add"}
 
 
 def _autocast(parts: Parts, x: Tensor, text: Tensor) -> Tensor:

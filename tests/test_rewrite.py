@@ -16,6 +16,7 @@ from pab_fx import MLPBroadcast, PABBackend, PABConfig, rewrite, specialize
 from pab_fx.graph import effects
 from pab_fx.passes.form import Predicate, Slot, inputs_of
 from pab_fx.select.bounds import UPDATED_LATER
+from pab_fx.select.region import Region
 from pab_fx.select.tag import tag
 from pab_fx.testing import assert_graphs_equivalent, zoo
 
@@ -604,6 +605,51 @@ def test_a_number_at_the_end_of_an_attention_stays_outside_unless_its_product_is
     assert kept == ["truediv" if updates else "linear"]
     assert all(equal(found, hooked(model, TIMESTEPS)))
     assert not all(equal(found, run(model, TIMESTEPS)))
+
+
+class DropsNothing(Attention):
+    """Ends in a dropout, or updates its input by way of one."""
+
+    def __init__(self, updates_input: bool) -> None:
+        super().__init__(8)
+        self.dropout, self.updates_input = nn.Dropout(0.5), updates_input
+
+    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+        if self.updates_input:
+            self.dropout(x).mul_(0.9)
+            return super().forward(x)
+        return self.dropout(super().forward(x))
+
+
+def regions_of(attention: nn.Module, tracer: Callable[..., Model]) -> tuple[Region, ...]:
+    """What is found in a model with that attention."""
+
+    class Model(Timeless):
+        def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
+            return super().forward(hidden_states + timestep[:, None, None])
+
+    model, found = Model(), []
+    model.attn = attention
+    run(tracer(model.eval().requires_grad_(False), lambda gm: found.extend(tag(gm, CONFIG)) or gm), (500,))
+    return tuple(found)
+
+
+@tracers
+def test_a_dropout_that_drops_nothing_is_no_operation_of_an_attention(tracer: Callable[..., Model]) -> None:
+    """Whatever torch records of it: in 2.13 another tensor than it is given."""
+    (region,) = regions_of(DropsNothing(updates_input=False), tracer)
+    (output,) = region.outputs
+    assert op(output.graph.owning_module, output) == "linear"
+    assert region.nodes[-1] is output
+
+
+@tracers
+def test_an_attention_that_updates_its_input_by_way_of_a_dropout_is_computed_in_every_step(
+    tracer: Callable[..., Model],
+) -> None:
+    (region,) = regions_of(DropsNothing(updates_input=True), tracer)
+    assert not region.is_broadcast
+    assert str(region.unsafe).startswith("it updates a tensor from outside in place")
 
 
 @pytest.mark.parametrize("lowering", ["specialize", "cond"])

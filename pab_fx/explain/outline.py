@@ -18,6 +18,7 @@ import networkx
 from torch import fx
 
 from ..graph.dataflow import is_state, is_tensor, is_tuple, op_name
+from ..graph.effects import returns_operand
 from ..graph.modules import joined, qualified_name
 from ..report.captured import Captured
 from ..report.costs import operations
@@ -173,11 +174,12 @@ def _label(piece: _Piece, modules: Mapping[fx.Node, str | None], attended: Colle
     """The parts of its block that a piece runs through, but for attentions, whose views are left; else what it does."""
     parts: dict[str, None] = {}
     for node in piece.nodes:
-        name = modules[node]
-        part = (name or "").removeprefix(piece.block).strip(".").partition(".")[0]
-        if part and name not in attended:
+        name = modules[node] or ""
+        part = name.removeprefix(piece.block).strip(".").partition(".")[0]
+        if part and not any(f"{name}.".startswith(f"{attention}.") for attention in attended):
             parts[part] = None
-    return ", ".join(parts or list(dict.fromkeys(map(op_name, piece.nodes)))[:3])
+    done = [op_name(node) for node in piece.nodes if not returns_operand(node)]
+    return ", ".join(parts or list(dict.fromkeys(done))[:3])
 
 
 def _without_numbers(text: str) -> str:

@@ -136,6 +136,16 @@ def draws_random_numbers(node: fx.Node) -> bool:
     return name in RANDOM
 
 
+def returns_operand(node: fx.Node) -> bool:
+    """Whether a node is a dropout that drops nothing: it returns the tensor that it is given.
+
+    What is recorded does not tell: for `F.dropout` torch 2.13 records another tensor, 2.14 the same one.
+    """
+    if not node.op.startswith("call") or not node.all_input_nodes:
+        return False
+    return op_name(node) in DROPOUTS - {"native_dropout"} and not draws_random_numbers(node)  # a native one copies
+
+
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
@@ -146,7 +156,11 @@ def is_view(node: fx.Node) -> bool:
     Read from the recorded values where there are some, else from the operation: an operation that may
     copy or not (`reshape`) then counts as a copy.
     """
-    if node.op not in ("call_function", "call_method") or not node.all_input_nodes or updated(node):
+    if not node.all_input_nodes or updated(node):
+        return False
+    if returns_operand(node):
+        return True
+    if node.op not in ("call_function", "call_method"):
         return False
     source = node.all_input_nodes[0]
     if node.target is operator.getitem:
@@ -161,6 +175,8 @@ def is_view(node: fx.Node) -> bool:
 def storages(node: fx.Node) -> frozenset[StorageWeakRef] | None:
     """The storages of the tensors in a node's recorded value; `None` where nothing was recorded, or where they have
     none (inside of `torch.vmap`, which makes flex attention's masks)."""
+    if returns_operand(node):
+        return storages(node.all_input_nodes[0])
     recorded = value(node)
     if recorded is None:
         return None

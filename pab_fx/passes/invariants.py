@@ -52,7 +52,7 @@ MOVES |= {f"{name}_like" for name in FACTORIES} | {"clone", "double", "int", "lo
 
 RESHAPES = {"resize_", "resize_as_", "set_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 """Updates of a tensor's shape, which its views do not share."""
-RETURNS_OPERAND = effects.MAYBE_VIEWS | effects.DROPOUTS | {"cpu", "cuda", "double", "int", "long", "bool", "as_tensor"}
+RETURNS_OPERAND = effects.MAYBE_VIEWS | {"cpu", "cuda", "double", "int", "long", "bool", "as_tensor"}
 """Operations that may return the very tensor they are given, though the recorded value may be another one."""
 
 Storages = frozenset[Any]
@@ -197,7 +197,7 @@ def _memory(graph: fx.Graph) -> _Memory | None:
 
 def _may_return_operand(node: fx.Node) -> bool:
     """Whether a node may return its first operand, as `to` and `contiguous` do where there is nothing to do."""
-    if op_name(node) not in RETURNS_OPERAND or not node.all_input_nodes or effects.draws_random_numbers(node):
+    if op_name(node) not in RETURNS_OPERAND or not node.all_input_nodes:
         return False
     mine, given = value(node), value(node.all_input_nodes[0])
     tensors = isinstance(mine, torch.Tensor) and isinstance(given, torch.Tensor)
@@ -210,8 +210,8 @@ def _may_return_operand(node: fx.Node) -> bool:
 
 
 def _is_one_tensor(node: fx.Node) -> bool:
-    """Whether it is known if a node returns its operand: a dropout that drops nothing may, and may copy."""
-    is_known = op_name(node) not in effects.DROPOUTS and not node.kwargs.get("copy") and True not in node.args
+    """Whether it is known if a node returns its operand: a cast that is told to copy does not."""
+    is_known = not node.kwargs.get("copy") and True not in node.args
     return is_known or not _may_return_operand(node)
 
 
