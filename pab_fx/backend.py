@@ -180,7 +180,7 @@ class PABBackend:
         inputs = gm.graph.find_nodes(op="placeholder")
         for i in inputs_that_are_state():
             inputs[i].meta[STATE] = True
-        names = module_names(tuple(self.roots))
+        names = module_names(tuple(self.roots), example_inputs)
         gm = self.passes.run_before(gm, partial(tag, config=self.config, names=names))
         if torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs):
             self.notices.warn_of_gradients()
