@@ -387,6 +387,21 @@ def _argument_names(code: CodeType) -> list[str]:
     return [name for name in code.co_varnames[: code.co_argcount] if not name.startswith("__")]
 
 
+_recompile_limit: int = torch._dynamo.config.recompile_limit  # of one model
+
+
+def recompiles_of_its_own() -> dict[str, Any]:
+    """Arguments of `torch.compile` by which what it compiles counts against no other call's recompile limit.
+
+    Dynamo counts by code object, and the models of a class have one `forward`. `isolate_recompiles` seen in 2.13; where
+    it is missing (2.9), the limit is raised by what one model may have.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return {"isolate_recompiles": True}
+    torch._dynamo.config.recompile_limit += _recompile_limit
+    return {}
+
+
 def is_compiled_call(call: Any) -> bool:
     """Whether that is what `torch.compile` makes of a function. `_torchdynamo_orig_callable` seen in 2.13."""
     return hasattr(call, "_torchdynamo_orig_callable")

@@ -80,6 +80,18 @@ class Notices:
         """Warn that in a whole call of the model of that class no attention was found."""
         self.warn_once("no attention", f"pab_fx: no attention was found in {name}, so nothing is reused.")
 
+    def warn_of_no_capture(self, name: str) -> None:
+        """Warn that Dynamo has compiled nothing of a whole call of the model of that class."""
+        config = torch._dynamo.config
+        self.warn_once(
+            "no capture",
+            f"pab_fx: Dynamo compiled nothing of {name}, which runs as it is, so nothing is reused. Compiling is "
+            "switched off (torch.compiler.disable, torch.compiler.set_stance, TORCHDYNAMO_DISABLE=1), or the code of "
+            "the model was compiled as often as Dynamo allows. In that case raise torch._dynamo.config.recompile_limit "
+            f"({config.recompile_limit}) and accumulated_recompile_limit ({config.accumulated_recompile_limit}), or "
+            "call torch.compiler.reset().",
+        )
+
     def warn_of_left_alone(self, names: Iterable[str]) -> None:
         """Warn of attentions of these names, if any, that are computed in every step."""
         listed = ", ".join(names)

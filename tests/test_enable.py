@@ -315,9 +315,17 @@ def test_enable_takes_the_fields_of_a_config() -> None:
         pab_fx.enable(nn.Linear(2, 2), CONFIG, cross_attention_block_skip_range=3)
 
 
+class Doubling(nn.Module):
+    """A model without an attention, and without a parameter."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * hidden_states
+
+
 def test_a_model_in_which_no_attention_is_found_warns() -> None:
-    with pab_fx.enable(nn.Linear(2, 2), inner="eager") as pab, pytest.warns(UserWarning, match="found in Linear"):
-        pab._models[0].model()(torch.ones(1, 2))
+    model = Doubling()
+    with pab_fx.enable(model, inner="eager"), pytest.warns(UserWarning, match="no attention was found in Doubling"):
+        model(torch.ones(1, 2))
 
 
 def test_the_report_outlives_disable() -> None:
