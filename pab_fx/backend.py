@@ -23,7 +23,7 @@ from .diffusers import hooks as _diffusers
 from .graph.dataflow import STATE, is_number
 from .graph.modules import ModuleNames, repeated_blocks
 from .notices import Notices
-from .options import cache_device_of, cache_dtype_of, falling_timesteps, inner_compiler, records_cuda_graphs
+from .options import as_key, cache_device_of, cache_dtype_of, falling_timesteps, inner_compiler, records_cuda_graphs
 from .passes.numbers import fix_numbers
 from .passes.rewrite import copy_of
 from .passes.users import Pass, Passes
@@ -332,7 +332,8 @@ def pab_backend(
         example_inputs: its inputs.
         options: arguments of `PABBackend` (`config`, `inner`, `lowering`, `passes`, `timesteps`, `regional`)
             and fields of `PABConfig`; `inner_options` are Inductor's own options. Default: spatial attention
-            every 2nd step.
+            every 2nd step. Give `timesteps` as a list where several models are compiled: Dynamo compares the options
+            of two of them by `==`, which arrays and tensors refuse to answer.
         mode: Inductor's mode.
 
     Raises:
@@ -356,21 +357,12 @@ _backends: dict[tuple[Any, ...], PABBackend] = {}
 
 def _backend_of(options: Mapping[str, Any], mode: str | None) -> PABBackend:
     """The backend for these options: one for equal ones, since state lives in it."""
-    key = (mode, *sorted((name, _hashable(value)) for name, value in options.items()))
+    key = mode, as_key(options)
     if key not in _backends:
         given = {**options, "options": options["inner_options"]} if "inner_options" in options else dict(options)
         given.pop("inner_options", None)
         _backends[key] = PABBackend.of({**given, "mode": mode})
     return _backends[key]
-
-
-def _hashable(value: Any) -> Any:
-    """A key for an option's value: by type and value for plain data, by identity for other objects."""
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, (str, int, float, tuple, list, dict, set, range, type(None))):
-        return f"{type(value).__name__} {value!r}"
-    return id(value)
 
 
 def _without_numbers(region: Region) -> Region:
