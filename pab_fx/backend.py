@@ -182,8 +182,9 @@ class PABBackend:
             inputs[i].meta[STATE] = True
         names = module_names(tuple(self.roots), example_inputs)
         gm = self.passes.run_before(gm, partial(tag, config=self.config, names=names))
-        if torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs):
-            self.notices.warn_of_gradients()
+        trained = [given for given in example_inputs if _requires_grad(given)] if torch.is_grad_enabled() else []
+        if trained:
+            self.notices.warn_of_gradients(any(isinstance(given, nn.Parameter) for given in trained))
             return self.compile_inner(self.passes.run_after(gm), example_inputs)
         around = running_modules()
         cache = next(filter(None, map(_diffusers.other_cache, around)), None)

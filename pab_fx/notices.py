@@ -36,12 +36,20 @@ class Notices:
             self._said[key] = message
             warn(message)
 
-    def warn_of_gradients(self) -> None:
-        """Warn of a graph that is captured for training."""
+    def warn_of_gradients(self, of_parameters: bool) -> None:
+        """Warn of a graph that is captured for training: of parameters, or with frozen ones of inputs."""
+        what, remedy = (
+            ("parameters", "model.requires_grad_(False)")
+            if of_parameters
+            else (
+                "inputs of the model (its parameters do not require them)",
+                "pass inputs that you have called detach() on",
+            )
+        )
         self.warn_once(
             "grad",
-            "pab_fx: PAB is for inference, and gradients are enabled for parameters that require them: the model "
-            "runs without broadcasting. Call it under torch.no_grad(), or model.requires_grad_(False).",
+            f"pab_fx: PAB is for inference, and gradients are enabled and required by {what}: the model runs without "
+            f"broadcasting. Call it under torch.no_grad(), or {remedy}.",
         )
 
     def warn_of_other_cache(self, hook: str) -> None:
