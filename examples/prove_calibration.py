@@ -113,7 +113,6 @@ def compare(
     args: argparse.Namespace,
 ) -> list[Row]:
     """A row for each of the configs."""
-    torch.compiler.reset()  # each enabled pipeline takes of Dynamo's recompile budget
     pipes = {name: quiet_pipeline() for name in configs}
     for name, pipe in pipes.items():
         scheduler = pipe.scheduler

@@ -347,13 +347,15 @@ class CompiledFrame:
     """The Python frame that Dynamo is compiling.
 
     Args:
-        receiver: the frame's `self`: a method's first argument; `None` if it has no argument.
+        module: the module that runs in the frame, `None` if the frame is of a function.
+        first: the frame's first argument, `None` if it has none.
         modules: all modules among its local variables.
         ends: whether the frame is a module's `forward` (or `__call__`, or what follows a graph break), and the
             graph runs to its end, not to a graph break.
     """
 
-    receiver: Any
+    module: nn.Module | None
+    first: Any
     modules: tuple[nn.Module, ...]
     ends: bool
 
@@ -368,27 +370,54 @@ def compiled_frame() -> CompiledFrame:
     try:
         output = InstructionTranslator.current_tx().output
     except (AttributeError, KeyError, IndexError):
-        return CompiledFrame(None, (), True)
+        return CompiledFrame(None, None, (), True)
     local = dict(output.root_tx.f_locals)
     modules = tuple(value for value in local.values() if isinstance(value, nn.Module))
     reason = output.compile_subgraph_reason
     code = output.root_tx.f_code
     # a helper that broke in the middle runs once a call; one that did not may run any number of times
     is_call = code.co_name in ("forward", "__call__") or code.co_name.startswith("torch_dynamo_resume_in_")
-    return CompiledFrame(_receiver(code, local), modules, is_call and not (reason and reason.graph_break))
+    first = next((local.get(name) for name in _argument_names(code)), None)
+    return CompiledFrame(_running(code, local), first, modules, is_call and not (reason and reason.graph_break))
 
 
-def _receiver(code: CodeType, local: Mapping[str, Any] | FrameType) -> Any:
-    """The first argument; what Dynamo passes to the continuation of a frame on top of it is `__`-prefixed.
+def _running(code: CodeType, local: Mapping[str, Any] | FrameType) -> nn.Module | None:
+    """The module that runs in a frame: its `self`; `None` of a function, also of one that is given modules.
+
+    A closure in a method has that method's `self`. The hooks of accelerate and diffusers put a function in the place
+    of `forward`, `new_forward(module, *args, **kwargs)`: seen in accelerate 1.15, diffusers 0.36 to 0.42.
 
     A frame's `f_locals` are asked for only if there is one: up to Python 3.12 they keep what they held alive.
     """
-    names = [name for name in code.co_varnames[: code.co_argcount] if not name.startswith("__")]
-    if not names and "self" not in code.co_freevars:
+    names = _argument_names(code)
+    if "self" in names or "self" in code.co_freevars:
+        name = "self"
+    elif names[:1] == ["module"] and "new_forward" in code.co_name:  # or what follows a graph break in it
+        name = "module"
+    else:
         return None
-    found = local.f_locals if isinstance(local, FrameType) else local
-    # a method with a closure over its `self` holds it in a cell, not among the arguments of its continuation
-    return found["self"] if isinstance(found.get("self"), nn.Module) else found.get(names[0]) if names else None
+    module = (local.f_locals if isinstance(local, FrameType) else local).get(name)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _argument_names(code: CodeType) -> list[str]:
+    """A function's positional arguments, without those that Dynamo adds to a continuation's (`__`-prefixed)."""
+    return [name for name in code.co_varnames[: code.co_argcount] if not name.startswith("__")]
+
+
+_recompile_limit: int = torch._dynamo.config.recompile_limit  # of one model
+
+
+def recompiles_of_its_own() -> dict[str, Any]:
+    """Arguments of `torch.compile` by which what it compiles counts against no other call's recompile limit.
+
+    Dynamo counts by code object, and the models of a class have one `forward`. `isolate_recompiles` seen in 2.13; where
+    it is missing (2.9), the limit is raised by what one model may have.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return {"isolate_recompiles": True}
+    torch._dynamo.config.recompile_limit += _recompile_limit
+    return {}
 
 
 def is_compiled_call(call: Any) -> bool:
@@ -399,17 +428,17 @@ def is_compiled_call(call: Any) -> bool:
 def calling_modules() -> list[nn.Module]:
     """The modules whose methods are running on this thread's Python stack, innermost first.
 
-    While Dynamo compiles a frame, the stack below the compiler holds the calls that led to it; a method's
-    module is its first argument. Wrappers that `torch.compile` puts around a module are left out.
+    While Dynamo compiles a frame, the stack below the compiler holds the calls that led to it. Wrappers that
+    `torch.compile` puts around a module are left out, and so are modules that a function is only given.
     """
     from torch._dynamo.eval_frame import OptimizedModule  # seen in 2.9 to 2.15
 
     modules: list[nn.Module] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        module = _receiver(frame.f_code, frame)
+        module = _running(frame.f_code, frame)
         is_wrapper = isinstance(module, (OptimizedModule, fx.GraphModule))
-        if isinstance(module, nn.Module) and not is_wrapper and not any(module is other for other in modules):
+        if module is not None and not is_wrapper and not any(module is other for other in modules):
             modules.append(module)
         frame = frame.f_back
     return modules
@@ -423,18 +452,12 @@ def calling_argument(names: Sequence[str]) -> Any:
     found = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        module = _receiver(frame.f_code, frame)
-        if isinstance(module, nn.Module) and _is_method(frame.f_code):
+        module = _running(frame.f_code, frame)
+        if module is not None:
             given = _arguments(frame, module)
             found = next((given[name] for name in names if given.get(name) is not None), found)
         frame = frame.f_back
     return found
-
-
-def _is_method(code: CodeType) -> bool:
-    """Whether code is that of a method, by the name of its first argument; accelerate's hooks call it `module`."""
-    names = [name for name in code.co_varnames[: code.co_argcount] if not name.startswith("__")]
-    return names[:1] in (["self"], ["module"]) or "self" in code.co_freevars
 
 
 def _arguments(frame: FrameType, module: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,14 @@ from .graph.copies import copy_of
 from .graph.dataflow import STATE, is_number
 from .graph.modules import ModuleNames, repeated_blocks
 from .notices import Notices
-from .options import cache_device_of, cache_dtype_of, checked_flag, inner_compiler, records_cuda_graphs
+from .options import (
+    as_key,
+    cache_device_of,
+    cache_dtype_of,
+    checked_flag,
+    inner_compiler,
+    records_cuda_graphs,
+)
 from .passes.numbers import fix_numbers
 from .passes.order import Lowering
 from .passes.users import Pass, Passes
@@ -180,7 +187,7 @@ class PABBackend:
         inputs = gm.graph.find_nodes(op="placeholder")
         for i in inputs_that_are_state():
             inputs[i].meta[STATE] = True
-        names = module_names(tuple(self.roots))
+        names = module_names(tuple(self.roots), example_inputs)
         gm = self._passes.run_before(gm, partial(tag, policies=self.policies, names=names))
         if self._is_left_alone(example_inputs):
             return self.compile_inner(self._passes.run_after(gm), example_inputs)
@@ -199,8 +206,9 @@ class PABBackend:
 
     def _is_left_alone(self, example_inputs: Sequence[Any]) -> bool:
         """Whether a graph is captured for training, or under another cache; the user is told."""
-        if torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs):
-            self.notices.warn_of_gradients()
+        trained = [given for given in example_inputs if _requires_grad(given)] if torch.is_grad_enabled() else []
+        if trained:
+            self.notices.warn_of_gradients(any(isinstance(given, nn.Parameter) for given in trained))
             return True
         cache = next(filter(None, map(other_cache, running_modules())), None)
         if cache is not None:
@@ -309,7 +317,8 @@ def pab_backend(
         example_inputs: its inputs.
         options: arguments of `PABBackend` (`config`, `inner`, `lowering`, `passes`, `timesteps`, `regional`)
             and fields of `PABConfig`; `inner_options` are Inductor's own options. Default: spatial attention
-            every 2nd step.
+            every 2nd step. Give `timesteps` as a list where several models are compiled: Dynamo compares the options
+            of two of them by `==`, which arrays and tensors refuse to answer.
         mode: Inductor's mode.
 
     Raises:
@@ -318,7 +327,7 @@ def pab_backend(
     Example:
         >>> model = torch.compile(torch.nn.Linear(2, 2), backend="pab", options={"inner": "eager"})
     """
-    return _backend_of(options or {}, mode)(gm, example_inputs)
+    return backend_of(options or {}, mode)(gm, example_inputs)
 
 
 def _reset_backends() -> None:
@@ -331,23 +340,14 @@ pab_backend.reset = _reset_backends  # type: ignore[attr-defined]
 _backends: dict[tuple[Any, ...], PABBackend] = {}
 
 
-def _backend_of(options: Mapping[str, Any], mode: str | None) -> PABBackend:
+def backend_of(options: Mapping[str, Any], mode: str | None) -> PABBackend:
     """The backend for these options: one for equal ones, since state lives in it."""
-    key = (mode, *sorted((name, _hashable(value)) for name, value in options.items()))
+    key = mode, as_key(options)
     if key not in _backends:
         given = {**options, "options": options["inner_options"]} if "inner_options" in options else dict(options)
         given.pop("inner_options", None)
         _backends[key] = PABBackend.of({**given, "mode": mode})
     return _backends[key]
-
-
-def _hashable(value: Any) -> Any:
-    """A key for an option's value: by type and value for plain data, by identity for other objects."""
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, (str, int, float, tuple, list, dict, set, range, type(None))):
-        return f"{type(value).__name__} {value!r}"
-    return id(value)
 
 
 def _without_numbers(region: Region) -> Region:

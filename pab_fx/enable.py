@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, PyramidAttentionBroadcastConfig
 from torch import nn
 
-from ._torch import is_compiled_call
+from ._torch import is_compiled_call, recompiles_of_its_own
 from .backend import PABBackend
 from .diffusers import listen
 from .diffusers.hooks import is_offloaded_by_layer, other_cache, prepare_split_hooks
@@ -41,10 +42,14 @@ class PAB:
 
     Args:
         backend: the backend that the models are compiled with; it owns graphs and state.
+        compile_options: arguments of `torch.compile`.
     """
 
-    def __init__(self, backend: PABBackend) -> None:
+    def __init__(self, backend: PABBackend, **compile_options: Any) -> None:
         self.backend = backend
+        # one call for all models, which share what is compiled if they are of one class
+        own: Any = recompiles_of_its_own()
+        self._compiled = torch.compile(nn.Module._call_impl, backend=backend, **own, **compile_options)
         self._models: list[_Enabled] = []
         self._last_report: Report | None = None
 
@@ -117,12 +122,10 @@ class PAB:
         model: Any,
         hooks: PyramidAttentionBroadcastConfig | None,
         owner: weakref.ref[DiffusionPipeline] | None,
-        **compile_options: Any,
     ) -> None:
         prepare_split_hooks(model)
         before = model._compiled_call_impl
-        compiled = torch.compile(model._call_impl, backend=self.backend, **compile_options)
-        call = SteppingCall(model, compiled, self.backend, owner)
+        call = SteppingCall(model, partial(self._compiled, model), self.backend, owner)
         # a torch.compile around the model has to run this call, not to trace into it
         model._compiled_call_impl = torch.compiler.disable(call)
         self._models.append(_Enabled(weakref.ref(model), weakref.ref(model._compiled_call_impl), before, hooks))
@@ -191,13 +194,13 @@ def enable(
     if config is None:
         config = next((each for each in hooked if each is not None), None)
     backend = PABBackend.of({**options, "config": config, "regional": regional})
-    pab = PAB(backend)
+    pab = PAB(backend, fullgraph=fullgraph, dynamic=dynamic)
     owner = weakref.ref(model) if isinstance(model, DiffusionPipeline) else None
     for each, hooks in zip(models, hooked, strict=True):
         if hooks is not None:
             each.disable_cache()
             logger.info("took over from diffusers' PAB hooks on %s", type(each).__name__)
-        pab._enable(each, hooks, owner, fullgraph=fullgraph, dynamic=dynamic)
+        pab._enable(each, hooks, owner)
     return pab
 
 

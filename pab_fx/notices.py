@@ -36,12 +36,20 @@ class Notices:
             self._said[key] = message
             warn(message)
 
-    def warn_of_gradients(self) -> None:
-        """Warn of a graph that is captured for training."""
+    def warn_of_gradients(self, of_parameters: bool) -> None:
+        """Warn of a graph that is captured for training: of parameters, or with frozen ones of inputs."""
+        what, remedy = (
+            ("parameters", "model.requires_grad_(False)")
+            if of_parameters
+            else (
+                "inputs of the model (its parameters do not require them)",
+                "pass inputs that you have called detach() on",
+            )
+        )
         self.warn_once(
             "grad",
-            "pab_fx: PAB is for inference, and gradients are enabled for parameters that require them: the model "
-            "runs without broadcasting. Call it under torch.no_grad(), or model.requires_grad_(False).",
+            f"pab_fx: PAB is for inference, and gradients are enabled and required by {what}: the model runs without "
+            f"broadcasting. Call it under torch.no_grad(), or {remedy}.",
         )
 
     def warn_of_other_cache(self, hook: str) -> None:
@@ -79,6 +87,18 @@ class Notices:
     def warn_of_no_attention(self, name: str) -> None:
         """Warn that in a whole call of the model of that class no attention was found."""
         self.warn_once("no attention", f"pab_fx: no attention was found in {name}, so nothing is reused.")
+
+    def warn_of_no_capture(self, name: str) -> None:
+        """Warn that Dynamo has compiled nothing of a whole call of the model of that class."""
+        config = torch._dynamo.config
+        self.warn_once(
+            "no capture",
+            f"pab_fx: Dynamo compiled nothing of {name}, which runs as it is, so nothing is reused. Compiling is "
+            "switched off (torch.compiler.disable, torch.compiler.set_stance, TORCHDYNAMO_DISABLE=1), or the code of "
+            "the model was compiled as often as Dynamo allows. In that case raise torch._dynamo.config.recompile_limit "
+            f"({config.recompile_limit}) and accumulated_recompile_limit ({config.accumulated_recompile_limit}), or "
+            "call torch.compiler.reset().",
+        )
 
     def warn_of_left_alone(self, names: Iterable[str]) -> None:
         """Warn of attentions of these names, if any, that are computed in every step."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -88,3 +89,38 @@ def _inductor(
     compiler: Callable[..., Any], patches: Mapping[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     return compiler(gm, example_inputs, config_patches=dict(patches))
+
+
+def as_key(value: Any) -> Any:
+    """A key for an option: of plain data, such as arrays and configs, by value; of other objects by identity.
+
+    What is told apart by its identity is kept alive by the key, so that no other object gets its address.
+
+    Example:
+        >>> as_key([torch.ones(2)]) == as_key([torch.ones(2)]), as_key(1) == as_key(True)
+        (True, False)
+    """
+    if hasattr(value, "tolist"):  # tensors, and numpy's arrays and numbers
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return type(value), frozenset((as_key(name), as_key(each)) for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(as_key, value)
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(as_key, value))
+    if getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False):
+        return type(value), *(as_key(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return (type(value), value) if isinstance(value, Hashable) else _Itself(value)
+
+
+class _Itself:
+    """An object that cannot be hashed, as a key."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)

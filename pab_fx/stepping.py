@@ -86,7 +86,7 @@ class SteppingCall:
         """
         backend, notices = self._backend, self._backend.notices
         if not backend.regions and not notices.messages:
-            notices.warn_of_no_attention(self._name)
+            (notices.warn_of_no_attention if backend.captured else notices.warn_of_no_capture)(self._name)
         notices.warn_of_left_alone(backend.newly_left_alone(known))
         if not self._has_broadcast:
             called = {role for role, _ in list(backend.runtime.counts)}  # a list: another thread may count meanwhile

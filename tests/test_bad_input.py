@@ -1,5 +1,6 @@
 """What cannot be broadcast is computed, what is set up wrong is said with what to change; no wrong picture."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 from torch.nn import functional as F
 
+import pab_fx
 from pab_fx import PABBackend, PABConfig
 from pab_fx.testing import zoo
 
@@ -216,7 +218,8 @@ def test_with_gradients_the_model_runs_unbroadcast_says_so_and_can_be_trained(
     assert not any(differs(compiled, model))
     (message,) = pab_warnings(caught)
     assert "PAB is for inference" in message
-    assert "torch.no_grad()" in message
+    assert "required by parameters" in message
+    assert "torch.no_grad(), or model.requires_grad_(False)" in message
 
     compiled(hidden_states(0), torch.tensor(700.0)).sum().backward()
     found = [parameter.grad for parameter in model.parameters()]
@@ -241,6 +244,26 @@ def test_gradients_of_the_inputs_are_right() -> None:
             callable_(x, torch.tensor(float(t))).square().sum().backward()
             gradients.append(x.grad)
         assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_input_that_requires_gradients_is_told_from_parameters(
+    enabled: bool, caught: list[warnings.WarningMessage]
+) -> None:
+    model = Model()
+    plain = copy.deepcopy(model)
+    if enabled:
+        pab_fx.enable(model, inner="eager")
+    else:
+        model.compile(backend=PABBackend(inner="eager"))
+    for step, t in enumerate(TIMESTEPS):
+        x = hidden_states(step).requires_grad_()
+        assert torch.equal(model(x, torch.tensor(float(t))), plain(x, torch.tensor(float(t))))
+    (message,) = pab_warnings(caught)
+    assert "required by inputs" in message
+    assert "torch.no_grad(), or pass inputs that you have called detach() on" in message
+    assert "requires_grad_" not in message
+    assert differs(lambda x, t: model(x.requires_grad_().detach(), t), plain) == EVERY_2ND
 
 
 def test_frozen_parameters_need_no_no_grad() -> None:

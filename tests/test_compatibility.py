@@ -93,7 +93,6 @@ def before_and_between(change: Change, name: str = PIPELINE, undo: Change | None
     pipe = entry.build()
     with pab_fx.enable(pipe, config_of(None), inner="eager") as pab:
         check(pipe, pab, entry)
-    torch.compiler.reset()  # Dynamo counts compilations of a class, not of a model
     pipe = pipelines.BY_NAME[name].build()
     with pab_fx.enable(pipe, config_of(None), inner="eager") as pab:
         pipelines.run(pipe, pipelines.BY_NAME[name])

@@ -1,15 +1,18 @@
 """A config says what it means or is refused, with the name of the field and what to write there instead."""
 
 import dataclasses
+import gc
 import importlib.metadata
 import math
 import pkgutil
 import re
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import PyramidAttentionBroadcastConfig
@@ -19,6 +22,8 @@ from torch import nn
 
 import pab_fx
 from pab_fx import LayerBroadcast, MLPBroadcast, PABBackend, PABConfig, pab_backend
+from pab_fx.backend import backend_of
+from pab_fx.options import as_key
 from pab_fx.policy import assigned
 from pab_fx.testing import strategies
 
@@ -448,6 +453,78 @@ def test_timesteps_given_as_tensors_are_told_apart_by_their_values() -> None:
         timesteps[1] = last  # the same object, as a tensor at a freed one's address would be
         graph: Any = pab_backend(*captured, options={"inner": "eager", "timesteps": timesteps})
         assert graph._runtime.known_timesteps() == (700.0, last)
+
+
+def backend_for(**options: Any) -> PABBackend:
+    """The backend that `backend="pab"` takes for these options."""
+    return backend_of({"inner": "eager", **options}, None)
+
+
+@pytest.mark.parametrize("made", [np.array, torch.tensor, list, lambda given: list(map(np.float64, given))])
+def test_backends_by_name_are_told_apart_by_the_values_of_arrays(made: Callable[[list[float]], Any]) -> None:
+    """An array may lie where another one was freed; the same one with other values stands for that."""
+    timesteps = made([700.0, 600.0, 500.0])
+    first = backend_for(timesteps=timesteps)
+    timesteps[1] = 550.0
+    second = backend_for(timesteps=timesteps)
+    assert (first.runtime.known_timesteps(), second.runtime.known_timesteps()) == ((700, 600, 500), (700, 550, 500))
+    assert backend_for(timesteps=made([700.0, 550.0, 500.0])) is second
+
+
+def test_options_are_told_apart_by_every_value_of_an_array_inside_of_another() -> None:
+    steps = np.linspace(1000, 0, 2000)
+    other = steps.copy()
+    other[1000] = 0.5  # which is not printed
+    assert as_key({"given": [steps]}) == as_key({"given": [steps.copy()]}) != as_key({"given": [other]})
+    assert as_key({"given": (steps,)}) != as_key({"given": [steps]})
+
+
+SAME = {
+    "a config": lambda: {"config": PABConfig(spatial_attention_block_skip_range=2)},
+    "a list of a config": lambda: {
+        "spatial_attention_block_skip_range": 2,
+        "spatial_attention_block_identifiers": ["a"],
+    },
+    "a dtype": lambda: {"cache_dtype": torch.int8},
+    "a device": lambda: {"cache_device": torch.device("cpu")},
+}
+
+
+@pytest.mark.parametrize("options", SAME.values(), ids=SAME)
+def test_equal_options_by_name_are_one_backend(options: Callable[[], dict[str, Any]]) -> None:
+    assert backend_for(**options()) is backend_for(**options()) is not backend_for()
+
+
+def test_options_that_differ_in_type_alone_are_checked_each() -> None:
+    backend_for(spatial_attention_block_skip_range=1)
+    with pytest.raises(ValueError, match="skip_range"):
+        backend_for(spatial_attention_block_skip_range=True)
+
+
+def test_an_option_that_is_told_apart_by_its_identity_is_kept_alive() -> None:
+    """Else another one at its address would get the backend that was made for it."""
+
+    class Keep:
+        """A pass, alone, in a list, or as the timesteps' function."""
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, gm: Any = None) -> Any:
+            return (700.0, 600.0) if gm is None else gm
+
+    for options in (lambda each: {"passes": [each]}, lambda each: {"timesteps": each}):
+        made = [Keep(), Keep()]
+        backends = [backend_for(**options(each)) for each in made]
+        assert backends[0] is backend_for(**options(made[0])) is not backends[1]
+        alive = weakref.ref(made[0])
+        del made, backends
+        gc.collect()
+        assert alive() is not None
+
+
+def test_a_config_that_can_be_changed_is_told_apart_by_its_identity() -> None:
+    config = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2)
+    assert as_key(config) == as_key(config) != as_key(dataclasses.replace(config))
 
 
 def test_models_compiled_with_the_same_options_share_nothing_but_code() -> None:

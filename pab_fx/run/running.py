@@ -14,36 +14,54 @@ from ..graph.modules import ModuleNames, all_names
 
 
 def running_modules() -> list[nn.Module]:
-    """The outermost module that is running or being compiled, if any."""
-    return [*calling_modules()[-1:]] or [*compiled_frame().modules[:1]]
+    """The outermost module around the one that runs, and those that a function is given that is being compiled."""
+    callers, frame = calling_modules(), compiled_frame()
+    outermost = _around(callers[0], callers)[-1:] if callers else []
+    return [*outermost, *(frame.modules if frame.module is None else ())]
 
 
 def name_of_caller(roots: Sequence[nn.Module]) -> str | None:
     """Qualified name of the innermost running module, in the one of `roots` around it or in the outermost model."""
     callers = calling_modules()
-    around = [module for module in callers if any(part is callers[0] for part in module.modules())]
-    model = next((module for module in around if any(module is root for root in roots)), around[-1] if around else None)
-    return next((name for name, module in model.named_modules() if module is callers[0]), None) if model else None
+    if not callers:
+        return None
+    around = _around(callers[0], callers)
+    model = next((module for module in around if any(module is root for root in roots)), around[-1])
+    return next(name for name, module in model.named_modules() if module is callers[0])
 
 
-def module_names(roots: Sequence[nn.Module]) -> ModuleNames:
+def module_names(roots: Sequence[nn.Module], example_inputs: Sequence[Any]) -> ModuleNames:
     """Names for the frame that Dynamo is compiling: in the one of `roots` around it, or in the outermost model.
 
     Args:
         roots: models that are known to be whole.
+        example_inputs: of the graph, parameters among them.
     """
     frame, callers = compiled_frame(), calling_modules()
-    own, ends = frame.receiver, frame.ends
-    if not isinstance(own, nn.Module):
-        # a function: of a module that is being called (an attention's processor), or around a model
-        if not callers:
-            return ModuleNames.of(frame.modules[0]) if frame.modules else ModuleNames()
-        ends = ends and own is not None and own is getattr(callers[0], "processor", None)
+    own, ends = frame.module, frame.ends
+    if own is None:
+        # a function: around a model, or of a module that is being called (an attention's processor)
+        model = _most_read(frame.modules, example_inputs)
+        if not callers or not (model is None or _around(model, callers)):
+            return ModuleNames.of(model) if model is not None else ModuleNames()
         own = callers[0]
-    around = [module for module in callers if any(part is own for part in module.modules())]
+        # the continuation of a processor may be left with the attention as its first argument
+        ends = ends and any(frame.first is each for each in (own, getattr(own, "processor", own)))
+    around = _around(own, callers)
     outermost = around[-1] if around else own
     model = next((m for m in [own, *around] if any(m is root for root in roots)), outermost)
     return ModuleNames.of(model, dict.fromkeys([*reversed(around), own]), ends)
+
+
+def _around(own: nn.Module, callers: Sequence[nn.Module]) -> list[nn.Module]:
+    """The running modules that a module is part of, innermost first."""
+    return [module for module in callers if any(part is own for part in module.modules())]
+
+
+def _most_read(modules: Sequence[nn.Module], example_inputs: Sequence[Any]) -> nn.Module | None:
+    """The module most of whose parameters a graph reads, `None` if there are no modules."""
+    read = set(map(id, example_inputs))
+    return max(modules, key=lambda module: sum(id(each) in read for each in module.parameters()), default=None)
 
 
 class TiedParameters:
@@ -57,7 +75,7 @@ class TiedParameters:
 
     def __contains__(self, parameter: Any) -> bool:
         if isinstance(parameter, nn.Parameter) and parameter not in self._tied:
-            parts = [part for model in calling_modules()[-1:] for _, part in all_names(model)]
+            parts = [part for model in running_modules() for _, part in all_names(model)]
             places = [each for part in parts for each in part.parameters(recurse=False)]
             counts = Counter(map(id, places))
             for each in (parameter, *places):
