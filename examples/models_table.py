@@ -3,7 +3,7 @@
     python examples/models_table.py > table.md
     python examples/models_table.py --update docs/models.md
 
-Every model of pab_fx/testing/zoo.py runs a generation of ten steps with diffusers' hooks and with `pab_fx` in both
+Every model of tests/zoo runs a generation of ten steps with diffusers' hooks and with `pab_fx` in both
 lowerings (`inner="eager"`); outputs are compared bit by bit. `--update` replaces the table of a Markdown file.
 """
 
@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from pab_fx import PABBackend, PABConfig
-from pab_fx.testing.zoo import ZOO, Clock, Entry, diffusers_config, hooked, hooked_modules, trajectory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from zoo import ZOO, Clock, Entry, diffusers_config, hooked, hooked_modules, trajectory
 
 TIMESTEPS = (950, 790, 700, 650, 600, 500, 400, 300, 90, 50)
 ROLES = ("spatial", "temporal", "cross")

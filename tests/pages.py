@@ -31,10 +31,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import zoo
 from pipelines import prompted
 
 import pab_fx
-from pab_fx.testing import zoo
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

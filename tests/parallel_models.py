@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 import diffusers
 import torch
+from zoo import Draw, Entry, Kwargs, packed, wan
 
 from pab_fx import PABConfig
-from pab_fx.testing import zoo
-from pab_fx.testing.zoo import Draw, Entry, Kwargs
 
 TIMESTEPS = (900, 760, 700, 600, 500, 400, 300, 200, 50)
 CONFIG = PABConfig(
@@ -39,7 +38,7 @@ def _wan_inputs(draw: Draw) -> Kwargs:
 
 
 def _flux_inputs(draw: Draw, axes: int = 3) -> Kwargs:
-    return zoo._flux_inputs(draw, axes) | {
+    return packed.flux_inputs(draw, axes) | {
         "encoder_hidden_states": draw.fixed(1, 8, 16),
         "txt_ids": torch.zeros(8, axes),
     }
@@ -54,7 +53,7 @@ def _flux2_inputs(draw: Draw) -> Kwargs:
 
 def _helios_inputs(draw: Draw) -> Kwargs:
     """192 tokens, and 64, 16 and 4 of its short, middle and long history."""
-    return zoo._helios_inputs(draw) | {
+    return wan.helios_inputs(draw) | {
         "hidden_states": draw.noise(1, 4, 3, 16, 16),
         "latents_history_short": draw.fixed(1, 4, 1, 16, 16),
         "latents_history_mid": draw.fixed(1, 4, 2, 16, 16),
@@ -69,7 +68,7 @@ def _thousandth(t: float) -> Kwargs:
 MODELS = {
     "wan": Entry(
         "WanTransformer3DModel",
-        lambda: diffusers.WanTransformer3DModel(**zoo._WAN | HEADS),
+        lambda: diffusers.WanTransformer3DModel(**wan.WAN | HEADS),
         _wan_inputs,
         lambda t: {"timestep": torch.full((1,), float(t))},
         "self-attention over ranks, cross-attention on each; rotary embeddings are split, the gather is at the end",
@@ -77,7 +76,7 @@ MODELS = {
     "flux": Entry(
         "FluxTransformer2DModel",
         lambda: diffusers.FluxTransformer2DModel(
-            **zoo._FLUX | HEADS, pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(4, 6, 6)
+            **packed.FLUX | HEADS, pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(4, 6, 6)
         ),
         lambda draw: _flux_inputs(draw) | {"pooled_projections": draw.fixed(1, 8), "guidance": torch.tensor([3.5])},
         _thousandth,
@@ -86,7 +85,7 @@ MODELS = {
     "flux2": Entry(
         "Flux2Transformer2DModel",
         lambda: diffusers.Flux2Transformer2DModel(
-            **zoo._FLUX | HEADS, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4)
+            **packed.FLUX | HEADS, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4)
         ),
         _flux2_inputs,
         _thousandth,
@@ -116,7 +115,7 @@ MODELS = {
     ),
     "qwen": Entry(
         "QwenImageTransformer2DModel",
-        lambda: diffusers.QwenImageTransformer2DModel(**zoo._QWEN | HEADS),
+        lambda: diffusers.QwenImageTransformer2DModel(**packed.QWEN | HEADS),
         lambda draw: {
             "hidden_states": draw.noise(1, 16, 16),
             "encoder_hidden_states": draw.fixed(1, 8, 16),
@@ -127,14 +126,14 @@ MODELS = {
     ),
     "chronoedit": Entry(
         "ChronoEditTransformer3DModel",
-        lambda: diffusers.ChronoEditTransformer3DModel(**zoo._WAN | HEADS),
+        lambda: diffusers.ChronoEditTransformer3DModel(**wan.WAN | HEADS),
         _wan_inputs,
         lambda t: {"timestep": torch.full((1,), float(t))},
         "as Wan",
     ),
     "helios": Entry(
         "HeliosTransformer3DModel",
-        lambda: diffusers.HeliosTransformer3DModel(**zoo._WAN | HEADS, rope_dim=(4, 6, 6)),
+        lambda: diffusers.HeliosTransformer3DModel(**wan.WAN | HEADS, rope_dim=(4, 6, 6)),
         _helios_inputs,
         lambda t: {"timestep": torch.full((1,), float(t))},
         "tokens are split and gathered around each attention and feed-forward, not around the model",

@@ -16,13 +16,13 @@ import parallel
 import pipelines.video
 import torch
 import torch.distributed as dist
+import zoo
 from diffusers import ContextParallelConfig
 from diffusers.models import attention_dispatch
 from parallel_models import CONFIG, MODELS, TIMESTEPS, StepSeen
 from torch.distributed.device_mesh import init_device_mesh
 
 import pab_fx
-from pab_fx.testing import zoo
 
 
 class Model:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 from torch.nn import functional as F
 
 import pab_fx
 from pab_fx import PABBackend, PABConfig
-from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 50)
 EVERY_2ND = [False, True, False, True, False, False]

@@ -14,6 +14,7 @@ import diffusers
 import pipelines
 import pytest
 import torch
+import zoo
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_first_block_cache, apply_pyramid_attention_broadcast
 from diffusers.models.attention_dispatch import attention_backend
@@ -23,7 +24,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pab_fx
 from pab_fx import PABConfig
-from pab_fx.testing import zoo
 
 Change = Callable[[Any], Any]
 PIPELINE = "FluxPipeline"

@@ -63,16 +63,16 @@ def test_a_version_that_is_too_old_is_named_with_what_to_install(monkeypatch: py
     assert "numpy" not in found
 
 
-def test_it_says_what_would_be_broadcast_of_a_class() -> None:
-    shown = invoke("WanTransformer3DModel", "--inner", "eager")
+def test_it_says_what_would_be_broadcast_of_a_model() -> None:
+    shown = invoke("wan", "--inner", "eager")
     assert shown.exit_code == 0, shown.output
     said = " ".join(shown.output.split())
-    assert "blocks.{0-1}.attn1 x 2 spatial: queries, keys and values come from one sequence" in said
-    assert "blocks.{0-1}.attn2 x 2 cross: keys and values come from another sequence" in said
+    assert "blocks.{0-4}.attn1 x 5 spatial: queries, keys and values come from one sequence" in said
+    assert "blocks.{0-4}.attn2 x 5 cross: keys and values come from another sequence" in said
 
 
-def test_an_unknown_class_is_refused_before_anything_runs() -> None:
-    shown = invoke("WanTransformer")
+def test_an_unknown_model_is_refused_before_anything_runs() -> None:
+    shown = invoke("WanTransformer3DModel")
     assert shown.exit_code == 2
-    assert "Did you mean WanTransformer3DModel" in " ".join(shown.output.split())
+    assert "it is one of demo, cogvideox, latte, flux, wan, or a folder" in " ".join(shown.output.split())
     assert "self-test" not in shown.output

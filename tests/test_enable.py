@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from diffusers import FirstBlockCacheConfig, PixArtTransformer2DModel
 from torch import nn
 
 import pab_fx
 from pab_fx import PAB, LayerBroadcast, PABConfig
-from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 50)
 ENTRY = zoo.BY_NAME["PixArtTransformer2DModel"]  # self- and cross-attention; its timestep is on the scheduler's scale

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from zoo import BY_NAME, Entry, diffusers_config
 
 from pab_fx import LayerBroadcast, PABBackend, PABConfig
 from pab_fx.policy.when import SkipRange, reused_calls
 from pab_fx.testing import Broadcast, Clock, assert_broadcasts_like
-from pab_fx.testing.zoo import BY_NAME, Entry, diffusers_config
 
 TIMESTEPS = (950, 790, 700, 650, 600, 500, 400, 300, 90, 50)
 BREAKS_INSIDE_AN_ATTENTION = {"MochiTransformer3DModel": {"capture_dynamic_output_shape_ops": True}}
@@ -51,7 +51,7 @@ def broadcast(entry: Entry, timesteps: Sequence[float], reference: Any = None, *
         reference,
         inputs=entry.step,
         generations=[timesteps],
-        repro=f"from pab_fx.testing.zoo import BY_NAME\nentry = BY_NAME[{entry.name!r}]\n"
+        repro=f"from zoo import BY_NAME  # in tests/\nentry = BY_NAME[{entry.name!r}]\n"
         "model, inputs = entry.build(), entry.step",
         **options,
     )

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -25,14 +26,15 @@ from typer.testing import CliRunner
 
 import pab_fx
 from pab_fx import LayerBroadcast, PABConfig
+from pab_fx.bench.models import NAMES, model_of
 from pab_fx.cli import app
 from pab_fx.demo import load_pipeline
 from pab_fx.explain.groups import joined_names
+from pab_fx.explain.subject import subject_of
 from pab_fx.explain.units import in_bytes, unit_of
 from pab_fx.policy.when import SkipRange, reused_calls
 from pab_fx.report.data import Report
 from pab_fx.report.strips import Scheduled, ruler, schedule_of
-from pab_fx.testing import zoo
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -46,11 +48,7 @@ CONFIG = PABConfig(
 )
 
 
-def entry_of(name: str) -> zoo.Entry:
-    return next(entry for entry in zoo.ZOO if entry.name == name)
-
-
-LATTE, COGVIDEOX = map(entry_of, ("LatteTransformer3DModel", "CogVideoXTransformer3DModel"))
+LATTE, COGVIDEOX = zoo.BY_NAME["LatteTransformer3DModel"], zoo.BY_NAME["CogVideoXTransformer3DModel"]
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +427,7 @@ def invoke(*arguments: str) -> Any:
 def test_the_command_writes_every_form(tmp_path: Path) -> None:
     files = {name: tmp_path / f"report.{name}" for name in ("svg", "html", "md")}
     options = ["--graph", str(files["svg"]), "--html", str(files["html"]), "--markdown", str(files["md"])]
-    shown = invoke("WanTransformer3DModel", "--config", "spatial=2,cross=3", "--rounds", "0", *options, "--json", "-")
+    shown = invoke("wan", "--config", "spatial=2,cross=3", "--rounds", "0", *options, "--json", "-")
     assert shown.exit_code == 0, shown.output
     report = Report.of_json(json.loads(shown.stdout))
     assert {strip.role for strip in report.schedule.strips} == {"spatial", "cross"}
@@ -442,7 +440,7 @@ def test_the_command_writes_every_form(tmp_path: Path) -> None:
 
 def test_the_command_reads_a_config_from_a_file(tmp_path: Path) -> None:
     PABConfig(cross_attention_block_skip_range=5).save(tmp_path / "config.json")
-    shown = invoke("WanTransformer3DModel", "--config", str(tmp_path / "config.json"), "--rounds", "0")
+    shown = invoke("wan", "--config", str(tmp_path / "config.json"), "--rounds", "0")
     assert shown.exit_code == 0, shown.output
     assert "every 5th step" in shown.stdout
 
@@ -455,10 +453,21 @@ def test_the_command_takes_the_folder_of_a_pipeline(tmp_path: Path, tiny_pipelin
     assert "transformer_blocks.0.attn1" in shown.stdout
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_takes_the_models_of_the_benchmark(name: str) -> None:
+    """Each with what the benchmark broadcasts of it, and inputs that it can be called with."""
+    subject = subject_of(name)
+    told = subject.config.current_timestep_callback
+    assert told is not None
+    assert told() == 900
+    assert subject.config == dataclasses.replace(model_of(name, "cpu").pab, current_timestep_callback=told)
+    assert subject.model(**subject.kwargs)[0].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["WanTransformer3D"], "Did you mean WanTransformer3DModel"),
+        (["WanTransformer3DModel"], "it is one of demo, cogvideox, latte, flux, wan, or a folder"),
         (["demo", "--config", "wan"], "it is a preset"),
         (["demo", "--config", "no.json"], "no.json"),
         (["demo", "--graph", "no/such/folder/graph.svg"], "there is no folder"),

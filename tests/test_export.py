@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from diffusers.models.attention import AttentionModuleMixin
 from pages import blocks, stand_in
 from pages import run as run_block
@@ -33,7 +34,6 @@ from torch.utils.cpp_extension import include_paths, library_paths
 import pab_fx
 from pab_fx import MLPBroadcast, PABConfig
 from pab_fx.passes.counting import TIMESTEP_NAMES
-from pab_fx.testing import zoo
 
 ROOT = Path(__file__).parents[1]
 TIMESTEPS = (950, 790, 700, 650, 600, 500, 400, 300, 90, 50)

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch import Tensor, fx
 
 import pab_fx
 from pab_fx import PABBackend, PABConfig
-from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 NAME = "WanTransformer3DModel"
@@ -214,10 +214,9 @@ def test_a_compiled_generation_needs_no_recompilation_that_a_stance_forbids(stan
 # ----------------------------------------------------------------------------------------- processes
 
 SCRIPT = """
-import sys, time, torch, pab_fx
+import sys, time, torch, pab_fx, zoo
 from torch._dynamo.utils import counters
 from pab_fx import PABConfig
-from pab_fx.testing import zoo
 
 config = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip_range=4)
 entry = zoo.BY_NAME["WanTransformer3DModel"]

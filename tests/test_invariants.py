@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx, nn
 
 from pab_fx.graph import effects
 from pab_fx.graph.dataflow import is_state, op_name, value
 from pab_fx.passes.invariants import Invariants, split_invariants
-from pab_fx.testing import GraphSpec, zoo
+from pab_fx.testing import GraphSpec
 from pab_fx.testing.strategies import graphs
 
 COGVIDEOX, WAN = "CogVideoXTransformer3DModel", "WanTransformer3DModel"

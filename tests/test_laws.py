@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import fx
@@ -31,7 +32,6 @@ from pab_fx.testing import (
     assert_broadcasts_like,
     assert_graphs_equivalent,
     traced,
-    zoo,
 )
 from pab_fx.testing.strategies import configs, graphs, schedules, transformers
 

@@ -16,12 +16,12 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+import zoo
 from pages import blocks, stand_in
 from pipelines import prompted
 from pipelines.oracle import hooked_run, observed
 
 import pab_fx
-from pab_fx.testing import zoo
 
 BLOCKS = {str(block.of("code")): block.code for block in blocks("docs/migrating.md")}
 ROLES = ("spatial", "temporal", "cross", "mlp")

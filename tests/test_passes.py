@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import test_rewrite
 import torch
+import zoo
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import optimization
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 import pab_fx
 from pab_fx import PABBackend, PABConfig, rewrite
 from pab_fx.graph.dataflow import op_name
-from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 RANGES = {

@@ -9,10 +9,10 @@ from typing import Any
 import pipelines
 import pytest
 import torch
+import zoo
 from pipelines.oracle import hooked_run
 
 import pab_fx
-from pab_fx.testing import zoo
 
 QUICK = {
     "CogVideoXPipeline",

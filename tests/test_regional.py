@@ -12,6 +12,7 @@ import pipelines
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pipelines.oracle import hooked_run
@@ -24,7 +25,7 @@ from pab_fx import PABBackend, PABConfig
 from pab_fx.compile import regional
 from pab_fx.graph.modules import repeated_blocks
 from pab_fx.graph.structure import structure_of
-from pab_fx.testing import assert_graphs_equivalent, zoo
+from pab_fx.testing import assert_graphs_equivalent
 
 TIMESTEPS = (900, 700, 600, 500, 50)
 CONFIG = PABConfig(spatial_attention_block_skip_range=2)

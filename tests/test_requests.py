@@ -16,6 +16,7 @@ import diffusers
 import pipelines
 import pytest
 import torch
+import zoo
 from diffusers import DiffusionPipeline
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -27,7 +28,6 @@ from torch import nn
 
 import pab_fx
 from pab_fx import PAB
-from pab_fx.testing import zoo
 
 
 def config_of(clock: Callable[[], Any] | None = None) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,7 +19,7 @@ from pab_fx.passes.form import Predicate, Slot, inputs_of
 from pab_fx.select.bounds import UPDATED_LATER
 from pab_fx.select.region import Region
 from pab_fx.select.tag import tag
-from pab_fx.testing import assert_graphs_equivalent, zoo
+from pab_fx.testing import assert_graphs_equivalent
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 RANGES = (2, 3, 4)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import Tensor, nn
 
 from pab_fx import MLPBroadcast, PABBackend, PABConfig
-from pab_fx.testing import zoo
 
 WIDTH, IMAGE, TEXT = 8, 6, 5
 

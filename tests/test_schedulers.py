@@ -14,12 +14,12 @@ import diffusers
 import pipelines
 import pytest
 import torch
+import zoo
 from pipelines import PipelineEntry
 from pipelines.oracle import hooked_run
 
 import pab_fx
 from pab_fx import PAB
-from pab_fx.testing import zoo
 
 LATTE = "LattePipeline"  # has a current timestep
 UNET = "StableDiffusionPipeline"  # has none: all that there is to see is what the scheduler counts, if it does

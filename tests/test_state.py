@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from diffusers import CacheMixin
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
@@ -17,7 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import pab_fx
 from pab_fx import PABBackend, PABConfig
-from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])

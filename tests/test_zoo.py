@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import diffusers.models
 import pytest
 import torch
+import zoo
 from diffusers import CacheMixin
-
-from pab_fx.testing import zoo
 
 TIMESTEPS = (900, 700, 600, 500, 300, 50)
 
@@ -31,7 +30,7 @@ def cache_mixin_classes() -> Iterator[str]:
 
 def test_every_class_with_cache_mixin_is_in_the_zoo() -> None:
     missing = set(cache_mixin_classes()) - {entry.class_name for entry in zoo.ZOO}
-    assert not missing, f"add an entry to pab_fx/testing/zoo.py for {sorted(missing)}"
+    assert not missing, f"add an entry to tests/zoo for {sorted(missing)}"
 
 
 @entries

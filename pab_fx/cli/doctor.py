@@ -19,7 +19,7 @@ MARKS = {True: ("ok  ", "green"), False: ("FAIL", "bold red"), None: ("-   ", "d
 def doctor(
     name: Annotated[
         str | None,
-        typer.Argument(help="A transformer class of diffusers, demo, or a pipeline's folder: what is broadcast of it."),
+        typer.Argument(help="demo, cogvideox, latte, flux, wan, or a pipeline's folder: what is broadcast of it."),
     ] = None,
     inner: Annotated[str, typer.Option(help="The compiler to try: inductor, eager, ...")] = "inductor",
     json: Json = None,

@@ -15,15 +15,13 @@ from .common import Json, check_json, console_for, is_output, refused, write_jso
 def explain(
     name: Annotated[
         str,
-        typer.Argument(
-            help="demo; a transformer class of diffusers, of which a tiny one is made; or a pipeline's folder."
-        ),
+        typer.Argument(help="demo; cogvideox, latte, flux or wan, as pab-fx bench has them; or a pipeline's folder."),
     ] = "demo",
     config: Annotated[
         str | None,
         typer.Option(
             help="cogvideox, latte, open-sora; a JSON file as PABConfig.save writes it; or like "
-            "spatial=2,cross=6 (also window=100:800). Default: the demo's own, else spatial=2."
+            "spatial=2,cross=6 (also window=100:800). Default: the model's own, for a folder spatial=2."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of a generation.")] = 20,

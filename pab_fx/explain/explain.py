@@ -62,9 +62,10 @@ def explain(
         TypeError: for something that is neither a model nor a pipeline with one.
 
     Example:
-        >>> from pab_fx.testing import zoo
-        >>> wan = next(entry for entry in zoo.ZOO if entry.name == "WanTransformer3DModel")
-        >>> report = explain(wan.build(), wan.step(900.0, seed=0), spatial_attention_block_skip_range=2, rounds=0)
+        >>> from pab_fx.bench.models import model_of
+        >>> wan, device = model_of("wan", "quick"), torch.device("cpu")
+        >>> (kwargs,) = wan.inputs((900.0,), device)
+        >>> report = explain(wan.build(device), kwargs, spatial_attention_block_skip_range=2, rounds=0)
         >>> [region.name for region in report.regions if region.left_alone is None]
         ['blocks.0.attn1', 'blocks.1.attn1']
     """

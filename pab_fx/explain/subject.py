@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..bench.settings import config_of
 from ..policy.config import PRESETS, PABConfig
@@ -34,17 +36,17 @@ def subject_of(name: str, steps: int = 20) -> Subject:
     """A model or pipeline by its name on the command line.
 
     Args:
-        name: "demo", a class of `pab_fx.testing.zoo`, or a folder with a pipeline of diffusers.
+        name: "demo", a model of `pab_fx.bench.models`, or a folder with a pipeline of diffusers.
         steps: of a generation.
 
     Raises:
-        ValueError: for a name that is none of these, with what is like it.
+        ValueError: for a name that is none of these.
     """
     if name == DEMO:
         return _demo(steps)
     if Path(name).is_dir():
         return _pipeline(Path(name))
-    return _of_zoo(name)
+    return _of_benchmark(name)
 
 
 def _demo(steps: int) -> Subject:
@@ -86,22 +88,19 @@ def _pipeline(folder: Path) -> Subject:
     return Subject(pipe, {key: value for key, value in known.items() if key in parameters}, PABConfig())
 
 
-def _of_zoo(name: str) -> Subject:
-    """A tiny model of a class with random weights, and inputs as its pipeline makes them."""
-    from ..testing import zoo
+def _of_benchmark(name: str) -> Subject:
+    """A model that `pab-fx bench` measures on a CPU, with random weights, and what it broadcasts there."""
+    from ..bench.models import NAMES, model_of
 
-    entry = next((each for each in zoo.ZOO if name in (each.name, each.class_name)), None)
-    if entry is None:
-        near = difflib.get_close_matches(name, [each.name for each in zoo.ZOO], n=3, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
-            f"unknown model {name!r}: it is {DEMO!r}, a folder with a pipeline of diffusers, or a class that "
-            f"pab_fx.testing.zoo has inputs for.{hint}"
-        )
-    timestep = 900.0
-    # models are given a thousandth of the timestep, among others; pipelines tell the timestep themselves
-    config = PABConfig(current_timestep_callback=lambda: timestep)
-    return Subject(entry.build(), entry.step(timestep, seed=0), config)
+    if name not in NAMES:
+        known = ", ".join((DEMO, *NAMES))
+        raise ValueError(f"unknown model {name!r}: it is one of {known}, or a folder with a pipeline of diffusers.")
+    timestep, device = 900.0, torch.device("cpu")
+    model = model_of(name, "cpu")
+    (kwargs,) = model.inputs((timestep,), device)
+    # Flux is given a thousandth of the timestep; pipelines tell the timestep themselves
+    config = dataclasses.replace(model.pab, current_timestep_callback=lambda: timestep)
+    return Subject(model.build(device), kwargs, config)
 
 
 def config_by(text: str) -> PABConfig:

@@ -1,6 +1,6 @@
 """Whole diffusers pipelines of tiny, randomly initialised components, and how to call them.
 
-`pab_fx/testing/zoo.py` has the transformers alone; here they run as in use: the pipeline's own loop, its scheduler, its
+`tests/zoo` has the transformers alone; here they run as in use: the pipeline's own loop, its scheduler, its
 branches of guidance and its cache contexts. Entries lie in one module per medium and are gathered on first use.
 """
 

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import zoo
 from torch import nn
-
-from pab_fx.testing import zoo
 
 from . import PipelineEntry, run
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-
-from pab_fx.testing import zoo
+import zoo
 
 from . import Kwargs, PipelineEntry
 
