@@ -25,22 +25,16 @@ from .graph.copies import copy_of
 from .graph.dataflow import STATE, is_number
 from .graph.modules import ModuleNames, repeated_blocks
 from .notices import Notices
-from .options import (
-    as_key,
-    cache_device_of,
-    cache_dtype_of,
-    checked_flag,
-    inner_compiler,
-    records_cuda_graphs,
-)
+from .options import as_key, cache_device_of, cache_dtype_of, checked_flag, inner_compiler, records_cuda_graphs
 from .passes.numbers import fix_numbers
 from .passes.order import Lowering
 from .passes.users import Pass, Passes
 from .policy.config import PABConfig
+from .policy.policy import Policy, assigned
 from .policy.when import Rule, falling_timesteps
 from .report.account import report_of
 from .report.captured import Captured, Plain, frame_of
-from .report.data import Report
+from .report.report import Report
 from .run.call import BroadcastGraph
 from .run.holding import holder_for
 from .run.owners import anchors
@@ -169,6 +163,23 @@ class PABBackend:
         """
         self.runtime.rule_of = rule_of
         self.runtime.forget_state()
+
+    def set_config(self, config: Any) -> None:
+        """Go by another config from now on, in generations that begin afresh; see `PAB.set_config`.
+
+        Raises:
+            ValueError: for a bad config, or one that has to be captured anew, naming the part.
+        """
+        policies = policies_of(config)
+        for region in self.regions:
+            role, policy, _ = assigned(policies, region.role, region.name)
+            if policy is not None and not (region.unsafe or (region.policy and region.policy.how == policy.how)):
+                raise ValueError(
+                    f"{region.name} ({role}) was captured to be {_captured(region)}, and the new config has it "
+                    f"{policy.describe()}: that has to be captured anew, by disable() and enable()."
+                )
+        self.policies, self.config = policies, config
+        self.assign(partial(_rule, policies))
 
     def clear(self) -> None:
         """Forget every graph and all state, as for a new backend."""
@@ -301,6 +312,20 @@ class PABBackend:
         if left:
             self.regions[:known] = [region for region in self.regions[:known] if region.name not in left]
         return list(left)
+
+
+def _captured(region: Region) -> str:
+    return "left alone" if region.policy is None else region.policy.describe()
+
+
+def _rule(policies: Sequence[Policy], role: str, name: str) -> Rule | None:
+    policy = assigned(policies, role, name)[1]
+    return None if policy is None else policy.when
+
+
+def backend_that_captured(model: nn.Module) -> PABBackend | None:
+    """The backend that has captured a graph of a model, `None` if none has."""
+    return next((each for each in list(_live) if any(id(model) == of.model for of in each.captured)), None)
 
 
 def pab_backend(

@@ -17,7 +17,7 @@ from torch import nn
 
 from .enable import enable
 from .policy.config import PABConfig
-from .report.data import Report
+from .report.report import Report
 
 TIMESTEPS = (900.0, 700.0, 600.0, 500.0)
 """In the first everything is computed; in the second and the last everything reuses."""

@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline, PyramidAttentionBroadcastConfig
 from torch import nn
 
 from ._torch import is_compiled_call, recompiles_of_its_own
-from .backend import PABBackend
+from .backend import PABBackend, backend_that_captured
 from .diffusers import listen
 from .diffusers.hooks import is_offloaded_by_layer, other_cache, prepare_split_hooks
 from .graph.modules import repeated_blocks
-from .report.data import Report
+from .report.report import Report
 from .run.clock import Session
 from .stepping import SteppingCall
 
@@ -78,6 +78,26 @@ class PAB:
         Inputs have to have been seen: call the model or the pipeline once before, for a single step will do.
         """
         self.backend.warmup(timesteps)
+
+    def set_config(self, config: Any) -> None:
+        """Go by another config from now on, in generations that begin afresh.
+
+        What is captured stays. A set of reusing parts that was compiled for one config serves every other one, so that
+        a sweep over settings compiles each set once.
+
+        Args:
+            config: as for `enable`. It may give other rules to the parts that are conditional already, or leave them
+                alone. For parts that were left alone, and for another how, call `disable` and `enable`.
+
+        Raises:
+            ValueError: for a bad config, or one that has to be captured anew, naming the part.
+
+        Example:
+            >>> from pab_fx import Attentions, Every, Policy
+            >>> pab = enable(torch.nn.Linear(2, 2), Policy(Attentions(), Every(2)), inner="eager")
+            >>> pab.set_config(Policy(Attentions(), Every(3)))
+        """
+        self.backend.set_config(config)
 
     def report(self) -> Report:
         """What is broadcast, what is left alone and why, what was computed and reused so far (or up to `disable`)."""
@@ -221,6 +241,35 @@ def disable(model: Any) -> None:
         own = getattr(each, "_orig_mod", each)
         if own in _enabled:
             _enabled[own].disable()
+
+
+def report_of(model: Any) -> Report:
+    """What a compiled model broadcasts and has broadcast, whichever way it was compiled, also by `backend="pab"`.
+
+    Args:
+        model: the model, or what `torch.compile` made of it; a pipeline with one.
+
+    Raises:
+        ValueError: if `pab_fx` has captured no graph of it.
+        TypeError: for something that is neither a model nor a pipeline with one.
+
+    Example:
+        >>> model = torch.compile(torch.nn.Linear(2, 2), backend="pab", options={"inner": "eager"})
+        >>> report_of(model)
+        Traceback (most recent call last):
+        ...
+        ValueError: pab_fx has captured no graph of this Linear yet: compile it with the backend "pab" and call it.
+    """
+    found: Any = None
+    for each in denoisers(model):
+        own = getattr(each, "_orig_mod", each)
+        found = _enabled[own].backend if own in _enabled else backend_that_captured(own)
+        if found is not None:
+            report: Report = found.report()
+            return report
+        found = own
+    name = type(found).__name__
+    raise ValueError(f'pab_fx has captured no graph of this {name} yet: compile it with the backend "pab" and call it.')
 
 
 def denoisers(model: Any) -> list[Any]:

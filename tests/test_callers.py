@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from diffusers.hooks import HookRegistry, ModelHook
 from test_state import CONFIG, TIMESTEPS, Attention, Run, Tied, Tiny, inputs
 from torch import nn
@@ -14,7 +15,6 @@ from torch import nn
 import pab_fx
 from pab_fx import PABBackend, PABConfig
 from pab_fx._torch import calling_modules
-from pab_fx.testing import zoo
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -29,12 +29,12 @@ from pab_fx import LayerBroadcast, PABConfig
 from pab_fx.bench.models import NAMES, model_of
 from pab_fx.cli import app
 from pab_fx.demo import load_pipeline
-from pab_fx.explain.groups import joined_names
 from pab_fx.explain.subject import subject_of
-from pab_fx.explain.units import in_bytes, unit_of
 from pab_fx.policy.when import SkipRange, reused_calls
-from pab_fx.report.data import Report
+from pab_fx.report.groups import joined_names
+from pab_fx.report.report import Report
 from pab_fx.report.strips import Scheduled, ruler, schedule_of
+from pab_fx.report.units import in_bytes, unit_of
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -54,7 +54,7 @@ def doctor(
 def _of_model(name: str, subject: Subject, console: Console) -> dict[str, object]:
     """Show what would be broadcast of a model, and return it for JSON."""
     from ..doctor import broadcast_of
-    from ..explain.groups import grouped
+    from ..report.groups import grouped
 
     with console.status(f"capturing {name}"):
         report = broadcast_of(subject.model, subject.kwargs, subject.config)

@@ -22,7 +22,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..enable import enable
 from ..policy.config import MLPBroadcast, PABConfig
-from ..report.data import Report, RoleReport
+from ..report.data import RoleReport
+from ..report.report import Report
 from . import CAPTIONS, ClipPipeline, load_pipeline
 
 MLP_TIMESTEPS = (720, 640, 560, 480, 400)

@@ -21,7 +21,8 @@ from ..policy.when import checked_timesteps, evenly_spaced
 from ..report.account import Round
 from ..report.captured import Captured
 from ..report.costs import operations
-from ..report.data import Report, RoleReport
+from ..report.data import RoleReport
+from ..report.report import Report
 from .outline import outlines_of
 from .stopwatch import Stopwatch, number_nodes
 

@@ -22,43 +22,9 @@ from ..graph.effects import returns_operand
 from ..graph.modules import joined, qualified_name
 from ..report.captured import Captured
 from ..report.costs import operations
-from ..report.data import RegionReport
+from ..report.data import Box, Outline, RegionReport
+from ..report.groups import joined_names
 from ..select.region import Region
-from .groups import joined_names
-
-
-@dataclass(frozen=True)
-class Box:
-    """Nodes that are drawn as one.
-
-    Args:
-        label: what they are.
-        block: the block that they are in, of several that are alike as one name; "" for none.
-        copies: how many blocks that is.
-        operations: how many operations it has.
-        region: the attention or feed-forward that it is, `None` for others; the first of those that are alike.
-    """
-
-    label: str
-    block: str = ""
-    copies: int = 1
-    operations: int = 0
-    region: RegionReport | None = None
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A graph of boxes.
-
-    Args:
-        title: what graph it is.
-        boxes: in the order in which they run.
-        edges: from a box to one that reads what it yields, by their positions.
-    """
-
-    title: str
-    boxes: tuple[Box, ...]
-    edges: tuple[tuple[int, int], ...]
 
 
 def outlines_of(graphs: Iterable[Captured], regions: Iterable[RegionReport]) -> tuple[Outline, ...]:

@@ -30,7 +30,16 @@ from torch import fx
 from ..graph import effects
 from ..graph.copies import copy_of
 from ..policy.where import ROLES
-from .form import COPY, Conditional, branches_of, conditionals, mark_of, operands_of, set_slots_returned, slots_returned
+from .form import (
+    COPY,
+    Conditional,
+    branches_of,
+    conditionals,
+    mark_of,
+    operands_of,
+    set_slots_returned,
+    slots_returned,
+)
 
 
 def specialize(

@@ -62,7 +62,7 @@ class Rule:
         ...     def decide(self, step, progress, signal=None):
         ...         return (step.t < self.below) & (progress.age < 3)
         >>> reused_calls(Late(500), (900, 700, 400, 300, 200, 100))
-        (False, False, True, False, True, True)
+        (False, False, True, True, False, True)
     """
 
     def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:

@@ -12,12 +12,13 @@ from torch import fx
 
 from ..policy.when import Rule
 from ..policy.where import ROLES
-from ..report.costs import operations
 from ..run.runtime import Runtime
 from ..run.state import Cell
 from ..select.region import Region
 from .captured import Captured
-from .data import ContextReport, GraphReport, OnceReport, RegionReport, Report, RoleReport
+from .costs import operations
+from .data import ContextReport, GraphReport, OnceReport, RegionReport, RoleReport
+from .report import Report
 from .strips import Scheduled, schedule_of
 
 NUMBER = "pab_number"

@@ -12,9 +12,9 @@ from torch import fx
 from ..compile.variants import ORIGIN
 from ..graph.modules import ModuleNames
 from ..policy.when import Rule
-from ..report.costs import flops, operations, spared_by
 from ..run.call import BroadcastGraph
 from ..select.region import Region
+from .costs import flops, operations, spared_by
 
 
 class Plain:

@@ -1,20 +1,13 @@
-"""What a backend broadcasts and has broadcast, for people to read.
+"""What a backend broadcasts and has broadcast: frozen data, and nothing but that.
 
-Frozen data, and nothing but that: `account` reads it off a backend, `explain` has what renders it.
+`account` reads it off a backend, `report` adds what renders it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 from .strips import Schedule
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from ..explain.outline import Outline
 
 NO_SCHEDULE = Schedule((), "assumed")
 
@@ -139,8 +132,42 @@ class GraphReport:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a backend broadcasts. `str(report)` is for a terminal, and so is `rich.print(report)`, in colour.
+class Box:
+    """Nodes that are drawn as one.
+
+    Args:
+        label: what they are.
+        block: the block that they are in, of several that are alike as one name; "" for none.
+        copies: how many blocks that is.
+        operations: how many operations it has.
+        region: the attention or feed-forward that it is, `None` for others; the first of those that are alike.
+    """
+
+    label: str
+    block: str = ""
+    copies: int = 1
+    operations: int = 0
+    region: RegionReport | None = None
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A graph of boxes.
+
+    Args:
+        title: what graph it is.
+        boxes: in the order in which they run.
+        edges: from a box to one that reads what it yields, by their positions.
+    """
+
+    title: str
+    boxes: tuple[Box, ...]
+    edges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a backend broadcasts and has broadcast.
 
     Args:
         roles: a line for each role that is broadcast.
@@ -172,52 +199,3 @@ class Report:
     def reused(self) -> int:
         """Calls of attentions and feed-forwards that were answered from a cache."""
         return sum(role.reused for role in self.roles)
-
-    def __str__(self) -> str:
-        from ..explain.text import plain
-
-        return plain(self)
-
-    def __rich__(self) -> RenderableType:
-        from ..explain.text import tables
-
-        return tables(self)
-
-    def markdown(self) -> str:
-        """The report in Markdown."""
-        from ..explain.markdown import markdown
-
-        return markdown(self)
-
-    def html(self) -> str:
-        """The report as a page of HTML that needs nothing else, with the drawing of the graphs where there is one."""
-        from ..explain.html import page
-
-        return page(self)
-
-    def svg(self) -> str:
-        """The graphs before and after the rewrite, drawn; what is alike is drawn once.
-
-        Raises:
-            ValueError: if the report holds no graphs: `pab_fx.explain` makes one that does.
-        """
-        from ..explain.drawing import drawing
-
-        return drawing(self)
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it as JSON has it; `Report.of_json` reads it back."""
-        from ..explain.json import as_json
-
-        return as_json(self)
-
-    @classmethod
-    def of_json(cls, found: Mapping[str, Any]) -> Report:
-        """A report from what `as_json` made of it.
-
-        Raises:
-            ValueError: for something else, or the JSON of another version.
-        """
-        from ..explain.json import of_json
-
-        return of_json(found)

@@ -17,14 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import PyramidAttentionBroadcastConfig
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from .transformers import Transformer
+from torch import Tensor, nn
 
 
 class _Short:
@@ -105,7 +102,7 @@ class TransformerSpec(_Short):
         enters = any(attention.context == "inference" for attention in self.attentions)
         return torch.inference_mode if enters else torch.no_grad
 
-    def build(self, seed: int = 0) -> Transformer:
+    def build(self, seed: int = 0) -> nn.Module:
         """The model in eval mode, without gradients, its parameters drawn so that it neither dies out nor blows up."""
         from .transformers import Transformer
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
-
-from .specs import AttentionSpec, Site, TransformerSpec
 
 
 class Attention(nn.Module, AttentionModuleMixin):
@@ -17,7 +17,7 @@ class Attention(nn.Module, AttentionModuleMixin):
     given up by Dynamo for every module of the class, and what it calls is then computed in every step.
     """
 
-    def __init__(self, spec: AttentionSpec, width: int, heads: int) -> None:
+    def __init__(self, spec: Any, width: int, heads: int) -> None:
         super().__init__()
         self.spec, self.heads, self.width = spec, heads, width
         self.is_cross_attention = spec.kind == "cross"
@@ -105,7 +105,7 @@ class ModalAttention(Attention):
 class Block(nn.Module):
     """Calls of attentions and a feed-forward; holds the attentions under names that tell their kind."""
 
-    def __init__(self, sites: tuple[Site, ...], spec: TransformerSpec, attentions: list[Attention]) -> None:
+    def __init__(self, sites: tuple[Any, ...], spec: Any, attentions: list[Attention]) -> None:
         super().__init__()
         self.sites, self.spec = sites, spec
         for i, site in enumerate(sites):
@@ -216,7 +216,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A video transformer: patchify, blocks, project back."""
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: Any) -> None:
         super().__init__()
         self.spec = spec
         attentions = [

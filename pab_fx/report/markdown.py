@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..report.data import Report
-from ..report.strips import ruler
 from .content import (
     Table,
     graph_lines,
@@ -19,9 +17,11 @@ from .content import (
     strip_labels,
     title_of,
 )
+from .data import ReportData
+from .strips import ruler
 
 
-def markdown(report: Report) -> str:
+def markdown(report: ReportData) -> str:
     """The report in Markdown.
 
     Args:
@@ -57,7 +57,7 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").strip() for cell in cells) + " |"
 
 
-def _strips(report: Report) -> str:
+def _strips(report: ReportData) -> str:
     labels = ["timestep", *strip_labels(report)]
     width = max(map(len, labels)) + 2
     strips = [ruler(report.schedule.timesteps, 2), *(" ".join(strip.steps) for strip in report.schedule.strips)]

@@ -9,8 +9,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from ..report.data import Report
-from ..report.strips import COMPUTE, PARTLY, REUSE, ruler
 from .content import (
     Table,
     graph_lines,
@@ -25,6 +23,8 @@ from .content import (
     strip_labels,
     title_of,
 )
+from .data import ReportData
+from .strips import COMPUTE, PARTLY, REUSE, ruler
 
 COLOURS = {COMPUTE: "white on grey37", PARTLY: "black on yellow", REUSE: "black on green"}
 ROLE_COLOURS = {"spatial": "cyan", "temporal": "magenta", "cross": "yellow", "mlp": "blue"}
@@ -32,7 +32,7 @@ WIDE = 40
 """From so many steps on, the letters of a strip stand without spaces between them."""
 
 
-def plain(report: Report) -> str:
+def plain(report: ReportData) -> str:
     """The report as text without colours, a blank line between its parts.
 
     Args:
@@ -71,7 +71,7 @@ def _aligned(table: Table) -> list[str]:
     ]
 
 
-def _strips(report: Report) -> list[str]:
+def _strips(report: ReportData) -> list[str]:
     schedule, gap = report.schedule, _gap(report)
     if not schedule.strips:
         return []
@@ -82,16 +82,16 @@ def _strips(report: Report) -> list[str]:
     return [*(f"{label.ljust(width)}{line}" for label, line in zip(labels, lines, strict=True)), legend]
 
 
-def _partly(report: Report) -> str:
+def _partly(report: ReportData) -> str:
     is_partly = any(PARTLY in strip.steps for strip in report.schedule.strips)
     return ", P reuses in some of its calls" if is_partly else ""
 
 
-def _gap(report: Report) -> str:
+def _gap(report: ReportData) -> str:
     return " " if len(report.schedule.timesteps) < WIDE else ""
 
 
-def tables(report: Report) -> RenderableType:
+def tables(report: ReportData) -> RenderableType:
     """The report as tables and coloured strips, for `rich.print`.
 
     Args:
@@ -120,7 +120,7 @@ def _rich(table: Table) -> RichTable:
     return made
 
 
-def _coloured_strips(report: Report) -> RenderableType:
+def _coloured_strips(report: ReportData) -> RenderableType:
     schedule, width = report.schedule, 1 + 2 * len(_gap(report))
     grid = RichTable.grid(padding=(0, 2, 0, 0))
     grid.add_row(Text("timestep", style="dim"), Text(ruler(schedule.timesteps, width), style="dim"))

@@ -8,8 +8,6 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..report.data import Report
-from ..report.strips import COMPUTE, PARTLY, REUSE
 from .content import (
     graph_lines,
     graph_table,
@@ -21,14 +19,16 @@ from .content import (
     strip_labels,
     title_of,
 )
+from .data import ReportData
 from .drawing import drawing
 from .palette import COMPUTE_COLOUR, PARTLY_COLOUR, REUSE_COLOUR, ROLE_COLOURS
+from .strips import COMPUTE, PARTLY, REUSE
 from .units import in_bytes, in_percent, in_seconds
 
 WORDS = {COMPUTE: "compute", REUSE: "reuse", PARTLY: "reuse in some of its calls"}
 
 
-def page(report: Report) -> str:
+def page(report: ReportData) -> str:
     """The report as a page, with the drawing of its graphs where it has some.
 
     Args:
@@ -59,7 +59,7 @@ def page(report: Report) -> str:
     )
 
 
-def _cards(report: Report) -> list[tuple[str, str]]:
+def _cards(report: ReportData) -> list[tuple[str, str]]:
     """The numbers at the top of the page, and what they are."""
     regions = [region for region in report.regions if region.left_alone is None]
     steps = [strip for strip in report.schedule.strips for _ in range(strip.modules)]

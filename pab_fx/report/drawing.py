@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from ..report.data import RegionReport, Report
+from .data import Box, Outline, RegionReport, ReportData
 from .layout import HEIGHT, Detour, Layout, Place, laid_out
-from .outline import Box, Outline
 from .palette import PLAIN_COLOUR, ROLE_COLOURS
 from .units import counted, in_bytes, in_flops
 
@@ -32,7 +31,7 @@ LEGEND = (
 )
 
 
-def drawing(report: Report) -> str:
+def drawing(report: ReportData) -> str:
     """The graphs of a report, one below the other, each before and after the rewrite.
 
     Args:

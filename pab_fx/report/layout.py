@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .outline import Box, Outline
+from .data import Box, Outline
 
 WIDTH, HEIGHT, CONDITION = 260.0, 46.0, 92.0
 GAP, FRAME, HEAD, LANE = 24.0, 14.0, 32.0, 16.0

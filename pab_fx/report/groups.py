@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..report.data import RegionReport
+from .data import RegionReport
 
 
 @dataclass(frozen=True)

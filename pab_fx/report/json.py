@@ -6,22 +6,23 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from ..report.data import Report
-from .outline import Outline
+from .data import ReportData
+
+Data = TypeVar("Data", bound=ReportData)
 
 SCHEMA = "pab_fx.report/1"
 """Version of the layout; another number means that a reader of this one would misread it."""
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: ReportData) -> dict[str, Any]:
     """All of a report as JSON has it, with the version of its layout under `schema`."""
     return {"schema": SCHEMA, **dataclasses.asdict(report)}
 
 
-def of_json(found: Mapping[str, Any]) -> Report:
-    """A report from what `as_json` made of it.
+def of_json(kind: type[Data], found: Mapping[str, Any]) -> Data:
+    """A report of that class from what `as_json` made of it.
 
     Raises:
         ValueError: for something else, or the JSON of another version.
@@ -31,7 +32,7 @@ def of_json(found: Mapping[str, Any]) -> Report:
         raise ValueError(f"this is no report: its schema is {schema!r}, and must be {SCHEMA!r}.")
     given = {name: value for name, value in found.items() if name != "schema"}
     try:
-        made: Report = _made(Report, given)
+        made: Data = _made(kind, given)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"this is no report of schema {SCHEMA}: {error}") from None
     return made
@@ -40,7 +41,7 @@ def of_json(found: Mapping[str, Any]) -> Report:
 def _made(kind: Any, found: Any) -> Any:
     """A value of an annotated type from plain data."""
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind, localns={"Outline": Outline})
+        hints = typing.get_type_hints(kind)
         return kind(**{name: _made(hints[name], value) for name, value in found.items()})  # type: ignore[operator]
     if typing.get_origin(kind) is tuple:
         members = typing.get_args(kind)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..report.data import GraphReport, Report
-from ..report.strips import SOURCES
+from .data import GraphReport, ReportData
 from .groups import Group, grouped, joined_names
+from .strips import SOURCES
 from .units import counted, in_bytes, in_flops, in_percent, in_seconds, listed, unit_of
 
 
@@ -46,7 +46,7 @@ class Table:
         return Table(tuple(self.columns[i] for i in said), tuple(tuple(row[i] for i in said) for row in self.rows))
 
 
-def role_table(report: Report) -> Table:
+def role_table(report: ReportData) -> Table:
     """Calls so far and caches of each role, and of each cache context where there are several."""
     unit = unit_of(size for role in report.roles for size in (role.cache_bytes, role.full_bytes))
     rows: list[tuple[str, ...]] = []
@@ -67,7 +67,7 @@ def role_table(report: Report) -> Table:
     return Table(columns, tuple(rows))
 
 
-def region_table(report: Report) -> Table:
+def region_table(report: ReportData) -> Table:
     """What is broadcast: what it costs, and when it is computed; what is alike in one row."""
     groups = [group for group in grouped(report.regions) if group.left_alone is None]
     unit = unit_of(group.cache_bytes for group in groups)
@@ -103,7 +103,7 @@ def _region_row(group: Group, unit: str) -> tuple[str, ...]:
     )
 
 
-def graph_table(report: Report) -> Table:
+def graph_table(report: ReportData) -> Table:
     """What the rewrite did to each captured graph that has something to broadcast; those that are alike in one row."""
     alike: dict[object, list[GraphReport]] = {}
     for graph in report.captured:
@@ -135,7 +135,7 @@ def _graph_row(alike: list[GraphReport]) -> tuple[str, ...]:
     )
 
 
-def graph_lines(report: Report) -> list[str]:
+def graph_lines(report: ReportData) -> list[str]:
     """What the tables leave out of what was captured and compiled."""
     lines = []
     idle = [graph for graph in report.captured if not graph.conditions]
@@ -157,7 +157,7 @@ def graph_lines(report: Report) -> list[str]:
     return lines
 
 
-def step_line(report: Report) -> str:
+def step_line(report: ReportData) -> str:
     """What a step that reuses nothing takes, and how much of it is broadcast; "" where nothing is known of that."""
     regions = [region for region in report.regions if region.left_alone is None]
     flops = sum(region.flops for region in regions)
@@ -172,12 +172,12 @@ def step_line(report: Report) -> str:
     return f"what is broadcast has {listed(said)}"
 
 
-def left_alone(report: Report) -> list[str]:
+def left_alone(report: ReportData) -> list[str]:
     """What is computed in every step, and why."""
     return [f"{_of_role(group)}: {group.left_alone}" for group in grouped(report.regions) if group.left_alone]
 
 
-def notes(report: Report) -> list[str]:
+def notes(report: ReportData) -> list[str]:
     """What else is to know of what was found."""
     return [f"{_of_role(group)}: {group.first.note}" for group in grouped(report.regions) if group.first.note]
 
@@ -186,24 +186,24 @@ def _of_role(group: Group) -> str:
     return f"{group.name} ({group.first.role})"
 
 
-def source_of(report: Report) -> str:
+def source_of(report: ReportData) -> str:
     """How the timesteps of the schedule are known."""
     return SOURCES[report.schedule.source]
 
 
-def strip_labels(report: Report) -> list[str]:
+def strip_labels(report: ReportData) -> list[str]:
     """What stands before each strip of the schedule: its role; its rule, too, where a role has several."""
     strips = report.schedule.strips
     roles = [strip.role for strip in strips]
     return [strip.role if roles.count(strip.role) == 1 else f"{strip.role}, {strip.rule}" for strip in strips]
 
 
-def title_of(report: Report) -> str:
+def title_of(report: ReportData) -> str:
     """What stands above the report."""
     return f"What pab_fx broadcasts{' of ' if report.model else ''}{report.model}"
 
 
-def reasons(report: Report) -> Iterable[tuple[str, str]]:
+def reasons(report: ReportData) -> Iterable[tuple[str, str]]:
     """Each role that is broadcast with the reasons for which it was given."""
     groups = [group for group in grouped(report.regions) if group.left_alone is None]
     return list(dict.fromkeys((group.first.role, group.why) for group in groups))
