@@ -300,8 +300,8 @@ def add_keyword(gm: fx.GraphModule, name: str) -> fx.Node:
     from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
     from torch.utils import _pytree
 
-    inputs = gm.graph.find_nodes(op="placeholder")
     info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    inputs = gm.graph.find_nodes(op="placeholder")[: info.in_spec.num_leaves]  # others are yet to be sunk
     args, kwargs = _pytree.tree_unflatten([0] * len(inputs), info.in_spec)
     in_spec = _pytree.tree_structure((args, {**kwargs, name: 0}))
     gm.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo([*info.orig_args, name], in_spec, info.out_spec)))

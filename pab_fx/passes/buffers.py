@@ -49,7 +49,7 @@ class Buffers:
                 self.index = gm.graph.call_function(torch.reshape, (given, (1,)))
 
     def register(self, name: str, initial: torch.Tensor) -> None:
-        """Give the graph a buffer; one that has no elements gets its size by the first write."""
+        """Give the graph a buffer."""
         stacked = torch.stack([initial] * self._contexts) if self._contexts else initial
         self.gm.register_buffer(name, stacked, persistent=False)
 
@@ -63,15 +63,15 @@ class Buffers:
         entry = graph.call_function(torch.index_select, (stack, 0, index))
         return graph.call_function(torch.squeeze, (entry, 0))
 
-    def write(self, name: str, written: Any) -> None:
-        """Replace what a buffer holds, for the context that runs."""
-        graph, buffer = self.gm.graph, self.gm.get_buffer(name)
+    def write(self, name: str, written: Any, sizes: bool = False) -> None:
+        """Replace what a buffer holds, for the context that runs; with `sizes` it gets the size of that."""
+        graph = self.gm.graph
         target = graph.get_attr(name)
         if self.index is not None:
             index, entry = self.index_for(name), graph.call_function(torch.unsqueeze, (written, 0))
             graph.call_function(aten.index_copy_.default, (target, 0, index, entry))
             return
-        if buffer.numel() == 0:
+        if sizes:
             target = graph.call_function(aten.resize_as_.default, (target, written))
         graph.call_function(aten.copy_.default, (target, written))
 

@@ -35,9 +35,10 @@ from torch import fx
 
 from ..graph import effects
 from ..graph.dataflow import value
-from .buffers import Buffers
+from .buffers import CONTEXT, Buffers
 from .counting import Counting, Plan
 from .form import (
+    MARK,
     Predicate,
     Scalar,
     Slot,
@@ -45,6 +46,7 @@ from .form import (
     conditionals,
     device_of,
     inputs_of,
+    mark_of,
     operands_of,
     set_slots_returned,
     slots_returned,
@@ -118,37 +120,48 @@ def _sink_slots(gm: fx.GraphModule, buffers: Buffers) -> None:
     set_slots_returned(gm, {})
     output = graph.output_node()
     output.args = (output.args[0][0],)  # type: ignore[index]
-    output.meta.pop("pab_fx", None)
+    output.meta.pop(MARK, None)
     for slot, node in kept.items():
         with graph.inserting_before(effects.end_of_updates(graph, node)):
-            buffers.write(f"pab_slot_{slot.module}_{slot.index}", node)
+            is_known = isinstance(value(node), torch.Tensor) and all(
+                isinstance(size, int) for size in value(node).shape
+            )
+            buffers.write(f"pab_slot_{slot.module}_{slot.index}", node, sizes=not is_known)
 
 
 def _buffer_for(gm: fx.GraphModule, recorded: Any) -> torch.Tensor:
-    """A buffer of the size that was recorded, in the layout that both branches of a `cond` yield; else an empty one."""
+    """A buffer of the size that was recorded, in the layout that both branches of a `cond` yield; else one number.
+
+    That one fits any size, for a how that reads its slots before they are filled.
+    """
     if isinstance(recorded, torch.Tensor) and all(isinstance(size, int) for size in recorded.shape):
         strides = torch.empty_like(recorded).stride()
         return torch.empty_strided(recorded.shape, strides, dtype=recorded.dtype, device=recorded.device).zero_()
     like = next((p for p in gm.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.empty(0, dtype=like.dtype, device=like.device)
+    return torch.zeros((), dtype=like.dtype, device=like.device)
 
 
 def _choose_inside(gm: fx.GraphModule, buffers: Buffers, cond: fx.Node, held: fx.Node, name: str) -> None:
-    """Hand a `cond` the index of the context, and let its branches take that entry of a stack, laid out as it was."""
-    position = operands_of(cond).index(held)
-    with gm.graph.inserting_before(cond):
-        index = buffers.index_for(name)
-    cond.args = (*cond.args[:3], (*operands_of(cond), index))
+    """Hand a `cond` the index of the context, once, and let its branches take that entry of a stack."""
+    stack_at = operands_of(cond).index(held)
+    index_at = next((i for i, operand in enumerate(operands_of(cond)) if mark_of(operand) == CONTEXT), None)
+    if index_at is None:
+        with gm.graph.inserting_before(cond):
+            index = gm.graph.call_function(torch.clone, (buffers.index_for(name),))
+        index.meta[MARK] = CONTEXT
+        index_at = len(operands_of(cond))
+        cond.args = (*cond.args[:3], (*operands_of(cond), index))
+        for branch in branches_of(gm, cond):
+            with branch.graph.inserting_after(branch.graph.find_nodes(op="placeholder")[-1]):
+                branch.graph.placeholder(CONTEXT)
     for branch in branches_of(gm, cond):
         inputs = branch.graph.find_nodes(op="placeholder")
-        stack, users = inputs[position], list(inputs[position].users)
-        with branch.graph.inserting_after(inputs[-1]):
-            entry = branch.graph.placeholder(f"pab_index_{position}")
-        recorded = value(stack)
+        stack, recorded, users = inputs[stack_at], value(inputs[stack_at]), list(inputs[stack_at].users)
         stack.meta = {}
         if users:
-            with branch.graph.inserting_before(entry.next):
-                chosen = buffers.chosen(branch.graph, stack, entry)
+            with branch.graph.inserting_before(inputs[-1].next):
+                chosen = buffers.chosen(branch.graph, stack, inputs[index_at])
+                # laid out as it was: both branches of a `cond` yield the same strides
                 laid_out = branch.graph.call_function(in_order, (chosen, stride_order(torch.empty_like(recorded))))
             stack.replace_all_uses_with(laid_out, delete_user_cb=lambda user: user in users)  # noqa: B023
         branch.recompile()
