@@ -631,7 +631,7 @@ def regions_of(attention: nn.Module, tracer: Callable[..., Model]) -> tuple[Regi
 
     model, found = Model(), []
     model.attn = attention
-    run(tracer(model.eval().requires_grad_(False), lambda gm: found.extend(tag(gm, CONFIG)) or gm), (500,))
+    run(tracer(model.eval().requires_grad_(False), lambda gm: found.extend(tag(gm, CONFIG.policies())) or gm), (500,))
     return tuple(found)
 
 

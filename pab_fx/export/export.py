@@ -221,7 +221,7 @@ def _check_scale(broadcast: Sequence[Region], plan: tuple[float, ...] | None, gi
     if plan is None:
         found = [rule.mismatch(float(given.amax()), None) for rule in rules] if float(given.amax()) > 0 else []
         for why in filter(None, found):
-            warn(f"pab_fx: {why} For an exported program, pass the timesteps of a generation, timesteps=.")
+            warn(f"pab_fx: the timestep is {float(given.amax()):g}: {why} Or pass timesteps=scheduler.timesteps.")
         return
     calls = Counter(region.module_id for region in broadcast)
     if not any(any(reused_calls(rule, plan, n)) for rule in rules for n in calls.values()):

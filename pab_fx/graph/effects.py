@@ -173,10 +173,24 @@ def is_view(node: fx.Node) -> bool:
 
 
 def storages(node: fx.Node) -> frozenset[StorageWeakRef] | None:
-    """The storages of the tensors in a node's recorded value; `None` where nothing was recorded, or where they have
-    none (inside of `torch.vmap`, which makes flex attention's masks)."""
+    """The storages of the tensors in a node's value; `None` where nothing was recorded, or where they have none (inside
+    of `torch.vmap`, which makes flex attention's masks).
+
+    What was recorded of a dropout that drops nothing, and of the views of it, may lie elsewhere than its operand.
+    """
     if returns_operand(node):
         return storages(node.all_input_nodes[0])
+    own, source = _recorded_storages(node), node
+    while own and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+        if not own <= (_recorded_storages(source) or frozenset()):
+            break
+        if returns_operand(source):
+            return storages(source)
+    return own
+
+
+def _recorded_storages(node: fx.Node) -> frozenset[StorageWeakRef] | None:
     recorded = value(node)
     if recorded is None:
         return None
