@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import sys
@@ -73,6 +74,29 @@ def boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     return torch.compiler.disable(inside)  # type: ignore[no-any-return]
 
 
+def compile_lock() -> contextlib.AbstractContextManager[Any]:
+    """Dynamo's lock: what holds it compiles alone, in a frame or later; a thread may take it again.
+
+    `convert_frame.compile_lock`, an `RLock`, seen in 2.9 and 2.13.
+    """
+    from torch._dynamo import convert_frame
+
+    return convert_frame.compile_lock
+
+
+def _alone(context: Callable[[], contextlib.AbstractContextManager[None]]) -> Any:
+    """The context manager, for one thread at a time: what it changes, it changes for the whole process."""
+
+    @functools.wraps(context)
+    @contextlib.contextmanager
+    def locked() -> Iterator[None]:
+        with compile_lock(), context():
+            yield
+
+    return locked
+
+
+@_alone
 @contextlib.contextmanager
 def conditions_let_go_of_operands() -> Iterator[None]:
     """Compile conditions so that what is read last in one is freed in either branch, and what is read is not copied.
@@ -138,6 +162,7 @@ def conditions_let_go_of_operands() -> Iterator[None]:
         PythonWrapperCodegen.codegen_conditional = before  # type: ignore[method-assign]
 
 
+@_alone
 @contextlib.contextmanager
 def conditions_take_operands_as_they_lie() -> Iterator[None]:
     """Compile the branches of a condition for the strides that its operands have in memory.

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ from pab_fx.calibrate.sketch import Sketcher
 from pab_fx.calibrate.trials import Trials
 from pab_fx.cli import app
 from pab_fx.demo import CAPTIONS, load_pipeline
-from pab_fx.policy.config import PRESETS, ROLES
+from pab_fx.policy.config import PRESETS
+from pab_fx.policy.where import ROLES
 from pab_fx.policy.when import reused_calls
 
 TIMESTEPS = tuple(float(t) for t in range(999, -1, -50))  # 20 steps
@@ -692,6 +693,30 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch: pytest.MonkeyPatc
     shown = CliRunner().invoke(app, ["calibrate", "psnr>=40", "-o", str(tmp_path / "out")])
     assert shown.exit_code == 130
     assert "the same command goes on from there" in shown.output
+
+
+@pytest.mark.parametrize(("pipeline", "threads"), [("demo", 1), ("folder", 2)])
+def test_the_demos_model_is_calibrated_on_one_thread(
+    pipeline: str, threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_pipeline: Callable[[Path], None]
+) -> None:
+    """Another one on as many as there are."""
+    seen = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    tiny_pipeline(tmp_path / "folder")
+    (tmp_path / "prompts").write_text("a red circle moving left")
+    monkeypatch.setattr(pab_fx, "calibrate", interrupted)
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(2)
+    try:
+        CliRunner().invoke(app, ["calibrate", "psnr>=40", "--pipeline", pipeline, "--prompts", "prompts"])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [threads]
 
 
 @pytest.mark.parametrize(("measured", "is_far"), [(None, False), (1.0, False), (0.7, True), (21.0, True)])

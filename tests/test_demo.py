@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pab_fx.cli import app
-from pab_fx.demo import Caption, recognise
+from pab_fx.demo import Caption, recognise, run
 from pab_fx.demo.run import Result, compare, run_demo, save_animation
 
 
@@ -31,6 +33,24 @@ def test_every_role_is_reused_and_the_clips_are_near_but_not_the_same(result: Re
     assert 15 < result.psnr < 90
     assert 0.5 < result.ssim < 1
     assert not np.array_equal(*result.frames)
+
+
+def test_the_demo_runs_on_one_thread_and_leaves_the_number_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of a model this small wait for each other all the time, and for any other process on their cores."""
+    seen, generate = [], run._generate
+
+    def generate_seen(*args: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return generate(*args)
+
+    monkeypatch.setattr(run, "_generate", generate_seen)
+    torch.set_num_threads(2)
+    try:
+        run_demo(steps=8, clips=1, rounds=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert set(seen) == {1}
 
 
 def test_the_animation_shows_all_frames(result: Result, tmp_path: Path) -> None:

@@ -61,9 +61,10 @@ def calibrate(
     kept there: the same command goes on after an interruption, and another budget takes only what it needs.
     """
     from .. import calibrate as calibrated
+    from ..demo import one_thread
 
     console = console_for(json)
-    with _resumable(folder), refused():
+    with _resumable(folder), refused(), one_thread() if pipeline == "demo" else contextlib.nullcontext():
         check_json(json)
         limit = _limit_of(budget)
         arguments = {**_arguments_of(call or ()), **({} if steps is None else {"num_inference_steps": steps})}

@@ -17,6 +17,7 @@ from torch import fx
 
 from .._torch import (
     boxed,
+    compile_lock,
     compiled_later,
     conditions_let_go_of_operands,
     conditions_take_operands_as_they_lie,
@@ -138,10 +139,15 @@ class Lowerings:
         call, AOTAutograd takes the sizes of those for symbols, though Dynamo has a graph of these sizes only.
         """
         if key not in self._compiled:
-            gm = lowered(self.conditional, key, self._lowering)
-            with traced_shapes(gm) as inputs, _conditions():
-                self._compiled[key] = self._with_state(gm, compiled_later(self._compiler, gm, inputs))
+            with compile_lock():  # as Dynamo holds it; another thread may have compiled the graph meanwhile
+                if key not in self._compiled:
+                    self._compiled[key] = self._compiled_later(lowered(self.conditional, key, self._lowering))
         return self._compiled[key]
+
+    def _compiled_later(self, gm: fx.GraphModule) -> Compiled:
+        """A graph compiled outside of Dynamo's call."""
+        with traced_shapes(gm) as inputs, _conditions():
+            return self._with_state(gm, compiled_later(self._compiler, gm, inputs))
 
     def compile_as_captured(self, key: Any, example_inputs: Sequence[Any]) -> None:
         """Compile the graph for a key inside of Dynamo's call."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.utils import logging
 
 from pab_fx.demo.clips import CAPTIONS, Caption, draw, fit, recognise
@@ -22,6 +25,7 @@ __all__ = [
     "draw",
     "fit",
     "load_pipeline",
+    "one_thread",
     "recognise",
 ]
 
@@ -34,3 +38,18 @@ def load_pipeline(**kwargs: Any) -> ClipPipeline:
         return ClipPipeline.from_pretrained(WEIGHTS, **{"low_cpu_mem_usage": False, **kwargs})
     finally:
         logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: at the sizes of the demo's model a second one gains nothing.
+
+    Threads wait for each other at the end of every operation, thousands of times a second here. Where another process
+    has one of the cores, each of these waits may last until the scheduler takes that core from it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -24,7 +24,7 @@ from ..enable import enable
 from ..policy.config import MLPBroadcast, PABConfig
 from ..report.data import RoleReport
 from ..report.report import Report
-from . import CAPTIONS, ClipPipeline, load_pipeline
+from . import CAPTIONS, ClipPipeline, load_pipeline, one_thread
 
 MLP_TIMESTEPS = (720, 640, 560, 480, 400)
 """Where VideoSys keeps Latte's feed-forwards; its scheduler has these very timesteps, ours has neighbours."""
@@ -71,6 +71,7 @@ def demo_config(timesteps: Sequence[float]) -> PABConfig:
     return PABConfig.preset("latte", mlp=MLPBroadcast(timesteps=kept, blocks=tuple(range(5)), skip_count=2))
 
 
+@one_thread()
 def run_demo(
     steps: int = 50,
     clips: int = 4,
@@ -80,7 +81,7 @@ def run_demo(
     lowering: str = "specialize",
     console: Console | None = None,
 ) -> Result:
-    """Generate clips without and with PAB, in turns, and compare them.
+    """Generate clips without and with PAB, in turns and on one thread, and compare them.
 
     Args:
         steps: denoising steps.
