@@ -152,7 +152,7 @@ def test_timesteps_that_are_no_generations_are_refused(given: Any, message: str)
 def test_timesteps_may_be_tensors() -> None:
     given = torch.tensor(TIMESTEPS)
     for each in (given, list(given), given.numpy()):
-        assert PABBackend(inner="eager", timesteps=each).timesteps == TIMESTEPS
+        assert PABBackend(inner="eager", timesteps=each).runtime.timesteps == TIMESTEPS
 
 
 @pytest.mark.parametrize("name", ["regional", "step_invariants"])

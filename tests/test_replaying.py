@@ -186,7 +186,7 @@ def test_a_compiler_that_says_it_records_graphs_is_treated_as_one_that_does() ->
     def recording(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return gm.forward
 
-    assert isinstance(PABBackend(inner=replaying).holder, Static)
-    assert PABBackend(inner=recording).holder is None
+    assert isinstance(PABBackend(inner=replaying).runtime.holder, Static)
+    assert PABBackend(inner=recording).runtime.holder is None
     recording.records_graphs = True  # type: ignore[attr-defined]
-    assert isinstance(PABBackend(inner=recording).holder, Static)
+    assert isinstance(PABBackend(inner=recording).runtime.holder, Static)
