@@ -45,8 +45,8 @@ from pab_fx.calibrate.trials import Trials
 from pab_fx.cli import app
 from pab_fx.demo import CAPTIONS, load_pipeline
 from pab_fx.policy.config import PRESETS
-from pab_fx.policy.where import ROLES
 from pab_fx.policy.when import reused_calls
+from pab_fx.policy.where import ROLES
 
 TIMESTEPS = tuple(float(t) for t in range(999, -1, -50))  # 20 steps
 ATTENTIONS = {"spatial": "blocks.{}.attn1", "cross": "blocks.{}.attn2", "mlp": "blocks.{}.ff"}
