@@ -16,9 +16,14 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from pab_fx import PABBackend, PABConfig, rewrite, specialize
+from pab_fx import Attentions, Every, PABBackend, PABConfig, Policy, Taylor, rewrite, specialize
+from pab_fx.graph.copies import copy_of
+from pab_fx.graph.modules import ModuleNames
+from pab_fx.passes.conditions import insert_conditions
+from pab_fx.select.tag import tag
 
 CONFIG = PABConfig(spatial_attention_block_skip_range=2)
+FORECAST = Policy(Attentions(("spatial",)), Every(2), Taylor(1))
 
 
 class Attention(nn.Module):
@@ -53,7 +58,15 @@ def build() -> Block:
     return Block().eval().requires_grad_(False)
 
 
-def compiled_graphs(lowering: str) -> list[fx.GraphModule]:
+def conditional(captured: fx.GraphModule, policies: Sequence[Policy]) -> fx.GraphModule:
+    """The functional form of a captured graph: predicates, scalars and slots come in, slots go out."""
+    gm = copy_of(captured)
+    insert_conditions(gm, tag(gm, policies, ModuleNames.of_graph(gm)))
+    gm.recompile()
+    return gm
+
+
+def lowered_graphs(lowering: str) -> list[fx.GraphModule]:
     """What the inner compiler is handed in two steps, of which the second may reuse."""
     graphs: list[fx.GraphModule] = []
 
@@ -72,35 +85,45 @@ def stages() -> dict[str, str]:
     """The graph as Python code, by the name of the stage."""
     captured = fx.symbolic_trace(build())
     rewritten = rewrite(captured, CONFIG)
-    computing, reusing = compiled_graphs("specialize")
-    (conditional,) = compiled_graphs("cond")
+    kept, forecast = conditional(captured, CONFIG.policies()), conditional(captured, [FORECAST])
+    computing, reusing = lowered_graphs("specialize")
+    (with_conditions,) = lowered_graphs("cond")
     found: dict[str, Any] = {
         "captured": captured,
+        "conditional": kept,
+        "conditional, the computing branch": kept.pab_compute_0,
+        "conditional, the reading branch": kept.pab_read_0,
+        "forecast, the computing branch": forecast.pab_compute_0,
+        "forecast, the reading branch": forecast.pab_read_0,
+        "lowered, computing": computing,
+        "lowered, reusing": reusing,
+        "lowered, cond": with_conditions,
         "rewritten": rewritten,
-        "rewritten, the computing branch": rewritten.pab_compute_0,
-        "rewritten, the reading branch": rewritten.pab_read_0,
         "specialized, computing": specialize(rewritten, reuse=()),
         "specialized, reusing": specialize(rewritten, reuse={"spatial"}),
-        "lifted, computing": computing,
-        "lifted, reusing": reusing,
-        "lifted, cond": conditional,
     }
     return {name: readable(gm) for name, gm in found.items()}
 
 
 def readable(gm: fx.GraphModule) -> str:
-    """The code of a graph, tidied: no type annotations, no `x = None` that frees a value early, short input names."""
+    """The code of a graph, tidied: no type annotations, no `x = None` that frees a value early, short input
+    names, attributes where they are read.
+    """
     code = re.sub(r";  (\w+ = )+None( +#.*)?$", "", str(gm.code).strip(), flags=re.MULTILINE)
     code = re.sub(r"(\w) ?: \"?[\w.]+(\[[^\]]*\])?\"?(?=[,)])", r"\1", code)
     code = re.sub(r"\) -> .*:$", "):", code, flags=re.MULTILINE)
     signature, *lines = code.splitlines()
-    body = []
+    body: list[str] = []
+    attributes: dict[str, str] = {}
     for line in lines:
+        read = re.fullmatch(r" +(\w+) = (self\.\w+)", line)
         alias = re.fullmatch(r" +(\w+) = (\w+)", line)  # Dynamo's inputs have a name outside and one inside
         if alias and alias[2] in re.findall(r"\w+", signature):
             signature = re.sub(rf"\b{alias[2]}\b", alias[1], signature)
+        elif read:
+            attributes[read[1]] = read[2]
         else:
-            body.append(line)
+            body.append(re.sub(r"(?<!\.)\b\w+\b", lambda m: attributes.get(m[0], m[0]), line))
     return "\n".join([signature, *body]).replace("_modules_", "_").replace("_parameters_", "_")
 
 

@@ -92,7 +92,7 @@ def run(block: Block, names: dict[str, Any]) -> None:
     for name in (block.of("given") or "").split(", "):
         if name:
             names[name] = GIVEN[block.page][name]()
-    exec(compile("\n" * (block.line - 1) + block.code, str(PAGES[block.page]), "exec"), names)
+    exec(compile("\n" * (block.line - 1) + block.code, str(PAGES[block.page]), "exec", dont_inherit=True), names)
 
 
 def update(page: str) -> None:
