@@ -506,6 +506,24 @@ def declare_static(placeholder: fx.Node) -> None:
     placeholder.meta["tensor_dict"] = {**known, "_dynamo_static_input_type": "unguarded"}
 
 
+def static_inputs(gm: fx.GraphModule) -> frozenset[int]:
+    """Positions of the inputs that keep their address, as AOTAutograd finds them. The names as above; 2.9 to 2.15."""
+    if not hasattr(gm, "_param_name_to_source"):
+        return frozenset()
+    types = [each.meta.get("tensor_dict", {}) for each in gm.graph.find_nodes(op="placeholder")]
+    return frozenset(i for i, known in enumerate(types) if known.get("_dynamo_static_input_type"))
+
+
+def compiled_call() -> int:
+    """A number that the running call of compiled code has, or the step that `cudagraph_mark_step_begin` began.
+
+    CUDA graphs overwrite what those of other calls returned. `CUDAGraphTreeManager` seen in 2.9 and 2.13.
+    """
+    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
+
+    return CUDAGraphTreeManager.get_curr_generation()
+
+
 def inputs_that_are_state() -> tuple[int, ...]:
     """Positions of the parameters and buffers among the inputs of a graph that AOTAutograd is having compiled.
 

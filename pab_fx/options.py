@@ -38,8 +38,10 @@ def inner_compiler(
 
 
 def records_cuda_graphs(inner: Any, mode: str | None, options: Mapping[str, Any] | None) -> bool:
-    """Whether the inner compiler records CUDA graphs, where it compiles for a GPU."""
-    return inner == "cudagraphs" or (inner == "inductor" and has_cuda_graphs(inductor_patches(mode, options or {})))
+    """Whether the inner compiler records CUDA graphs, where it compiles for a GPU; a callable says so itself."""
+    if inner == "inductor":
+        return has_cuda_graphs(inductor_patches(mode, options or {}))
+    return inner == "cudagraphs" or getattr(inner, "records_graphs", False)
 
 
 def cache_dtype_of(given: torch.dtype | str | None) -> torch.dtype | None:

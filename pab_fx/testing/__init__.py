@@ -11,6 +11,7 @@ hypothesis.
 from .broadcasts import Broadcast, Step, assert_broadcasts_like
 from .graphs import assert_graphs_equivalent, graph_difference
 from .hooked import Clock, Hooked
+from .replaying import Replayed, replaying
 from .small_graphs import GraphSpec
 from .specs import AttentionSpec, Schedule, Site, TransformerSpec
 from .tracing import TRACERS, captured, traced
@@ -22,6 +23,7 @@ __all__ = [
     "Clock",
     "GraphSpec",
     "Hooked",
+    "Replayed",
     "Schedule",
     "Site",
     "Step",
@@ -30,5 +32,6 @@ __all__ = [
     "assert_graphs_equivalent",
     "captured",
     "graph_difference",
+    "replaying",
     "traced",
 ]
