@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._torch import mark_static
 from ..compile.lowering import Lowerings
 from ..graph.dataflow import is_state, value
 from ..passes.invariants import Invariants, split_invariants
@@ -124,18 +123,14 @@ class Kept:
     Args:
         once: computes them.
         args: inputs of the graph.
-        buffers: where they are copied to, filled when it is empty; `None` for where they were computed.
+        place: puts them where they are to lie.
     """
 
-    def __init__(self, once: Once, args: Sequence[Any], buffers: list[torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, once: Once, args: Sequence[Any], place: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
+    ) -> None:
         self.once = once
-        self.tensors = tuple(once.run(*args))
-        if buffers is not None:
-            if [buffer.shape for buffer in buffers] != [tensor.shape for tensor in self.tensors]:
-                buffers[:] = [mark_static(torch.empty_like(tensor)) for tensor in self.tensors]
-            for buffer, tensor in zip(buffers, self.tensors, strict=True):
-                buffer.copy_(tensor)
-            self.tensors = tuple(buffers)
+        self.tensors = place(once.run(*args))
         self._seen = [(position, *_seen(args[position])) for position in once.reads]
 
     @property

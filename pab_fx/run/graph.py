@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from ..passes.predicates import TIMESTEP_NAMES, timestep_name
 from ..policy.when import END, AfterTimesteps, Rule, SkipRange
 from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
 from .generation import Kept, Variants
-from .holding import Static
+from .holding import Static, at_one_address
 from .lockstep import Call, Decision, Lockstep
 from .running import name_of_caller
 from .state import Cell, StateStore, TensorSpec
@@ -103,7 +104,6 @@ class BroadcastGraph:
         self._has_erred = False
         self.runs = 0
         self.instances: dict[int, dict[str, tuple[str, Rule | None]]] = {}
-        self._buffers: dict[Hashable, list[torch.Tensor]] = {}
         self._use(unchanging)
         self.anchors = tuple(anchors[calls[0].module_id] for calls in self.lowerings.modules)
         self._owners = tuple(anchor.positions[0] for anchor in self.anchors if anchor.positions)
@@ -233,7 +233,8 @@ class BroadcastGraph:
 
         Weights may be other ones in each generation: merged adapters leave no trace in a parameter's version.
         """
-        of_contexts = self.backend.store(step.request).kept.setdefault(self, {})
+        store = self.backend.store(step.request)
+        of_contexts = store.kept.setdefault(self, {})
         context = (_diffusers.current_cache_context.get(), step.branch)
         kept: Kept | None = None if is_first else of_contexts.get(context)
         outdated = [] if kept is None else kept.outdated(args)
@@ -246,15 +247,21 @@ class BroadcastGraph:
         if self.once is None:
             return ()
         if kept is None or outdated:
-            kept = of_contexts[context] = Kept(self.once, args, self._at_one_address(context))
+            kept = of_contexts[context] = Kept(self.once, args, partial(self._placed, store, context))
             self.backend.computed_once += 1
         else:
             self.backend.taken_as_kept += 1
         return kept.tensors
 
-    def _at_one_address(self, context: Hashable) -> list[torch.Tensor] | None:
-        """Where what is computed once is copied to, for CUDA graphs; `None` if it need not be."""
-        return self._buffers.setdefault(context, []) if isinstance(self.backend.holder, Static) else None
+    def _placed(
+        self, store: StateStore, context: Hashable, tensors: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """What is computed once, where it was computed; for CUDA graphs at one address for a request and context."""
+        if not isinstance(self.backend.holder, Static):
+            return tuple(tensors)
+        of_contexts = store.buffers.setdefault(self, {})
+        of_contexts[context] = at_one_address(of_contexts.get(context), tensors)
+        return of_contexts[context]  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------------------ what a call is
 

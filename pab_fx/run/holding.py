@@ -42,20 +42,28 @@ class Static:
 
     def hold(self, cell: Cell, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The cell's buffers, with these values."""
-        buffers = cell.buffers
-        fits = buffers is not None and all(
-            buffer.shape == tensor.shape and buffer.stride() == tensor.stride() and buffer.device == tensor.device
-            for buffer, tensor in zip(buffers, tensors, strict=True)
-        )
-        if buffers is None or not fits:
-            buffers = cell.buffers = tuple(mark_static(torch.empty_like(tensor)) for tensor in tensors)
-        for buffer, tensor in zip(buffers, tensors, strict=True):
-            buffer.copy_(tensor)
-        return buffers
+        cell.buffers = at_one_address(cell.buffers, tensors)
+        return cell.buffers
 
     def lend(self, held: torch.Tensor) -> torch.Tensor:
         """The buffer itself."""
         return held
+
+
+def at_one_address(
+    buffers: tuple[torch.Tensor, ...] | None, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Buffers with the values of these tensors: the given ones if they are alike, else new ones."""
+    if buffers is None or list(map(_likeness, buffers)) != list(map(_likeness, tensors)):
+        with torch.inference_mode(False):  # else a step outside of that mode may not write to them
+            buffers = tuple([mark_static(torch.empty_like(tensor)) for tensor in tensors])
+    for buffer, tensor in zip(buffers, tensors, strict=True):
+        buffer.copy_(tensor)
+    return buffers
+
+
+def _likeness(tensor: torch.Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 class Offloaded:

@@ -130,11 +130,13 @@ class StateStore:
     Args:
         found: for each graph, the cells that its modules had, by cache context, to spare the look-up.
         kept: for each graph, what it computed once in the generation, by cache context.
+        buffers: for each graph, where that lies, where it has to be at one address, by cache context.
     """
 
     _cells: Any = field(default_factory=WeakIdKeyDictionary)
     found: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
     kept: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
+    buffers: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
 
     def find(self, owner: Any, occurrence: Hashable, context: Hashable) -> Cell | None:
         """The cell of an owner's `occurrence`-th module in a cache context, if there is one yet."""
