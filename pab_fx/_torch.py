@@ -514,6 +514,13 @@ def static_inputs(gm: fx.GraphModule) -> frozenset[int]:
     return frozenset(i for i, known in enumerate(types) if known.get("_dynamo_static_input_type"))
 
 
+def cloned(outputs: Any) -> Any:
+    """What a model returned, with copies of its tensors. `torch.utils._pytree` seen in 2.9 to 2.15."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_map_only(torch.Tensor, torch.clone, outputs)
+
+
 def compiled_call() -> int:
     """A number that the running call of compiled code has, or the step that `cudagraph_mark_step_begin` began.
 

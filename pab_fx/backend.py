@@ -107,8 +107,8 @@ class PABBackend:
                 raise ValueError(f"{name} must be True or False, got {given!r}.")
         self.regional, self.step_invariants = regional, step_invariants
         self.cache_dtype, cache_device = cache_dtype_of(cache_dtype), cache_device_of(cache_device)
-        self._has_cuda_graphs = records_cuda_graphs(inner, mode, options)
-        self.holder = holder_for(cache_device, self._has_cuda_graphs)
+        self.has_cuda_graphs = records_cuda_graphs(inner, mode, options)
+        self.holder = holder_for(cache_device, self.has_cuda_graphs)
         self.runs_eagerly = inner == "eager"
         self.rule_of: Callable[[str, str], Rule | None] | None = None
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -222,7 +222,7 @@ class PABBackend:
         return graph
 
     def _lowerings(self, compiler: Compiler, rewritten: fx.GraphModule) -> Lowerings:
-        return Lowerings(rewritten, compiler, not self.runs_eagerly, self.cache_dtype, self._has_cuda_graphs)
+        return Lowerings(rewritten, compiler, not self.runs_eagerly, self.cache_dtype, self.has_cuda_graphs)
 
     def _compiler(self, names: ModuleNames) -> Compiler:
         """What compiles the lowered graphs of one frame, once the passes behind the rewrite have run on them."""

@@ -226,7 +226,7 @@ def test_parameters_and_static_caches_are_known_to_keep_their_address(lowering: 
 
     model = build()
     backend = pab_fx.PABBackend(CONFIG, inner=compiler, lowering=lowering)
-    backend._has_cuda_graphs, backend.holder = True, Static()
+    backend.has_cuda_graphs, backend.holder = True, Static()
     compiled = torch.compile(model, backend=backend)
     for t in (700, 600):
         call(compiled, t)

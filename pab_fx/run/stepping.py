@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from .._torch import cloned
 from ..backend import PABBackend
 from ..diffusers.hooks import current_cache_context
 from ..passes.predicates import TIMESTEP_NAMES
@@ -55,6 +56,8 @@ class SteppingCall:
         if self._has_broadcast and self._backend.calls == calls:  # what is kept is of another step than the last
             self._forget(step.request)
         self._warn(known, self._backend.calls > calls)
+        if self._backend.has_cuda_graphs:  # the next call overwrites it: of another branch of guidance, or request
+            outputs = cloned(outputs)
         return outputs
 
     def _forget(self, request: Any) -> None:
