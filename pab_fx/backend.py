@@ -36,7 +36,7 @@ from .report.strips import SeenTimesteps
 from .run.clock import PipelineClock, request_of, running_pipeline
 from .run.generation import Variants, likely_unchanging
 from .run.graph import BroadcastGraph, anchors
-from .run.holding import holder_for
+from .run.holding import Static, holder_for
 from .run.running import TiedParameters, module_names, running_modules
 from .run.state import StateStore, TensorSpec
 from .select.region import Region
@@ -222,7 +222,8 @@ class PABBackend:
         return graph
 
     def _lowerings(self, compiler: Compiler, rewritten: fx.GraphModule) -> Lowerings:
-        return Lowerings(rewritten, compiler, not self.runs_eagerly, self.cache_dtype, self.has_cuda_graphs)
+        static = isinstance(self.holder, Static)
+        return Lowerings(rewritten, compiler, not self.runs_eagerly, self.cache_dtype, static)
 
     def _compiler(self, names: ModuleNames) -> Compiler:
         """What compiles the lowered graphs of one frame, once the passes behind the rewrite have run on them."""

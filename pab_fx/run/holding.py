@@ -29,7 +29,7 @@ def holder_for(cache_device: torch.device | None, has_cuda_graphs: bool) -> Hold
         has_cuda_graphs: whether compiled graphs are recorded, and expect each input at the address it had then.
     """
     if cache_device is not None:
-        return Offloaded(cache_device)
+        return Offloaded(cache_device, has_cuda_graphs)
     return Static() if has_cuda_graphs else None
 
 
@@ -70,11 +70,16 @@ class Offloaded:
     """On another device than the model: in main memory, say, for a cache that does not fit the accelerator's.
 
     From and to an accelerator the copies run on a stream of their own, through pinned memory: those to the device wait
-    for no computation, and computations only for the copies that they read.
+    for no computation, and computations only for the copies that they read. With CUDA graphs, whose next run writes
+    to what is copied, computations wait for the copies from the device too.
+
+    Args:
+        device: where caches lie between two steps.
+        has_cuda_graphs: whether the tensors to hold are overwritten by a graph's next run, whoever holds them.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, has_cuda_graphs: bool = False) -> None:
+        self._device, self._has_cuda_graphs = device, has_cuda_graphs
         self._streams: dict[torch.device, Any] = {}
 
     def hold(self, cell: Cell, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
@@ -83,14 +88,17 @@ class Offloaded:
 
     def _copied(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.device, Any]:
         if tensor.device.type == "cpu" or tensor.device == self._device:
-            return tensor.to(self._device), tensor.device, None
-        stream = self._stream(tensor.device)
-        stream.wait_stream(torch.accelerator.current_stream(tensor.device))
+            return tensor.to(self._device, copy=self._has_cuda_graphs), tensor.device, None
+        stream, current = self._stream(tensor.device), torch.accelerator.current_stream(tensor.device)
+        stream.wait_stream(current)
         copy = torch.empty_like(tensor, device=self._device, pin_memory=self._device.type == "cpu")
         with stream:
             copy.copy_(tensor, non_blocking=True)
             event = stream.record_event()
-        tensor.record_stream(stream)  # its memory is free for others only after the copy
+        if self._has_cuda_graphs:
+            current.wait_event(event)
+        else:
+            tensor.record_stream(stream)  # its memory is free for others only after the copy
         return copy, tensor.device, event
 
     def lend(self, held: tuple[torch.Tensor, torch.device, Any]) -> torch.Tensor:
