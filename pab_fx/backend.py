@@ -199,7 +199,7 @@ class PABBackend:
         if not nodes_of:
             if not any(region.is_broadcast for region in self.regions):
                 self.notices.warn_of_nothing(regions)
-            plain = Plain(self._compiler(names)(gm, example_inputs))
+            plain = Plain(self._compiler(names)(gm, example_inputs), self.has_cuda_graphs)
             self.captured.append(Captured(rewritten, regions, frame_of(names), id(names.model), plain))
             return plain
         self.notices.warn_of_several_calls([region for region in regions if region.is_broadcast])
@@ -214,12 +214,16 @@ class PABBackend:
         if self.step_invariants:
             unchanging = frozenset()
             if is_model and names.model is not None:
-                unchanging = likely_unchanging(rewritten, example_inputs, names.model)
+                unchanging = likely_unchanging(rewritten, example_inputs, names.model, self._overwritten())
         variants = Variants(rewritten, regions, partial(self._lowerings, compiler), self.passes.run_after)
         graph = BroadcastGraph(self, variants, unchanging, found, example_inputs, is_model)
         self.graphs.append(graph)
         self.captured.append(Captured(rewritten, regions, frame_of(names), id(names.model), graph))
         return graph
+
+    def _overwritten(self) -> frozenset[int]:
+        """Where tensors lie that CUDA graphs returned: the same ones in each step, with other values."""
+        return frozenset().union(*(each.run.overwrites for each in self.captured))
 
     def _lowerings(self, compiler: Compiler, rewritten: fx.GraphModule) -> Lowerings:
         static = isinstance(self.holder, Static)

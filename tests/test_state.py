@@ -381,6 +381,24 @@ def test_an_attention_that_runs_before_the_timestep_is_read_is_timed_by_its_own_
     assert run.differs > 5
 
 
+def test_a_text_that_each_step_makes_in_an_earlier_graph_is_none_that_stays_the_same(inner: Any) -> None:
+    """A CUDA graph returns it in the same tensor at the same version in every step."""
+
+    class Modulating(Tiny):
+        def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            text = text * (1 + timestep / 1000)
+            torch._dynamo.graph_break()
+            x = hidden_states + 0.01 * timestep
+            for block in self.blocks:
+                x = block(x, text)
+            return x
+
+    run, backend = compiled_run(Modulating(), inner=inner)
+    run.begin().steps(TIMESTEPS)
+    assert run.differs == 5
+    assert backend.report().reused > 0
+
+
 def test_a_timestep_that_is_a_number_starts_a_generation_when_it_rises() -> None:
     clock, model = zoo.Clock(), Tiny()
     config = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip_range=3)

@@ -22,6 +22,7 @@ from ..passes.invariants import Invariants, split_invariants
 from ..passes.predicates import TIMESTEP_NAMES
 from ..passes.rewrite import copy_of, insert_conditions
 from ..select.region import Region
+from .holding import addresses
 
 ORIGIN = "pab_origin"
 """The number of a node in the captured graph, under which its copies find it: names are given anew in a copy."""
@@ -165,11 +166,14 @@ def _is_number(given: torch.Tensor) -> bool:
     return given.dtype == torch.float64 and given.dim() == 0 and given.device.type == "cpu"
 
 
-def likely_unchanging(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module) -> frozenset[int]:
+def likely_unchanging(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module, overwritten: frozenset[int]
+) -> frozenset[int]:
     """Positions of the inputs of a model's graph that are likely the same in each step of a generation.
 
     These are the tensors but for the sample, which diffusers' models take first, and the timestep. What was made under
-    `torch.inference_mode` has no version to tell an update by, and a number that is passed comes in a new tensor.
+    `torch.inference_mode` has no version to tell an update by, and a number that is passed comes in a new tensor. What
+    CUDA graphs returned, which lies at the `overwritten` addresses, is one tensor at one version in all steps.
     """
     parameters = list(inspect.signature(model.forward).parameters)
     changing = {*parameters[:1], *TIMESTEP_NAMES}
@@ -178,7 +182,7 @@ def likely_unchanging(gm: fx.GraphModule, example_inputs: Sequence[Any], model: 
         given, recorded = example_inputs[i], value(node)
         if not isinstance(recorded, torch.Tensor) or is_state(node) or isinstance(given, nn.Parameter):
             continue
-        if given.is_inference():
+        if given.is_inference() or not addresses([given]).isdisjoint(overwritten):
             continue
         is_number = all(user.op == "call_method" and user.target == "item" for user in node.users)
         name = _argument(node, parameters)

@@ -24,7 +24,7 @@ from ..passes.predicates import TIMESTEP_NAMES, timestep_name
 from ..policy.when import END, AfterTimesteps, Rule, SkipRange
 from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
 from .generation import Kept, Variants
-from .holding import Static, at_one_address
+from .holding import Static, addresses, at_one_address
 from .lockstep import Call, Decision, Lockstep
 from .running import name_of_caller
 from .state import Cell, StateStore, TensorSpec
@@ -88,6 +88,7 @@ class BroadcastGraph:
 
     Attributes:
         runs: how often the graph was called.
+        overwrites: where the outputs of its last call lie, if its next one overwrites them.
         instances: by qualified name, role and rule of each module that it has run, by the module's number in the graph.
     """
 
@@ -103,6 +104,7 @@ class BroadcastGraph:
         self.backend, self._variants = backend, variants
         self._has_erred = False
         self.runs = 0
+        self.overwrites: frozenset[int] = frozenset()
         self.instances: dict[int, dict[str, tuple[str, Rule | None]]] = {}
         self._use(unchanging)
         self.anchors = tuple(anchors[calls[0].module_id] for calls in self.lowerings.modules)
@@ -141,10 +143,13 @@ class BroadcastGraph:
                 decision.record(backend.counts)
             if call.generation is None and before.n > 0 and before.t == t:
                 self._warn_of_second_call(t, decisions)
-            return self._run(args, self._plan(modules, decisions), expected)
+            outputs = self._run(args, self._plan(modules, decisions), expected)
         except BaseException:
             modules.reset()
             raise
+        if backend.has_cuda_graphs:
+            self.overwrites = addresses(outputs)
+        return outputs
 
     # ------------------------------------------------------------------------------------ one call
 

@@ -66,6 +66,11 @@ def _likeness(tensor: torch.Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
+def addresses(outputs: Sequence[Any]) -> frozenset[int]:
+    """Where the memory of tensors begins."""
+    return frozenset([each.untyped_storage().data_ptr() for each in outputs if isinstance(each, torch.Tensor)])
+
+
 class Offloaded:
     """On another device than the model: in main memory, say, for a cache that does not fit the accelerator's.
 
