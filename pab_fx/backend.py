@@ -158,6 +158,7 @@ class PABBackend:
     def _forget_state(self) -> None:
         self.state = StateStore()
         self._stores: Any = WeakIdKeyDictionary()
+        self._spare: list[StateStore] = []  # of requests that are over
 
     def clear(self) -> None:
         """Forget every graph and all state, as for a new backend."""
@@ -253,7 +254,21 @@ class PABBackend:
         if request is None:
             return self.state
         found = self._stores.get(request)
-        return self._stores.setdefault(request, StateStore()) if found is None else found
+        return self._begun(request) if found is None else found
+
+    def _begun(self, request: Any) -> StateStore:
+        """The state of a new request. With CUDA graphs it takes over the buffers of a request that is over.
+
+        The graphs were recorded for their addresses: with others, each request would have them recorded again.
+        """
+        try:
+            new = self._spare.pop()
+        except IndexError:
+            new = StateStore()
+        found: StateStore = self._stores.setdefault(request, new)
+        if found is new and isinstance(self.holder, Static):
+            weakref.finalize(request, _give_back, weakref.ref(new), self._spare).atexit = False
+        return found
 
     def clock(self, pipeline: Any) -> PipelineClock:
         """The clock that follows a pipeline."""
@@ -386,6 +401,14 @@ def _without_numbers(region: Region) -> Region:
     if region.is_broadcast and numbers:
         return dataclasses.replace(region, unsafe=f"lowering='cond' cannot hand it the number {numbers[0]}")
     return region
+
+
+def _give_back(state: weakref.ref[StateStore], spare: list[StateStore]) -> None:
+    """Called when a request is over, before its state goes."""
+    found = state()
+    if found is not None:
+        found.reset()
+        spare.append(found)
 
 
 def _requires_grad(value: Any) -> bool:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from pipelines import PipelineEntry
 from pipelines.oracle import hooked_run
+from test_memory import Recording
 from test_state import TIMESTEPS, Tiny, inputs
 from torch import nn
 
@@ -293,6 +294,26 @@ def test_a_session_gives_back_what_it_kept_when_it_goes(enabled: Shared) -> None
         assert held(pab) == each * len(sessions)
     assert [reference() for reference in alive] == [None] * 3
     assert len(pab.backend.stores()) == 1
+
+
+def test_with_cuda_graphs_a_session_takes_over_the_buffers_of_one_that_is_over() -> None:
+    """Graphs are recorded for the addresses that they read: once for each of the sessions that run at a time."""
+    model, bare, inner = Tiny(), Tiny(), Recording()
+    with pab_fx.enable(model, config_of(), inner=inner) as pab:
+        recorded = []
+        for number in range(6):
+            loops = [Loop(model, TIMESTEPS, 10 * number + i) for i in range(2)]
+            sessions = [pab.session() for _ in loops]
+            for _ in TIMESTEPS:
+                for loop, session in zip(loops, sessions, strict=True):
+                    with session:
+                        loop.step()
+            assert all(loop.check(bare) for loop in loops)
+            del session
+            sessions.clear()
+            gc.collect()
+            recorded.append(inner.recordings)
+    assert recorded == [2 * len(inner.graphs)] * 6
 
 
 def test_a_loop_after_a_pipeline_in_one_session_starts_afresh(inner: Any) -> None:
