@@ -232,9 +232,16 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, held to the strides it is traced with. Inductor's `force_stride_order`, seen in 2.9 to 2.15."""
-    from torch._inductor import inductor_prims
+    """`tensor`, held to the strides it is traced with. Inductor's `force_stride_order`, seen in 2.9 to 2.15.
 
+    Where nothing traces there is nothing to hold. Run eagerly that operation copies, and fails on a tensor with gaps.
+    `_len_torch_dispatch_stack` seen in 2.9 to 2.13.
+    """
+    from torch._inductor import inductor_prims
+    from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+    if type(tensor) is torch.Tensor and not _len_torch_dispatch_stack():
+        return tensor
     return inductor_prims.force_stride_order(tensor, tensor.stride())
 
 
