@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .._torch import mark_static
+from .._torch import fake_mode_of, mark_static
 from .state import Cell
 
 
@@ -67,8 +67,9 @@ def _likeness(tensor: torch.Tensor) -> Any:
 
 
 def addresses(outputs: Sequence[Any]) -> frozenset[int]:
-    """Where the memory of tensors begins."""
-    return frozenset([each.untyped_storage().data_ptr() for each in outputs if isinstance(each, torch.Tensor)])
+    """Where the memory of tensors begins, of those that have any."""
+    real = [each for each in outputs if isinstance(each, torch.Tensor) and fake_mode_of([each]) is None]
+    return frozenset([each.untyped_storage().data_ptr() for each in real])
 
 
 class Offloaded:
