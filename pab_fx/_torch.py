@@ -260,9 +260,16 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def hold_strides(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, held to the strides it is traced with. Inductor's `force_stride_order`, seen in 2.9 to 2.15."""
-    from torch._inductor import inductor_prims
+    """`tensor`, held to the strides it is traced with. Inductor's `force_stride_order`, seen in 2.9 to 2.15.
 
+    Where nothing traces there is nothing to hold. Run eagerly that operation copies, and fails on a tensor with gaps.
+    `_len_torch_dispatch_stack` seen in 2.9 to 2.13.
+    """
+    from torch._inductor import inductor_prims
+    from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+    if type(tensor) is torch.Tensor and not _len_torch_dispatch_stack():
+        return tensor
     return inductor_prims.force_stride_order(tensor, tensor.stride())
 
 
@@ -578,6 +585,13 @@ def static_inputs(gm: fx.GraphModule) -> frozenset[int]:
         return frozenset()
     types = [each.meta.get("tensor_dict", {}) for each in gm.graph.find_nodes(op="placeholder")]
     return frozenset(i for i, known in enumerate(types) if known.get("_dynamo_static_input_type"))
+
+
+def cloned(outputs: Any) -> Any:
+    """What a model returned, with copies of its tensors. `torch.utils._pytree` seen in 2.9 to 2.15."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_map_only(torch.Tensor, torch.clone, outputs)
 
 
 def compiled_call() -> int:

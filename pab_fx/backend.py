@@ -36,7 +36,7 @@ from .report.account import report_of
 from .report.captured import Captured, Plain, frame_of
 from .report.report import Report
 from .run.call import BroadcastGraph
-from .run.holding import holder_for
+from .run.holding import addresses, holder_for
 from .run.owners import anchors
 from .run.running import module_names, running_modules
 from .run.runtime import Runtime
@@ -108,16 +108,20 @@ class PABBackend:
         self._regional = checked_flag("regional", regional)
         self._step_invariants = step_invariants == "check" or checked_flag("step_invariants", step_invariants)
         has_cuda_graphs = records_cuda_graphs(inner, mode, options)
+        holder = holder_for(cache_device_of(cache_device), has_cuda_graphs)
         self._lowering = Lowering(
-            fix_strides=inner != "eager", cache_dtype=cache_dtype_of(cache_dtype), static_slots=has_cuda_graphs
+            fix_strides=inner != "eager",
+            cache_dtype=cache_dtype_of(cache_dtype),
+            static_slots=holder is not None and holder.at_one_address,
         )
         self.notices = Notices()
         self.runtime = Runtime(
             timesteps=timesteps if callable(timesteps) or timesteps is None else falling_timesteps(timesteps),
             callback=callback_of(config),
-            holder=holder_for(cache_device_of(cache_device), has_cuda_graphs),
+            holder=holder,
             warn_once=lambda key, message: self.notices.warn_once(key, message),
             checks_invariants=step_invariants == "check",
+            has_cuda_graphs=has_cuda_graphs,
         )
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.runtime.roots = self.roots
@@ -211,7 +215,7 @@ class PABBackend:
         if run is None:
             if not any(region.is_broadcast for region in self.regions):
                 self.notices.warn_of_nothing(regions)
-            run = Plain(self._compiler(names)(gm, example_inputs))
+            run = Plain(self._compiler(names)(gm, example_inputs), self.runtime.has_cuda_graphs)
         self.captured.append(Captured(captured, regions, frame_of(names), id(names.model), run))
         return run
 
@@ -244,7 +248,8 @@ class PABBackend:
         if self._step_invariants:
             unchanging = frozenset()
             if is_model and names.model is not None:
-                unchanging = likely_unchanging(captured, example_inputs, names.model)
+                likely = likely_unchanging(captured, example_inputs, names.model)
+                unchanging = likely - self._overwritten(example_inputs)
         lowerings = partial(Lowerings, compiler=compiler, lowering=self._lowering)
         return BroadcastGraph(
             self.runtime,
@@ -255,6 +260,11 @@ class PABBackend:
             is_model,
             has_conditions=self.lowering == "cond",
         )
+
+    def _overwritten(self, example_inputs: Sequence[Any]) -> frozenset[int]:
+        """Positions of the inputs that CUDA graphs returned: in each step the same tensor, with other values."""
+        places = frozenset().union(*(each.run.overwrites for each in self.captured))
+        return frozenset(i for i, given in enumerate(example_inputs) if not addresses([given]).isdisjoint(places))
 
     def _compiler(self, names: ModuleNames) -> Compiler:
         """What compiles the lowered graphs of one frame, once the passes behind the rewrite have run on them."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._torch import cloned
 from .backend import PABBackend
 from .passes.counting import TIMESTEP_NAMES
 from .run.call import ConcurrentCallError
@@ -59,6 +60,8 @@ class SteppingCall:
         ):  # what is kept is of another step than the last
             self._forget(step.request)
         self._warn(known, self._backend.runtime.calls > calls)
+        if self._backend.runtime.has_cuda_graphs:  # the next call overwrites it: another branch's, or request's
+            outputs = cloned(outputs)
         return outputs
 
     def _forget(self, request: Any) -> None:

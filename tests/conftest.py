@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from pab_fx.testing import replaying
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -31,6 +34,12 @@ def no_gradients() -> Iterator[None]:
     """For a module: `pytestmark = pytest.mark.usefixtures("no_gradients")`."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(params=["eager", "replaying"])
+def inner(request: pytest.FixtureRequest) -> Any:
+    """What runs the graphs: as they are, or as CUDA graphs run, of which the next call overwrites the outputs."""
+    return {"eager": "eager", "replaying": replaying}[request.param]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What does not change between steps is computed once, and every step yields what it did, to the bit."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from pab_fx.graph import effects
 from pab_fx.graph.dataflow import is_state, op_name, value
 from pab_fx.passes.invariants import Invariants, split_invariants
-from pab_fx.testing import GraphSpec
+from pab_fx.testing import GraphSpec, replaying
 from pab_fx.testing.strategies import graphs
 
 COGVIDEOX, WAN = "CogVideoXTransformer3DModel", "WanTransformer3DModel"
@@ -97,15 +98,15 @@ def equal(found: Sequence[Any], expected: Sequence[Any]) -> bool:
 
 
 def check(graph: Captured, split: Invariants) -> None:
-    """Every step yields the same with what the first one kept, and leaves what is kept."""
+    """Every step yields the same with what the first one kept, and leaves what is kept; as a CUDA graph too."""
     kept = split.once(*copied(graph.steps[0]))
     before = copied(kept)
-    for args in graph.steps:
+    for args, rest in itertools.product(graph.steps, (split.rest, replaying(split.rest, ()))):
         own, theirs = copied(args), copied(args)
         torch.manual_seed(0)
         expected = graph.gm(*theirs)
         torch.manual_seed(0)
-        assert equal(split.rest(*own, *kept), expected)
+        assert equal(rest(*own, *kept), expected)
         assert equal(own, theirs)  # what is updated in place is so
         assert equal(kept, before)
 

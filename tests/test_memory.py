@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from pab_fx.bench._torch import peak_of_live_bytes
 from pab_fx.report.data import ContextReport
 from pab_fx.run.holding import Offloaded, Static
 from pab_fx.run.state import Cell
+from pab_fx.testing import Replayed, replaying
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 CONFIG = PABConfig(
@@ -54,6 +56,23 @@ def call(model: Any, t: float) -> torch.Tensor:
     with torch.no_grad():
         output: torch.Tensor = model(latents, torch.tensor([t]), text, return_dict=False)[0]
     return output
+
+
+class Recording:
+    """`replaying`, which counts how often graphs would be recorded."""
+
+    records_graphs = True
+
+    def __init__(self) -> None:
+        self.graphs: list[Replayed] = []
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Replayed:
+        self.graphs.append(replaying(gm, example_inputs))
+        return self.graphs[-1]
+
+    @property
+    def recordings(self) -> int:
+        return sum(graph.recordings for graph in self.graphs)
 
 
 @pytest.mark.slow
@@ -139,16 +158,23 @@ def test_the_report_tells_the_bytes_of_each_role_in_each_cache_context() -> None
 
 @pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("dtype", "smaller", "error"),
-    [("bfloat16", 2, 2**-7), ("int8", 4 * 64 / 68, 2**-6), (torch.float8_e4m3fn, 4 * 64 / 68, 2**-3)],
+    ("dtype", "smaller", "error", "inner"),
+    [
+        ("bfloat16", 2, 2**-7, "eager"),
+        ("int8", 4 * 64 / 68, 2**-6, "eager"),
+        ("int8", 4 * 64 / 68, 2**-6, replaying),
+        (torch.float8_e4m3fn, 4 * 64 / 68, 2**-3, "eager"),
+    ],
 )
-def test_smaller_caches_change_little_and_take_less(dtype: Any, smaller: float, error: float, lowering: str) -> None:
+def test_smaller_caches_change_little_and_take_less(
+    dtype: Any, smaller: float, error: float, inner: Any, lowering: str
+) -> None:
     """The bound is a generous multiple of the dtype's rounding: what is kept is one summand of many."""
     outputs, bytes_held = [], []
     for cache_dtype in (None, dtype):
         torch.compiler.reset()
         model = build()
-        pab = pab_fx.enable(model, CONFIG, inner="eager", lowering=lowering, cache_dtype=cache_dtype)
+        pab = pab_fx.enable(model, CONFIG, inner=inner, lowering=lowering, cache_dtype=cache_dtype)
         outputs.append([call(model, t) for t in TIMESTEPS[:4]])
         bytes_held.append(held(pab))
         assert pab.report().reused > 0
@@ -172,15 +198,64 @@ def test_a_device_that_is_none_is_refused() -> None:
 
 
 @pytest.mark.parametrize("lowering", ["specialize", pytest.param("cond", marks=pytest.mark.slow)])
-def test_caches_elsewhere_change_nothing(lowering: str) -> None:
+def test_caches_elsewhere_change_nothing(lowering: str, inner: Any) -> None:
     outputs = []
     for cache_device in (None, "cpu"):
         torch.compiler.reset()
         model = build()
-        pab = pab_fx.enable(model, CONFIG, inner="eager", lowering=lowering, cache_device=cache_device)
+        pab = pab_fx.enable(model, CONFIG, inner=inner, lowering=lowering, cache_device=cache_device)
         outputs.append([call(model, t) for t in TIMESTEPS])
         assert pab.report().reused > 0
     assert all(map(torch.equal, *outputs))
+
+
+@pytest.mark.parametrize("cache_device", [None, "cpu"])
+def test_with_cuda_graphs_no_graph_is_recorded_again_in_later_generations(cache_device: str | None) -> None:
+    model, inner = wan(), Recording()
+    with pab_fx.enable(model, WAN, inner=inner, cache_device=cache_device) as pab:
+        recorded = []
+        for number in range(3):
+            text = torch.full((1, 8, 16), 1.0 + number)
+            generation(model, lambda: text)  # noqa: B023
+            recorded.append(inner.recordings)
+        assert pab.report().reused > 0
+    assert recorded == [len(inner.graphs)] * 3
+
+
+def test_with_cuda_graphs_what_follows_waits_for_what_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run of a graph writes to its outputs, and knows nothing of streams that still read them."""
+    calls: list[str] = []
+
+    class Stream(contextlib.nullcontext[None]):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def record_event(self) -> str:
+            calls.append(f"{self.name} records an event")
+            return "that event"
+
+        def wait_event(self, event: str) -> None:
+            calls.append(f"{self.name} waits for {event}")
+
+        def wait_stream(self, other: Stream) -> None:
+            calls.append(f"{self.name} waits for {other.name}")
+
+    current = Stream("current")
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: tensor.new_empty(tensor.shape))
+    Offloaded(torch.device("cpu"), has_cuda_graphs=True).hold(Cell("spatial", None), [torch.empty(2, device="meta")])
+    assert calls == ["side waits for current", "side records an event", "current waits for that event"]
+
+
+def test_at_one_address_a_slot_may_become_what_another_was() -> None:
+    """As where a how keeps the last two outputs: the graph returns the buffer that it read the last one from."""
+    static, cell = Static(), Cell("spatial", None)
+    kept = static.hold(cell, [torch.full((2,), 1.0), torch.full((2,), 0.0)])
+    again = static.hold(cell, [torch.full((2,), 2.0), kept[0]])
+    assert [each.data_ptr() for each in again] == [each.data_ptr() for each in kept]
+    assert [each.tolist() for each in again] == [[2.0, 2.0], [1.0, 1.0]]
 
 
 def test_what_is_offloaded_comes_back() -> None:
@@ -296,14 +371,14 @@ WAN = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip
 
 
 @pytest.mark.parametrize("options", [{}, {"lowering": "cond"}, {"regional": True}, {"dynamic": True}], ids=str)
-def test_what_does_not_change_is_computed_once_a_generation_to_the_bit(options: dict[str, Any]) -> None:
+def test_what_does_not_change_is_computed_once_a_generation_to_the_bit(options: dict[str, Any], inner: Any) -> None:
     text = torch.randn(1, 8, 16)
     model = wan()
-    with pab_fx.enable(model, WAN, inner="eager", step_invariants=False) as pab:
+    with pab_fx.enable(model, WAN, inner=inner, step_invariants=False) as pab:
         expected = generation(model, lambda: text)
         assert pab.report().once.operations == 0
     torch.compiler.reset()
-    with pab_fx.enable(model, WAN, inner="eager", **options) as pab:
+    with pab_fx.enable(model, WAN, inner=inner, **options) as pab:
         for number in (1, 2):
             assert all(map(torch.equal, generation(model, lambda: text), expected))
             once = pab.report().once
@@ -333,35 +408,35 @@ def one_text_that_is_updated() -> Callable[[], torch.Tensor]:
 
 @pytest.mark.parametrize("texts", [texts_that_are_equal, texts_that_differ, one_text_that_is_updated])
 def test_a_text_that_is_another_tensor_or_was_updated_is_computed_anew(
-    texts: Callable[[], Callable[[], torch.Tensor]],
+    texts: Callable[[], Callable[[], torch.Tensor]], inner: Any
 ) -> None:
     model, outputs = wan(), []
     for step_invariants in (False, True):
         torch.compiler.reset()
-        with pab_fx.enable(model, WAN, inner="eager", step_invariants=step_invariants) as pab:
+        with pab_fx.enable(model, WAN, inner=inner, step_invariants=step_invariants) as pab:
             outputs.append(generation(model, texts()))
             assert pab.report().reused > 0
     assert all(map(torch.equal, *outputs))
 
 
-def test_weights_that_change_between_generations_are_heeded() -> None:
+def test_weights_that_change_between_generations_are_heeded(inner: Any) -> None:
     text, model = torch.randn(1, 8, 16), wan()
-    with pab_fx.enable(model, WAN, inner="eager") as pab:
+    with pab_fx.enable(model, WAN, inner=inner) as pab:
         before = generation(model, lambda: text)
         model.blocks[0].attn2.to_k.weight.data.mul_(2)  # leaves no trace in the parameter's version
         after = generation(model, lambda: text)
         assert pab.report().once.computed == 2
-    with pab_fx.enable(model, WAN, inner="eager", step_invariants=False):
+    with pab_fx.enable(model, WAN, inner=inner, step_invariants=False):
         assert all(map(torch.equal, after, generation(model, lambda: text)))
     assert not torch.equal(before[0], after[0])
 
 
-def test_cond_and_uncond_keep_what_is_theirs() -> None:
+def test_cond_and_uncond_keep_what_is_theirs(inner: Any) -> None:
     texts, model = {name: torch.randn(1, 8, 16) for name in ("cond", "uncond")}, wan()
     outputs = []
     for step_invariants in (False, True):
         torch.compiler.reset()
-        with pab_fx.enable(model, WAN, inner="eager", step_invariants=step_invariants) as pab:
+        with pab_fx.enable(model, WAN, inner=inner, step_invariants=step_invariants) as pab:
             latents = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(1))
             for t in TIMESTEPS:
                 for name, text in texts.items():
@@ -373,12 +448,12 @@ def test_cond_and_uncond_keep_what_is_theirs() -> None:
     assert all(map(torch.equal, outputs[:half], outputs[half:]))
 
 
-def test_under_inference_mode_nothing_is_kept_that_could_have_been_updated() -> None:
+def test_under_inference_mode_nothing_is_kept_that_could_have_been_updated(inner: Any) -> None:
     model = wan()
     outputs = []
     for step_invariants in (False, True):
         torch.compiler.reset()
-        with pab_fx.enable(model, WAN, inner="eager", step_invariants=step_invariants), torch.inference_mode():
+        with pab_fx.enable(model, WAN, inner=inner, step_invariants=step_invariants), torch.inference_mode():
             text = torch.ones(1, 8, 16)
             outputs.append([each.clone() for each in generation(model, lambda: text.mul_(1.5))])  # noqa: B023
     assert all(map(torch.equal, *outputs))

@@ -12,7 +12,7 @@ from torch._inductor.utils import run_and_get_code
 
 import pab_fx
 from pab_fx import PABConfig
-from pab_fx._torch import symbols_inside
+from pab_fx._torch import hold_strides, symbols_inside
 from pab_fx.graph.dataflow import value
 from pab_fx.passes.form import conditionals, operands_of
 
@@ -104,3 +104,8 @@ def test_a_branch_is_given_the_sizes_that_its_operands_shapes_are_computed_from(
         assert not symbols_inside(given)
         branches = [graphs[0].get_submodule(str(node.target)) for node in cond.args[1:3]]  # type: ignore[union-attr]
         assert [len(branch.graph.find_nodes(op="placeholder")) for branch in branches] == [len(given)] * 2  # type: ignore[operator, union-attr]
+
+
+def test_an_operand_with_gaps_is_handed_on_as_it_is_where_the_graph_runs_eagerly() -> None:
+    part = torch.randn(2, 5, 3)[:, :4]
+    assert hold_strides(part) is part

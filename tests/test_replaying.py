@@ -146,16 +146,28 @@ def test_what_lies_in_an_input_is_returned_as_a_part_of_it_and_updates_reach_it(
 
 
 def test_outputs_that_share_memory_still_do() -> None:
-    def views(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def views(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         sums = x + x
-        return sums, sums[1:], sums.expand(2, 4)
+        return sums, sums[1:], sums.expand(2, 4), sums.view(torch.int32)
 
     run, _ = compiled(views)
     for _ in range(2):
-        sums, part, expanded = run(torch.ones(4))
+        sums, *others = run(torch.ones(4))
+        assert all(each.any() for each in others)
         sums.zero_()
-        assert not part.any()
-        assert not expanded.any()
+        assert not any(each.any() for each in others)
+
+
+def test_what_a_condition_yields_may_lie_otherwise_in_each_call() -> None:
+    class Either(nn.Module):
+        def forward(self, x: torch.Tensor, is_turned: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (x.T.contiguous().T if is_turned else x.repeat(1, 2)[:, :3],)
+
+    run, x = replaying(Either(), ()), torch.randn(2, 3)  # type: ignore[arg-type]
+    for is_turned in (True, False, True):
+        (found,) = run(x, torch.tensor(is_turned))
+        assert torch.equal(found, x)
+        assert found.stride() == ((1, 2) if is_turned else (6, 1))
 
 
 def test_expanded_and_inference_tensors_are_taken_and_returned_in_each_mode() -> None:

@@ -23,11 +23,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from pipelines import PipelineEntry
 from pipelines.oracle import hooked_run
+from test_memory import Recording
 from test_state import TIMESTEPS, Tiny, inputs
 from torch import nn
 
 import pab_fx
-from pab_fx import PAB
+from pab_fx import PAB, PABConfig
+from pab_fx.testing import replaying
 
 
 def config_of(clock: Callable[[], Any] | None = None) -> Any:
@@ -55,7 +57,7 @@ class Loop:
     Args:
         model: what is called; it may be enabled.
         timesteps: one for each step.
-        seed: of the first step's inputs.
+        seed: of the first step's inputs, and of the text, which is the same tensor in every step.
         contexts: cache contexts to call the model in, in each step.
         shape: of the inputs.
     """
@@ -69,6 +71,8 @@ class Loop:
         **shape: int,
     ) -> None:
         self.model, self.timesteps, self.seed, self.contexts, self.shape = model, timesteps, seed, contexts, shape
+        shift = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed))
+        self.texts = [inputs(0, 0, **shape)["text"] + shift + i for i in range(len(contexts))]
         self.found: list[torch.Tensor] = []
 
     @property
@@ -78,7 +82,7 @@ class Loop:
     def calls(self) -> Iterator[tuple[float, str | None, dict[str, Any]]]:
         for step, t in enumerate(self.timesteps):
             for i, context in enumerate(self.contexts):
-                yield t, context, inputs(self.seed + 1000 * i + step, t, **self.shape)
+                yield t, context, {**inputs(self.seed + 1000 * i + step, t, **self.shape), "text": self.texts[i]}
 
     def step(self) -> None:
         calls = list(self.calls())[len(self.found) :][: len(self.contexts)]
@@ -104,10 +108,10 @@ class Loop:
 
 
 @pytest.fixture
-def enabled() -> Iterator[tuple[Tiny, Tiny, PAB]]:
+def enabled(inner: Any) -> Iterator[tuple[Tiny, Tiny, PAB]]:
     """A model under PAB, the same without, and the handle."""
     model, bare = Tiny(), Tiny()
-    with pab_fx.enable(model, config_of(), inner="eager", dynamic=True) as pab:
+    with pab_fx.enable(model, config_of(), inner=inner, dynamic=True) as pab:
         yield model, bare, pab
 
 
@@ -130,6 +134,7 @@ def test_four_sessions_that_take_turns_step_by_step_are_each_as_if_alone(enabled
                     loop.step()
     assert all(loop.check(bare) for loop in loops)
     assert pab.report().reused > 0
+    assert pab.report().once.taken > 0  # what is computed once a generation is each session's own too
 
 
 def test_a_session_that_is_left_alone_keeps_its_place(enabled: Shared) -> None:
@@ -292,11 +297,56 @@ def test_a_session_gives_back_what_it_kept_when_it_goes(enabled: Shared) -> None
     assert len(pab.backend.runtime.stores()) == 1
 
 
-def test_a_loop_after_a_pipeline_in_one_session_starts_afresh() -> None:
+def test_forecasts_of_sessions_that_take_turns_do_not_depend_on_what_runs_the_graphs() -> None:
+    """Several slots a module, of which one is read to compute another: to the bit, as CUDA graphs or eagerly."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, order, inner in (("eager", 1, "eager"), ("replaying", 1, replaying), ("order 0", 0, replaying)):
+        torch.compiler.reset()
+        model = Tiny()
+        config = PABConfig(
+            spatial_attention_block_skip_range=2, cross_attention_block_skip_range=3, forecast_order=order
+        )
+        with pab_fx.enable(model, config, inner=inner) as pab:
+            loops = [Loop(model, TIMESTEPS, 10 * i) for i in range(2)]
+            sessions = [pab.session() for _ in loops]
+            for _ in (*TIMESTEPS, *TIMESTEPS):
+                for loop, session in zip(loops, sessions, strict=True):
+                    with session:
+                        loop.step()
+                    if loop.is_done:  # the next generation, in the buffers of this one
+                        found.setdefault(name, []).extend(loop.found)
+                        loop.found = []
+            assert pab.report().reused > 0
+    assert len(found["eager"]) == 4 * len(TIMESTEPS)
+    assert all(map(torch.equal, found["eager"], found["replaying"]))
+    assert not all(map(torch.equal, found["order 0"], found["replaying"]))
+
+
+def test_with_cuda_graphs_a_session_takes_over_the_buffers_of_one_that_is_over() -> None:
+    """Graphs are recorded for the addresses that they read: once for each of the sessions that run at a time."""
+    model, bare, inner = Tiny(), Tiny(), Recording()
+    with pab_fx.enable(model, config_of(), inner=inner) as pab:
+        recorded = []
+        for number in range(6):
+            loops = [Loop(model, TIMESTEPS, 10 * number + i) for i in range(2)]
+            sessions = [pab.session() for _ in loops]
+            for _ in TIMESTEPS:
+                for loop, session in zip(loops, sessions, strict=True):
+                    with session:
+                        loop.step()
+            assert all(loop.check(bare) for loop in loops)
+            del session
+            sessions.clear()
+            gc.collect()
+            recorded.append(inner.recordings)
+    assert recorded == [2 * len(inner.graphs)] * 6
+
+
+def test_a_loop_after_a_pipeline_in_one_session_starts_afresh(inner: Any) -> None:
     """At a lower timestep, in the session of a pipeline's call that was cut off."""
     pipe, bare = tiny_pipeline(), Tiny()
     model = pipe.transformer
-    with pab_fx.enable(pipe, config_of(), inner="eager") as pab, pab.session():
+    with pab_fx.enable(pipe, config_of(), inner=inner) as pab, pab.session():
         with pytest.raises(CutOff):
             pipe(8, callback=raising_at(1))
         assert Loop(model, (400, 300, 200, 150, 50)).run().check(bare)
@@ -551,14 +601,14 @@ def raising_at(step: int) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_pipelines_in_one_session_start_afresh_after_one_that_was_cut_off(order: tuple[int, int]) -> None:
+def test_pipelines_in_one_session_start_afresh_after_one_that_was_cut_off(order: tuple[int, int], inner: Any) -> None:
     """Both have counted as many generations, and the second one does not begin at a higher timestep."""
     pipes = [tiny_pipeline()]
     pipes.append(sharing(pipes[0]))
     cut_off, whole = (pipes[i] for i in order)
     expected, plain = oracle(8, seed=1), tiny_pipeline()(8, seed=1)
     assert not torch.equal(expected, plain)
-    with pab_fx.enable(pipes[0], config_of(), inner="eager") as pab:
+    with pab_fx.enable(pipes[0], config_of(), inner=inner) as pab:
         with pab.session():
             with pytest.raises(CutOff):
                 cut_off(8, seed=2, callback=raising_at(2))
@@ -568,17 +618,17 @@ def test_pipelines_in_one_session_start_afresh_after_one_that_was_cut_off(order:
         assert held(pab) == 0
 
 
-def test_a_pipeline_that_runs_inside_of_another_in_one_session_is_a_request_of_its_own() -> None:
+def test_a_pipeline_that_runs_inside_of_another_in_one_session_is_a_request_of_its_own(inner: Any) -> None:
     outer = tiny_pipeline()
-    inner = sharing(outer)
+    other = sharing(outer)
     found: list[torch.Tensor] = []
 
     def callback(_: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if i == 2:
-            found.append(inner(8, seed=1))
+            found.append(other(8, seed=1))
         return kwargs
 
-    with pab_fx.enable(outer, config_of(), inner="eager") as pab, pab.session():
+    with pab_fx.enable(outer, config_of(), inner=inner) as pab, pab.session():
         assert torch.equal(outer(8, seed=2, callback=callback), oracle(8, seed=2))
         assert torch.equal(*found, oracle(8, seed=1))
         assert pab.report().reused > 0
@@ -626,10 +676,10 @@ def check_with_previews(pipe: Any, other: Any, steps: int) -> None:
     assert all(torch.equal(each, expected) for each in previews)
 
 
-def test_a_pipeline_that_runs_in_a_callback_of_another_leaves_it_where_it_is() -> None:
+def test_a_pipeline_that_runs_in_a_callback_of_another_leaves_it_where_it_is(inner: Any) -> None:
     pipe = tiny_pipeline()
     other = sharing(pipe)
-    with pab_fx.enable(pipe, config_of(), inner="eager") as pab:
+    with pab_fx.enable(pipe, config_of(), inner=inner) as pab:
         check_with_previews(pipe, other, 4)
         assert pab.report().reused > 0
 
@@ -646,10 +696,10 @@ def test_a_callback_of_one_pipeline_is_not_asked_for_the_timestep_of_another() -
 
 
 @pytest.mark.parametrize("end", ["interrupted", "cut off"])
-def test_a_pipeline_over_a_model_that_is_only_compiled_gives_back_what_it_kept(end: str) -> None:
+def test_a_pipeline_over_a_model_that_is_only_compiled_gives_back_what_it_kept(end: str, inner: Any) -> None:
     """`torch.compile(pipe.transformer, backend=...)`: the generation ends with the pipeline's call all the same."""
     pipe = tiny_pipeline()
-    backend = pab_fx.PABBackend(config_of(), inner="eager")
+    backend = pab_fx.PABBackend(config_of(), inner=inner)
     pipe.transformer = torch.compile(pipe.transformer, backend=backend)
     held_at: list[int] = []
 
@@ -670,6 +720,27 @@ def test_a_pipeline_over_a_model_that_is_only_compiled_gives_back_what_it_kept(e
         assert torch.equal(pipe(8), oracle(8))  # the timestep rises
     assert backend.report().reused > 0
     assert not torch.equal(oracle(8, strength=0.5), tiny_pipeline()(8, strength=0.5))
+
+
+def test_a_step_may_call_the_model_once_a_branch_before_it_reads_what_it_returned(inner: Any) -> None:
+    pipe, contexts = tiny_pipeline(), ("cond", "uncond")
+    with pab_fx.enable(pipe, config_of(), inner=inner) as pab:
+        found = pipe(8, contexts=contexts)
+        assert torch.equal(found, oracle(8, contexts=contexts))
+        assert pab.report().reused > 0
+    assert not torch.equal(found, pipe(8, contexts=contexts))
+
+
+def test_an_enabled_model_returns_what_later_calls_leave_as_it_is(enabled: Shared) -> None:
+    model, _, pab = enabled
+    clock, bare = zoo.Clock(), Tiny()
+    hooked, found, expected = zoo.hooked(bare, config_of(clock)), [], []
+    for step, t in enumerate(TIMESTEPS):
+        clock.t = t
+        found.append(model(**inputs(step, t)))
+        expected.append(hooked(**inputs(step, t)))
+    assert all(map(torch.equal, found, expected))
+    assert pab.report().reused > 0
 
 
 # ------------------------------------------------------------------------------------------- a pipeline for soaks
@@ -947,10 +1018,10 @@ class Soak(RuleBasedStateMachine):
         assert len(self.pab.backend.runtime.stores()) == 1
 
 
-def soak(runs: int, steps: int) -> None:
+def soak(runs: int, steps: int, inner: Any = "eager") -> None:
     Soak.generations = Soak.changed = Soak.reused = 0
     Soak.model = Tiny()
-    with pab_fx.enable(Soak.model, config_of(), inner="eager", dynamic=True) as Soak.pab:
+    with pab_fx.enable(Soak.model, config_of(), inner=inner, dynamic=True) as Soak.pab:
         run_state_machine_as_test(  # type: ignore[no-untyped-call]
             Soak,
             settings=settings(
@@ -966,8 +1037,8 @@ def soak(runs: int, steps: int) -> None:
         assert Soak.reused > 0
 
 
-def test_20_generations_on_one_model_are_each_as_if_alone() -> None:
-    soak(runs=2, steps=60)
+def test_20_generations_on_one_model_are_each_as_if_alone(inner: Any) -> None:
+    soak(2, 60, inner)
     assert Soak.generations >= 20
 
 

@@ -13,6 +13,7 @@ from ..compile.variants import ORIGIN
 from ..graph.modules import ModuleNames
 from ..policy.when import Rule
 from ..run.call import BroadcastGraph
+from ..run.holding import addresses
 from ..select.region import Region
 from .costs import flops, operations, spared_by
 
@@ -22,14 +23,23 @@ class Plain:
 
     Args:
         compiled: what the inner compiler made of it.
+        has_cuda_graphs: whether that overwrites what it returned.
+
+    Attributes:
+        runs: how often it was called.
+        overwrites: where the outputs of its last call lie, if its next one overwrites them.
     """
 
-    def __init__(self, compiled: Callable[..., Any]) -> None:
-        self._compiled, self.runs = compiled, 0
+    def __init__(self, compiled: Callable[..., Any], has_cuda_graphs: bool) -> None:
+        self._compiled, self._has_cuda_graphs, self.runs = compiled, has_cuda_graphs, 0
+        self.overwrites: frozenset[int] = frozenset()
 
     def __call__(self, *args: Any) -> Any:
         self.runs += 1
-        return self._compiled(*args)
+        outputs = self._compiled(*args)
+        if self._has_cuda_graphs:
+            self.overwrites = addresses(outputs)
+        return outputs
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from .checks import check_outputs, refuse
 from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
 from .contexts import current_cache_context
 from .deciding import Call, Decision, Lockstep
+from .holding import addresses
 from .kept import Kept
 from .owners import Anchor, instance_of
 from .running import name_of_caller
@@ -80,6 +81,7 @@ class BroadcastGraph:
 
     Attributes:
         runs: how often the graph was called.
+        overwrites: where the outputs of its last call lie, if its next one overwrites them.
         instances: by qualified name, role and rule of each module that it has run, by the module's number in the graph.
     """
 
@@ -96,6 +98,7 @@ class BroadcastGraph:
         self._runtime, self._variants, self._has_conditions = runtime, variants, has_conditions
         self._has_erred = False
         self.runs = 0
+        self.overwrites: frozenset[int] = frozenset()
         self.instances: dict[int, dict[str, tuple[str, Rule | None]]] = {}
         self._use(unchanging)
         self.anchors = anchors
@@ -123,7 +126,10 @@ class BroadcastGraph:
                 decision.record(runtime.counts)
             if call.generation is None and before.n > 0 and before.t == t:
                 self._warn_of_second_call(t, decisions)
-            return self._run(args, self._plan(modules, decisions), decisions, expected)
+            outputs = self._run(args, self._plan(modules, decisions), decisions, expected)
+            if runtime.has_cuda_graphs:
+                self.overwrites = addresses(outputs)
+            return outputs
         except BaseException:
             modules.reset()
             raise

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .._torch import mark_static
+from .._torch import fake_mode_of, mark_static
 from .state import Cell
 
 
@@ -35,7 +35,7 @@ def holder_for(cache_device: torch.device | None, has_cuda_graphs: bool) -> Hold
         has_cuda_graphs: whether compiled graphs are recorded, and expect each input at the address it had then.
     """
     if cache_device is not None:
-        return Offloaded(cache_device)
+        return Offloaded(cache_device, has_cuda_graphs)
     return Static() if has_cuda_graphs else None
 
 
@@ -50,33 +50,58 @@ class Static:
 
     def hold(self, cell: Cell, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The cell's buffers, with these values."""
-        buffers = cell.buffers
-        fits = buffers is not None and all(
-            buffer.shape == tensor.shape and buffer.stride() == tensor.stride() and buffer.device == tensor.device
-            for buffer, tensor in zip(buffers, tensors, strict=True)
-        )
-        if buffers is None or not fits:
-            buffers = cell.buffers = tuple(mark_static(torch.empty_like(tensor)) for tensor in tensors)
-        for buffer, tensor in zip(buffers, tensors, strict=True):
-            buffer.copy_(tensor)
-        return buffers
+        return in_buffers(cell.buffers, tensors)
 
     def lend(self, held: torch.Tensor) -> torch.Tensor:
         """The buffer itself."""
         return held
 
 
+def in_buffers(buffers: list[torch.Tensor], tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The buffers, with the values of these tensors; those that are not alike are replaced."""
+    if list(map(_likeness, buffers)) != list(map(_likeness, tensors)):
+        with torch.inference_mode(False):  # else a step outside of that mode may not write to them
+            made = [mark_static(torch.empty_like(tensor)) for tensor in tensors]
+    else:
+        made = list(buffers)
+    written = addresses(made)
+    # a slot may become what another one was: it is read before that is written to
+    sources = [
+        tensor.clone() if tensor is not buffer and not addresses([tensor]).isdisjoint(written) else tensor
+        for buffer, tensor in zip(made, tensors, strict=True)
+    ]
+    for buffer, source in zip(made, sources, strict=True):
+        buffer.copy_(source)
+    buffers[:] = made
+    return tuple(made)
+
+
+def _likeness(tensor: torch.Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def addresses(values: Sequence[Any]) -> frozenset[int]:
+    """Where the memory of tensors begins, of those that have any."""
+    real = [each for each in values if isinstance(each, torch.Tensor) and fake_mode_of([each]) is None]
+    return frozenset([each.untyped_storage().data_ptr() for each in real])
+
+
 class Offloaded:
     """On another device than the model: in main memory, say, for a cache that does not fit the accelerator's.
 
     From and to an accelerator the copies run on a stream of their own, through pinned memory: those to the device wait
-    for no computation, and computations only for the copies that they read.
+    for no computation, and computations only for the copies that they read. With CUDA graphs, whose next run writes
+    to what is copied, computations wait for the copies from the device too.
+
+    Args:
+        device: where caches lie between two steps.
+        has_cuda_graphs: whether the tensors to hold are overwritten by a graph's next run, whoever holds them.
     """
 
     at_one_address = False
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, has_cuda_graphs: bool = False) -> None:
+        self._device, self._has_cuda_graphs = device, has_cuda_graphs
         self._streams: dict[torch.device, Any] = {}
 
     def hold(self, cell: Cell, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
@@ -85,14 +110,17 @@ class Offloaded:
 
     def _copied(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.device, Any]:
         if tensor.device.type == "cpu" or tensor.device == self._device:
-            return tensor.to(self._device), tensor.device, None
-        stream = self._stream(tensor.device)
-        stream.wait_stream(torch.accelerator.current_stream(tensor.device))
+            return tensor.to(self._device, copy=self._has_cuda_graphs), tensor.device, None
+        stream, current = self._stream(tensor.device), torch.accelerator.current_stream(tensor.device)
+        stream.wait_stream(current)
         copy = torch.empty_like(tensor, device=self._device, pin_memory=self._device.type == "cpu")
         with stream:
             copy.copy_(tensor, non_blocking=True)
             event = stream.record_event()
-        tensor.record_stream(stream)  # its memory is free for others only after the copy
+        if self._has_cuda_graphs:
+            current.wait_event(event)
+        else:
+            tensor.record_stream(stream)  # its memory is free for others only after the copy
         return copy, tensor.device, event
 
     def lend(self, held: tuple[torch.Tensor, torch.device, Any]) -> torch.Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .._torch import mark_static
 from ..compile.variants import Once
+from .holding import in_buffers
 
 
 class Kept:
@@ -22,18 +22,13 @@ class Kept:
     Args:
         once: computes them.
         args: inputs of the graph.
-        buffers: where they are copied to, filled when it is empty; `None` for where they were computed.
+        buffers: where they are copied to, see `in_buffers`; `None` for where they were computed.
     """
 
     def __init__(self, once: Once, args: Sequence[Any], buffers: list[torch.Tensor] | None = None) -> None:
         self.once = once
-        self.tensors = tuple(once.run(*args))
-        if buffers is not None:
-            if [buffer.shape for buffer in buffers] != [tensor.shape for tensor in self.tensors]:
-                buffers[:] = [mark_static(torch.empty_like(tensor)) for tensor in self.tensors]
-            for buffer, tensor in zip(buffers, self.tensors, strict=True):
-                buffer.copy_(tensor)
-            self.tensors = tuple(buffers)
+        tensors = once.run(*args)
+        self.tensors = tuple(tensors) if buffers is None else in_buffers(buffers, tensors)
         self._seen = [(position, *_seen(args[position])) for position in once.reads]
 
     def check(self, args: Sequence[Any]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ class Runtime:
         holder: holds what is kept; `None` where it stays as the graphs leave it.
         warn_once: warns, the first time there is that to say, by a key.
         checks_invariants: whether what is computed once a generation is computed in each step too, and compared.
+        has_cuda_graphs: whether the next call of a compiled graph overwrites what it returned.
 
     Attributes:
         roots: models that are known to be whole.
@@ -49,9 +50,10 @@ class Runtime:
         holder: Holder | None,
         warn_once: Callable[[str, str], None],
         checks_invariants: bool = False,
+        has_cuda_graphs: bool = False,
     ) -> None:
         self.timesteps, self.callback, self.holder, self.warn_once = timesteps, callback, holder, warn_once
-        self.checks_invariants = checks_invariants
+        self.checks_invariants, self.has_cuda_graphs = checks_invariants, has_cuda_graphs
         self.rule_of: Assigned | None = None
         self.roots: Any = ()
         self.clear()
@@ -63,7 +65,7 @@ class Runtime:
         self.counts: Counter[tuple[str, bool]] = Counter()
         self.seen = SeenTimesteps()
         self.tied = TiedParameters()
-        self._unread: WeakValueDictionary[TensorSpec, torch.Tensor] = WeakValueDictionary()
+        self._unread: weakref.WeakValueDictionary[TensorSpec, torch.Tensor] = weakref.WeakValueDictionary()
         self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
         self.calls = self.computed_once = self.taken_as_kept = self.restarts = 0
 
@@ -71,6 +73,7 @@ class Runtime:
         """Forget what is counted and kept; generations begin afresh."""
         self.state = StateStore()
         self._stores: Any = WeakIdKeyDictionary()
+        self._spare: list[StateStore] = []  # of requests that are over
 
     def known_timesteps(self) -> tuple[float, ...] | None:
         """The timesteps of the running generation, `None` if they were not given."""
@@ -81,7 +84,21 @@ class Runtime:
         if request is None:
             return self.state
         found = self._stores.get(request)
-        return self._stores.setdefault(request, StateStore()) if found is None else found
+        return self._begun(request) if found is None else found
+
+    def _begun(self, request: Any) -> StateStore:
+        """The state of a new request. With CUDA graphs it takes over the buffers of a request that is over.
+
+        The graphs were recorded for their addresses: with others, each request would have them recorded again.
+        """
+        try:
+            new = self._spare.pop()
+        except IndexError:
+            new = StateStore()
+        found: StateStore = self._stores.setdefault(request, new)
+        if found is new and self.holder is not None and self.holder.at_one_address:
+            weakref.finalize(request, _give_back, weakref.ref(new), self._spare).atexit = False
+        return found
 
     def stores(self) -> list[StateStore]:
         """The state of every request, and what belongs to none."""
@@ -127,3 +144,11 @@ class Runtime:
         """Every cell of every request, as `StateStore.cells` yields them."""
         for store in self.stores():
             yield from store.cells()
+
+
+def _give_back(state: weakref.ref[StateStore], spare: list[StateStore]) -> None:
+    """Called when a request is over, before its state goes."""
+    found = state()
+    if found is not None:
+        found.reset()
+        spare.append(found)

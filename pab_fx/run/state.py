@@ -103,7 +103,7 @@ class Cell:
         count: how far it is in the generation.
         caches: what is in its slots; `None` for nothing.
         specs: what `caches` look like, or looked like last, as the graph that kept them has it.
-        buffers: where what is kept is copied to, where that has to be at one address.
+        buffers: where what is kept is copied to, where that has to be at one address; empty where it has not.
         name: qualified name of the part.
         runs: whether a call is reading and writing it now.
     """
@@ -113,7 +113,7 @@ class Cell:
     count: Count = FRESH
     caches: tuple[Any, ...] | None = None
     specs: Sequence[TensorSpec] = ()
-    buffers: tuple[torch.Tensor, ...] | None = None
+    buffers: list[torch.Tensor] = field(default_factory=list)
     name: str = ""
     runs: bool = False
 
@@ -135,7 +135,7 @@ class StateStore:
     Args:
         found: for each graph, the cells that its modules had, by cache context, to spare the look-up.
         kept: for each graph, what it computed once in the generation, by cache context.
-        buffers: for each graph, where that lies, where it has to be at one address.
+        buffers: for each graph, where that lies, where it has to be at one address, by cache context.
     """
 
     _cells: Any = field(default_factory=WeakIdKeyDictionary)

@@ -111,8 +111,8 @@ class _Recording:
             for i, given in enumerate(args)
             if isinstance(given, torch.Tensor) and i not in static
         }
-        self._outputs: dict[int, torch.Tensor] = {}
-        self._storages: dict[int, torch.Tensor] = {}
+        self._outputs: dict[Any, torch.Tensor] = {}
+        self._storages: dict[Any, torch.Tensor] = {}
 
     def copied_in(self, args: Sequence[Any]) -> list[Any]:
         """The inputs that the graph runs on."""
@@ -139,18 +139,22 @@ class _Recording:
         return tuple(results) if isinstance(outputs, tuple) else results
 
     def _held(self, i: int, first: int, output: torch.Tensor) -> torch.Tensor:
-        """The output in this recording's memory. Neither this nor to poison it changes its version."""
+        """The output in this recording's memory. Neither this nor to poison it changes its version.
+
+        Conditions may yield tensors that lie otherwise, which have memory of their own.
+        """
         source = output.untyped_storage()
-        if first not in self._storages:
-            self._storages[first] = torch.empty(0, dtype=output.dtype).set_(source.clone())  # type: ignore[call-overload]
-        storage = self._storages[first].untyped_storage()
+        whole, empty = (first, source.nbytes()), torch.empty(0, dtype=output.dtype, device=output.device)
+        if whole not in self._storages:
+            self._storages[whole] = torch.empty_like(empty).set_(source.clone())  # type: ignore[call-overload]
+        storage = self._storages[whole].untyped_storage()
         if i == first:
             storage.copy_(source)
-            _pool.lend(self._storages[first])
-        if i not in self._outputs:
-            place = (storage, output.storage_offset(), output.shape, output.stride())
-            self._outputs[i] = torch.empty(0, dtype=output.dtype).set_(*place)
-        return self._outputs[i]
+            _pool.lend(self._storages[whole])
+        place = (output.storage_offset(), output.shape, output.stride())
+        if (i, whole, place) not in self._outputs:
+            self._outputs[i, whole, place] = empty.set_(storage, *place)
+        return self._outputs[i, whole, place]
 
 
 class _Pool:
