@@ -1,9 +1,11 @@
 """Quality as numbers: what each preset changes in the clips of the demo's model, and what they still show.
 
     python examples/measure_quality.py --json quality.json --picture docs/quality.png --update docs/quality.md
+    python examples/measure_quality.py --forecasts --captions 4 --update docs/quality.md
 
 Each caption is sampled once without PAB and once with each config, from the same noise, with inner="eager". Two runs
-with fewer steps and no PAB are yardsticks. The metrics are scikit-image's; none has learned weights.
+with fewer steps and no PAB are yardsticks. With --forecasts, each config reads its caches as they were kept and as
+forecasts. The metrics are scikit-image's; none has learned weights.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,12 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
 
 import pab_fx
-from pab_fx import PABConfig
+from pab_fx import Attentions, Every, PABConfig, Policy, Taylor
 from pab_fx.demo import CAPTIONS, Caption, ClipPipeline, load_pipeline, recognise
 from pab_fx.demo.run import demo_config
 
 PARTS = ("colour", "direction", "shape")
+ORDERS = (0, 1, 2)
 console = Console(stderr=True)
 
 
@@ -91,7 +94,7 @@ class Way:
     """A way to make the clips: with a config, or without PAB; in all steps, or in fewer."""
 
     name: str
-    config: PABConfig | None
+    config: PABConfig | Policy | None
     steps: int
 
 
@@ -130,17 +133,32 @@ class Found:
 
 def ways(pipe: ClipPipeline, steps: int) -> list[Way]:
     """Without PAB, every config, and without PAB in fewer steps."""
-    pipe.scheduler.set_timesteps(steps)
-    latte = demo_config([float(t) for t in pipe.scheduler.timesteps])
     fewer = [max(1, round(steps * share)) for share in (0.8, 0.5)]
     return [
         Way("without PAB", None, steps),
-        Way("default", PABConfig(), steps),
-        Way("cogvideox", PABConfig.preset("cogvideox"), steps),
-        Way("latte", latte, steps),
-        Way("open-sora", PABConfig.preset("open-sora"), steps),
+        *(Way(name, config, steps) for name, config in configs(pipe, steps).items()),
         *(Way(f"without PAB, {count} steps", None, count) for count in fewer),
     ]
+
+
+def configs(pipe: ClipPipeline, steps: int) -> dict[str, PABConfig]:
+    """The default and the presets, which read their caches as they were kept."""
+    pipe.scheduler.set_timesteps(steps)
+    latte = demo_config([float(t) for t in pipe.scheduler.timesteps])
+    presets = {name: PABConfig.preset(name) for name in ("cogvideox", "latte", "open-sora")}
+    return {"default": PABConfig(), **presets, "latte": latte}
+
+
+def forecasts(pipe: ClipPipeline, steps: int) -> list[Way]:
+    """Without PAB, and for every order every config, and every attention in every 3rd step."""
+    orders = [
+        [
+            *(Way(name, replace(config, forecast_order=order), steps) for name, config in configs(pipe, steps).items()),
+            Way("every attention, every 3rd step", Policy(Attentions(), Every(3), Taylor(order)), steps),
+        ]
+        for order in ORDERS
+    ]
+    return [Way("without PAB", None, steps), *(way for same in zip(*orders, strict=True) for way in same)]
 
 
 def sample(pipe: ClipPipeline, captions: Sequence[Caption], steps: int, batch: int, seed: int, what: str) -> np.ndarray:
@@ -179,12 +197,14 @@ def right(clips: np.ndarray, captions: Sequence[Caption]) -> dict[str, int]:
     return {**found, "all three": sum(s == c for s, c in pairs)}
 
 
-def measure(captions: Sequence[Caption], steps: int, batch: int, seed: int) -> list[Found]:
+def measure(
+    ways_of: Callable[[ClipPipeline, int], list[Way]], captions: Sequence[Caption], steps: int, batch: int, seed: int
+) -> list[Found]:
     """Sample in every way, and compare with the first one."""
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     found: list[Found] = []
-    for way in ways(pipe, steps):
+    for way in ways_of(pipe, steps):
         clips, reused = run(way, pipe, captions, batch, seed)
         metrics = {
             metric.name: [metric.measure(a, b) for a, b in zip(found[0].clips, clips, strict=True)]
@@ -217,6 +237,20 @@ def tables(found: Sequence[Found]) -> str:
         [(each.way.name, *(_cell(metric, each.metrics[metric.name]) for metric in METRICS)) for each in found[1:]],
     )
     return f"{kept}\n\n{distances}"
+
+
+def forecast_table(found: Sequence[Found]) -> str:
+    """PSNR to the clips without PAB, its mean and the worst clip's: a row for each config, a column for each order."""
+    psnr, number = METRICS[0], len(found[0].clips)
+    rows = []
+    for i in range(1, len(found), len(ORDERS)):
+        same = found[i : i + len(ORDERS)]
+        values = [each.metrics[psnr.name] for each in same]
+        cells = [f"{np.mean(some):.1f} ({psnr.worst(some, 0.0):.1f})" for some in values]
+        right = min(each.right["all three"] for each in same)
+        rows.append((same[0].way.name, f"{same[0].reused['attentions']:.1%}", *cells, f"{right} of {number}"))
+    orders = [f"forecast, order {order}" if order else "as kept" for order in ORDERS]
+    return _table(("PSNR, dB", "attention calls reused", *orders, "all three, at least"), rows)
 
 
 def _cell(metric: Metric, values: Sequence[float]) -> str:
@@ -268,9 +302,9 @@ def _tile(frame: np.ndarray, size: int) -> Image.Image:
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
 
 
-def update(path: Path, written: str) -> None:
-    """Replace what stands between `<!-- quality -->` and `<!-- /quality -->` in a file."""
-    old = re.compile(r"(<!-- quality -->\n).*?(<!-- /quality -->)", re.DOTALL)
+def update(path: Path, mark: str, written: str) -> None:
+    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in a file."""
+    old = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
     path.write_text(old.sub(lambda m: f"{m[1]}\n{written}\n\n{m[2]}", path.read_text()))
 
 
@@ -281,20 +315,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=2_000_000)
+    parser.add_argument("--forecasts", action="store_true", help="each config as kept and as forecasts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG: the same frames in each way")
     parser.add_argument("--update", type=Path, metavar="FILE", help="a Markdown file whose tables are replaced")
     args = parser.parse_args(arguments)
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(args.captions)]
-    found = measure(captions, args.steps, args.batch, args.seed)
-    written = tables(found)
+    found = measure(forecasts if args.forecasts else ways, captions, args.steps, args.batch, args.seed)
+    written = forecast_table(found) if args.forecasts else tables(found)
     print(written)
     if args.json:
         args.json.write_text(json.dumps([each.as_json() for each in found], indent=1) + "\n", encoding="utf-8")
     if args.picture:
         imageio.imwrite(args.picture, picture(found, captions))
     if args.update:
-        update(args.update, written)
+        update(args.update, "forecasts" if args.forecasts else "quality", written)
 
 
 if __name__ == "__main__":
