@@ -7,10 +7,11 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from packaging.version import Version
@@ -37,6 +38,39 @@ def operator_namespace(target: object) -> str:
     if isinstance(target, OpOverload):
         return target.namespace
     return str(getattr(target, "_qualified_op_name", "")).partition("::")[0]
+
+
+def overloads_of(target: object) -> list[OpOverload]:
+    """The overloads of an operator: one for `torch.ops.aten.add.Tensor`, all for `torch.ops.aten.add`; `[]` for others.
+
+    `OpOverloadPacket` and its `overloads()` seen in 2.9 to 2.13.
+    """
+    if isinstance(target, OpOverload):
+        return [target]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name) for name in target.overloads()]
+    return []
+
+
+_updated_by_kernel: MutableMapping[fx.Node, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def updated_by_kernel(node: fx.Node) -> list[Any]:
+    """What a Triton kernel that the traced code launches updates in place; `[]` for a node that launches none.
+
+    Dynamo records a launch as `triton_kernel_wrapper_mutation`, with the kernel's arguments in a keyword `kwargs`.
+    `get_mutated_tensors` reads the kernel's code, and names every tensor where it cannot. Seen in 2.9 and 2.13.
+    """
+    if node.target is not torch.ops.higher_order.triton_kernel_wrapper_mutation:
+        return []
+    given: Any = node.kwargs["kwargs"]
+    if node not in _updated_by_kernel:
+        from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
+
+        values = {name: each.meta.get("example_value") if isinstance(each, fx.Node) else each for name, each in given.items()}
+        known = {name: node.kwargs[name] for name in ("kernel_idx", "constant_args_idx", "tma_descriptor_metadata")}
+        _updated_by_kernel[node] = tuple(get_mutated_tensors(kwargs=values, **known))  # type: ignore[arg-type]
+    return [given[name] for name in _updated_by_kernel[node]]
 
 
 def has_storage(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .._torch import OpOverload, has_storage, operator_namespace
+from .._torch import OpOverload, has_storage, operator_namespace, overloads_of, updated_by_kernel
 from .dataflow import is_tuple, leaf_module, op_name, value
 
 VIEWS = {
@@ -72,7 +72,8 @@ def contexts(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def updated(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes whose tensors a node updates in place: `x` of `x.add_(y)`, of `x[i] = y`, of `op(..., out=x)`."""
+    """The nodes whose tensors a node updates in place: `x` of `x.add_(y)`, of `x[i] = y`, of `op(..., out=x)`, and what an
+    operator's schema or a Triton kernel says."""
     targets: list[Any] = []
     if node.op == "call_method":
         if str(node.target).endswith("_") and not str(node.target).endswith("__"):
@@ -80,20 +81,21 @@ def updated(node: fx.Node) -> tuple[fx.Node, ...]:
     elif node.op == "call_module":
         if getattr(leaf_module(node), "inplace", False):
             targets.append(node.args[0])
-    elif isinstance(node.target, OpOverload):
-        for i, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                targets.append(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
+    elif overloads_of(node.target):
+        for overload in overloads_of(node.target):
+            for i, argument in enumerate(overload._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    targets.append(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
     elif node.op == "call_function":
         name = op_name(node)
         inplace = node.kwargs.get("inplace", False) or (name in DROPOUTS and node.args[3:4] == (True,))
         by_name = name.endswith("_") and not name.endswith("__") and node.target not in OPERATORS
         if inplace or by_name or node.target in INPLACE_OPERATORS:
             targets.append(node.args[0] if node.args else node.kwargs.get("input"))
-    targets.append(node.kwargs.get("out"))
+    targets += [node.kwargs.get("out"), *updated_by_kernel(node)]
     flat: list[fx.Node] = []
     fx.map_arg(targets, flat.append)
-    return tuple(flat)
+    return tuple(dict.fromkeys(flat))
 
 
 def later_updates(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
