@@ -67,7 +67,9 @@ def updated_by_kernel(node: fx.Node) -> list[Any]:
     if node not in _updated_by_kernel:
         from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
 
-        values = {name: each.meta.get("example_value") if isinstance(each, fx.Node) else each for name, each in given.items()}
+        values = {
+            name: each.meta.get("example_value") if isinstance(each, fx.Node) else each for name, each in given.items()
+        }
         known = {name: node.kwargs[name] for name in ("kernel_idx", "constant_args_idx", "tma_descriptor_metadata")}
         _updated_by_kernel[node] = tuple(get_mutated_tensors(kwargs=values, **known))  # type: ignore[arg-type]
     return [given[name] for name in _updated_by_kernel[node]]

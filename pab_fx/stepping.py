@@ -13,7 +13,6 @@ from torch import nn
 from ._torch import cloned
 from .backend import PABBackend
 from .passes.counting import TIMESTEP_NAMES
-from .run.call import ConcurrentCallError
 from .run.clock import Step, request_of, running, running_pipeline
 from .run.contexts import current_cache_context
 
@@ -42,26 +41,33 @@ class SteppingCall:
         self._has_broadcast = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        pipeline, caller = running_pipeline(), (self._id, current_cache_context.get())
-        step = self._step(pipeline, caller, args, kwargs)
-        known, calls = len(self._backend.regions), self._backend.runtime.calls
+        runtime, pipeline, caller = self._backend.runtime, running_pipeline(), (self._id, current_cache_context.get())
+        request = request_of(pipeline)
+        store = runtime.store(request)
+        store.enter(caller)
+        try:
+            step = self._step(pipeline, request, caller, args, kwargs)
+            outputs = self._stepped(step, pipeline, caller, args, kwargs)
+        finally:
+            store.leave(caller)
+        if runtime.has_cuda_graphs:  # the next call overwrites it: another branch's, or request's
+            outputs = cloned(outputs)
+        return outputs
+
+    def _stepped(self, step: Step, pipeline: Any, caller: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        runtime = self._backend.runtime
+        known, calls = len(self._backend.regions), runtime.calls
         try:
             with running(step):
                 outputs = self._compiled(*args, **kwargs)
-        except ConcurrentCallError:  # the call that runs goes on
-            raise
         except BaseException:
             self._forget(step.request)
             if pipeline is not None:
-                self._backend.runtime.clock(pipeline).retract(caller)
+                runtime.clock(pipeline).retract(caller)
             raise
-        if (
-            self._has_broadcast and self._backend.runtime.calls == calls
-        ):  # what is kept is of another step than the last
+        if self._has_broadcast and runtime.calls == calls:  # what is kept is of another step than the last
             self._forget(step.request)
-        self._warn(known, self._backend.runtime.calls > calls)
-        if self._backend.runtime.has_cuda_graphs:  # the next call overwrites it: another branch's, or request's
-            outputs = cloned(outputs)
+        self._warn(known, runtime.calls > calls)
         return outputs
 
     def _forget(self, request: Any) -> None:
@@ -70,8 +76,7 @@ class SteppingCall:
         if model is not None:
             self._backend.runtime.store(request).reset([*model.parameters(), *model.modules()])
 
-    def _step(self, pipeline: Any, caller: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
-        request = request_of(pipeline)
+    def _step(self, pipeline: Any, request: Any, caller: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
         if pipeline is None:
             return Step(request)
         given = next((kwargs[name] for name in TIMESTEP_NAMES if name in kwargs), None)

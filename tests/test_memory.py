@@ -431,6 +431,22 @@ def test_weights_that_change_between_generations_are_heeded(inner: Any) -> None:
     assert not torch.equal(before[0], after[0])
 
 
+def test_a_weight_that_is_updated_where_it_leaves_no_trace_is_found_by_a_check(inner: Any) -> None:
+    text, model = torch.randn(1, 8, 16), wan()
+    latents = torch.randn(1, 4, 2, 8, 8)
+    with pab_fx.enable(model, WAN, inner=inner, step_invariants="check") as pab:
+        expected = generation(model, lambda: text)
+        assert pab.report().once.taken > 0
+        with torch.no_grad():
+            model(latents, torch.tensor([900.0]), text)
+            model.blocks[0].attn2.to_k.weight.data.mul_(2)
+            with pytest.raises(RuntimeError, match=r"would differ.*through \.data.*reset\(\)"):
+                model(latents, torch.tensor([800.0]), text)
+        pab.reset()
+        model.blocks[0].attn2.to_k.weight.data.div_(2)
+        assert all(map(torch.equal, generation(model, lambda: text), expected))
+
+
 def test_cond_and_uncond_keep_what_is_theirs(inner: Any) -> None:
     texts, model = {name: torch.randn(1, 8, 16) for name in ("cond", "uncond")}, wan()
     outputs = []

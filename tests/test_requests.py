@@ -235,6 +235,41 @@ def test_threads_may_be_in_one_session_at_a_time(enabled: Shared) -> None:
     assert pab.report().reused > 0
 
 
+@pytest.mark.parametrize("way", ["enabled", "compiled"])
+def test_two_threads_in_one_request_are_told_and_the_call_that_runs_goes_on(way: str) -> None:
+    """Without a session, in the middle of a call: between two graphs of an enabled model, or in the only one."""
+    is_in, may_go = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            is_in.set()
+            assert may_go.wait(60)
+
+    model, bare = Tiny(between=wait if way == "enabled" else None), Tiny()
+    if way == "enabled":
+        called: Any = model
+        pab_fx.enable(model, config_of(), inner="eager")
+    else:
+
+        def inner(gm: Any, example_inputs: Any) -> Any:
+            return lambda *args: (wait(), gm.forward(*args))[1]
+
+        called = torch.compile(model, backend=pab_fx.PABBackend(config_of(), inner=inner))
+    loop = Loop(called, TIMESTEPS, 0)
+    for _ in range(3):
+        loop.step()
+    thread = threading.Thread(target=loop.step)
+    with torch.no_grad():
+        thread.start()
+        assert is_in.wait(60)
+        with pytest.raises(RuntimeError, match=r"two threads call one model at once.*pab\.session"):
+            called(**inputs(0, TIMESTEPS[3]))
+        may_go.set()
+        thread.join(60)
+        loop.run()
+    assert loop.check(bare) > 0
+
+
 @pytest.mark.parametrize("where", ["in no session", "in a session"])
 def test_a_request_that_fails_leaves_the_others_where_they_are(enabled: Shared, where: str) -> None:
     model, bare, pab = enabled

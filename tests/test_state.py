@@ -486,6 +486,29 @@ def test_deleting_a_model_frees_its_caches(enabled: bool, inner: Any) -> None:
     assert [reference() for reference in alive] == [None] * len(alive)
 
 
+def test_resolutions_that_came_leave_nothing_behind_a_reset() -> None:
+    """With conditions, a tensor stands in for each slot that is not read: of the resolution that is in use."""
+    model = Tiny()
+    with pab_fx.enable(model, PABConfig(), inner="eager", lowering="cond", dynamic=True) as pab:
+        model(**inputs(0, TIMESTEPS[0]))
+        pab.reset()
+        before = tensors_of_length(range(20, 40))
+        for length in range(20, 40):
+            for t in TIMESTEPS[:3]:
+                model(**inputs(0, t, length=length))
+        assert pab.report().reused > 0
+        assert len(tensors_of_length(range(20, 39))) == len(before) == 0
+        pab.reset()
+        assert not tensors_of_length(range(20, 40))
+
+
+def tensors_of_length(lengths: Iterable[int]) -> list[torch.Size]:
+    """Shapes of the tensors alive that are as long as one of these."""
+    gc.collect()
+    alive = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    return [each.shape for each in alive if each.dim() == 3 and each.shape[1] in lengths]
+
+
 def test_a_model_is_freed_before_the_function_that_compiled_it_ends() -> None:
     model = Tiny()
     compiled = torch.compile(model, backend=PABBackend(inner="eager"))

@@ -36,10 +36,6 @@ COMPUTE, REUSE = torch.tensor(True), torch.tensor(False)
 """Predicates of conditions; made here, since a graph may be compiled inside of a mode that makes fake tensors."""
 
 
-class ConcurrentCallError(RuntimeError):
-    """Two threads call a model in one request at once: their steps cannot be told apart."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a call does once it is decided.
@@ -113,8 +109,9 @@ class BroadcastGraph:
         self.runs += 1
         t = self._timestep(args) if step.t is None else step.t
         call = Call(t, step.next_t, step.timesteps or runtime.known_timesteps(), step.generation)
-        modules, expected = self._modules(args, step), self.lowerings.expected(args)
-        _enter(modules)
+        store = runtime.store(step.request)
+        modules, expected = self._modules(args, step, store), self.lowerings.expected(args)
+        store.enter(modules.first)
         try:
             before = modules.first.count
             self._begin(modules, call, expected)
@@ -134,7 +131,7 @@ class BroadcastGraph:
             modules.reset()
             raise
         finally:
-            modules.first.runs = False
+            store.leave(modules.first)
 
     @property
     def graphs(self) -> dict[Any, fx.GraphModule]:
@@ -161,9 +158,9 @@ class BroadcastGraph:
             self._runtime.clock(pipeline)  # so that the backend heeds the end of the pipeline's call
         return Step(request_of(pipeline))
 
-    def _modules(self, args: Sequence[Any], step: Step) -> Lockstep:
+    def _modules(self, args: Sequence[Any], step: Step, store: StateStore) -> Lockstep:
         """The modules that a call runs, with their cells in its request and cache context."""
-        store, context = self._runtime.store(step.request), (current_cache_context.get(), step.branch)
+        context = (current_cache_context.get(), step.branch)
         known = store.found.setdefault(self, {})
         found: Lockstep | None = known.get(context)
         if found is None or any(owner() is not args[i] for owner, i in zip(found.owners, self._owners, strict=True)):
@@ -399,20 +396,6 @@ class BroadcastGraph:
     def _kept(self, cell: Cell, i: int) -> torch.Tensor:
         kept = cell.caches[i]  # type: ignore[index]
         return kept if self._runtime.holder is None else self._runtime.holder.lend(kept)
-
-
-def _enter(modules: Lockstep) -> None:
-    """Note that a call reads and writes this state.
-
-    Raises:
-        ConcurrentCallError: if another one does already.
-    """
-    if modules.first.runs:
-        raise ConcurrentCallError(
-            "two threads call one model at once, and both would count and keep for the same request. Give each a "
-            "request of its own: with pab.session(): ..., or a pipeline of its own."
-        )
-    modules.first.runs = True
 
 
 def _check_slots(outputs: Any, plan: Plan, expected: Sequence[Sequence[TensorSpec]]) -> None:

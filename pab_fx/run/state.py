@@ -105,7 +105,6 @@ class Cell:
         specs: what `caches` look like, or looked like last, as the graph that kept them has it.
         buffers: where what is kept is copied to, where that has to be at one address; empty where it has not.
         name: qualified name of the part.
-        runs: whether a call is reading and writing it now.
     """
 
     role: str
@@ -115,7 +114,6 @@ class Cell:
     specs: Sequence[TensorSpec] = ()
     buffers: list[torch.Tensor] = field(default_factory=list)
     name: str = ""
-    runs: bool = False
 
     def reset(self) -> None:
         """Forget the generation: the next call is the first of a new one."""
@@ -128,20 +126,43 @@ class Cell:
         return all(spec.matches(kept) for spec, kept in zip(expected, self.specs, strict=True))
 
 
+class ConcurrentCallError(RuntimeError):
+    """Two threads call a model in one request at once: their steps cannot be told apart."""
+
+
 @dataclass(eq=False)
 class StateStore:
     """All cells of a backend in one request, by owner: a parameter or a module, held weakly.
 
     Args:
+        running: what is called at this moment, and reads and writes cells.
         found: for each graph, the cells that its modules had, by cache context, to spare the look-up.
         kept: for each graph, what it computed once in the generation, by cache context.
         buffers: for each graph, where that lies, where it has to be at one address, by cache context.
     """
 
     _cells: Any = field(default_factory=WeakIdKeyDictionary)
+    running: dict[Hashable, object] = field(default_factory=dict)
     found: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
     kept: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
     buffers: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
+
+    def enter(self, called: Hashable) -> None:
+        """Note that a call begins; `leave` notes its end.
+
+        Raises:
+            ConcurrentCallError: if another call of the same goes on.
+        """
+        token = object()
+        if self.running.setdefault(called, token) is not token:  # one step of the interpreter: no thread comes between
+            raise ConcurrentCallError(
+                "two threads call one model at once, and both would count and keep for the same request. Give each a "
+                "request of its own: with pab.session(): ..., or a pipeline of its own."
+            )
+
+    def leave(self, called: Hashable) -> None:
+        """Note that a call is over."""
+        self.running.pop(called, None)
 
     def find(self, owner: Any, occurrence: Hashable, context: Hashable) -> Cell | None:
         """The cell of an owner's `occurrence`-th module in a cache context, if there is one yet."""
