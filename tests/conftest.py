@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.guards
 
 from pab_fx.testing import replaying
+
+# Dynamo measures the guards of each frame for a log that nobody reads here, and flushes a cache for that: 30 ms a time.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[assignment]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a collection of garbage, of which there are hundreds, need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -72,8 +72,10 @@ def contexts(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def updated(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes whose tensors a node updates in place: `x` of `x.add_(y)`, of `x[i] = y`, of `op(..., out=x)`, and what an
-    operator's schema or a Triton kernel says."""
+    """The nodes whose tensors a node updates in place: `x` of `x.add_(y)`, of `x[i] = y`, of `op(..., out=x)`.
+
+    Of an operator its schema tells, of a Triton kernel its code.
+    """
     targets: list[Any] = []
     if node.op == "call_method":
         if str(node.target).endswith("_") and not str(node.target).endswith("__"):
