@@ -30,12 +30,13 @@ class Model:
 
     Args:
         name: in `MODELS`.
+        forecast_order: of the config.
         changes: other options of `pab_fx.enable`.
     """
 
-    def __init__(self, name: str, **changes: Any) -> None:
+    def __init__(self, name: str, forecast_order: int = 0, **changes: Any) -> None:
         self.entry, self.clock = MODELS[name], zoo.Clock()
-        self.config = dataclasses.replace(CONFIG, current_timestep_callback=self.clock)
+        self.config = dataclasses.replace(CONFIG, current_timestep_callback=self.clock, forecast_order=forecast_order)
         self.model: Any = self.entry.build()
         self.options = changes
         self.backend: Any = None
@@ -87,7 +88,7 @@ def sequence(
     Args:
         ring, ulysses: degrees of diffusers' context parallelism.
         through_backend: compile by `torch.compile(model, backend=PABBackend(...))` in place of `enable`.
-        options: of `PABBackend`.
+        options: of `PABBackend`, and `forecast_order` of its config.
     """
     options["inner"] = inner
     if ring > 1:
@@ -100,7 +101,7 @@ def sequence(
     seen: dict[str, Any] = {"alone": alone(model, **options)}
     if through_backend:
         seen["without"] = spread.generation(records=True)
-        spread.backend = pab_fx.PABBackend(spread.config, **options)
+        spread.backend = pab_fx.PABBackend(spread.config, **spread.options)
         compiled = torch.compile(spread.model, backend=spread.backend)
         seen["first"] = spread.generation(call=compiled)
         seen["with"] = spread.generation(records=True, call=compiled)

@@ -192,7 +192,7 @@ def test_no_collective_is_computed_once_a_generation() -> None:
 
 HERE = [
     ("sequence", {"model": "wan", "ulysses": 2}),
-    ("sequence", {"model": "qwen", "ulysses": 2, "lowering": "cond", "through_backend": True}),
+    ("sequence", {"model": "qwen", "ulysses": 2, "lowering": "cond", "through_backend": True, "forecast_order": 1}),
     ("lockstep", {"model": "wan"}),
     ("pipeline", {}),
     ("guidance", {}),
@@ -270,11 +270,14 @@ def test_ulysses_equals_one_process_to_the_bit_and_a_reused_attention_issues_no_
     assert seen[0]["with"][1].collectives == {"all_gather": 1}  # of the model's output
 
 
-def test_joint_attention_as_one_graph_equals_one_process_and_issues_no_collective_where_it_reuses(
+def test_forecasts_of_joint_attention_as_one_graph_equal_one_process_and_issue_no_collective_where_they_reuse(
     two_ranks: dict[str, list[Any]],
 ) -> None:
-    """Ranks bring text and image in turns, so that an attention sums up in another order than one process."""
-    seen = two_ranks["sequence qwen 2 cond True"]
+    """Ranks bring text and image in turns, so that an attention sums up in another order than one process.
+
+    What is kept is read as a forecast.
+    """
+    seen = two_ranks["sequence qwen 2 cond True 1"]
     assert_equal(seen[0]["with"], seen[0]["alone"], 1e-5)
     assert_broadcasts_less(seen, ULYSSES)
 
@@ -351,8 +354,9 @@ def test_compiled_by_inductor_as_a_whole_or_by_block(lowering: str, regional: bo
 
 
 @pytest.mark.slow
-def test_by_block_equals_one_process_to_the_bit(tmp_path: Path) -> None:
-    (seen,) = on_ranks(tmp_path, 2, [("sequence", {"model": "wan", "ulysses": 2, "regional": True})], timeout=400)
+@pytest.mark.parametrize("options", [{"regional": True}, {"forecast_order": 2}], ids=str)
+def test_by_block_and_with_forecasts_it_equals_one_process_to_the_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    (seen,) = on_ranks(tmp_path, 2, [("sequence", {"model": "wan", "ulysses": 2, **options})], timeout=400)
     assert_equal(seen[0]["with"], seen[0]["alone"])
     assert_broadcasts_less(seen, ULYSSES)
 

@@ -370,6 +370,22 @@ def test_a_rewritten_and_an_exported_program_forecast_by_themselves(order: int) 
                 assert torch.equal(found, expected[step])
 
 
+@pytest.mark.slow
+@orders
+def test_a_package_of_aotinductor_forecasts_by_itself(order: int, tmp_path: Path) -> None:
+    model, config = build(), forecast(order)
+    expected = reference_of(config, model).trajectory()
+    x, t = inputs(0, TIMESTEPS[0])
+    program = pab_fx.export(model, {"hidden_states": x, "timestep": t}, config, timesteps=TIMESTEPS)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    for _ in range(2):
+        for step, t_now in enumerate(TIMESTEPS):
+            x, t = inputs(step, t_now)
+            found = package(hidden_states=x, timestep=t)
+            torch.testing.assert_close(found, expected[step], atol=1e-5, rtol=1e-5)  # rounds otherwise than eager
+
+
 # ------------------------------------------------------------------------------------- updates in place
 
 
