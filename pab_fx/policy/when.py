@@ -30,7 +30,7 @@ class Step(NamedTuple):
     """A step of a generation.
 
     Args:
-        n: how many steps there were before it; with diffusers' configs, calls of the module, as its hooks count.
+        n: how many steps there were before it; for a module that a step calls several times its calls, as hooks count.
         t: its timestep, on the scheduler's scale.
         of: how many steps the generation has; infinity where that is not known.
     """
