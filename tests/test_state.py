@@ -22,6 +22,10 @@ from pab_fx import PABBackend, PABConfig
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
+ways = pytest.mark.parametrize(
+    ("lowering", "inner"), [("specialize", "replaying"), ("cond", "eager")], indirect=["inner"]
+)
+"""Each lowering, and each way to run the graphs; where all four pairs matter, `lowerings` and the fixture `inner`."""
 
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -157,7 +161,7 @@ def test_generations_one_after_another_start_afresh(lowering: str, inner: Any) -
     assert len(backend.graphs) == 1
 
 
-@lowerings
+@ways
 @pytest.mark.parametrize("cut_off_after", [2, 3, 6])
 def test_new_generation_after_an_aborted_one_starts_afresh(lowering: str, cut_off_after: int, inner: Any) -> None:
     run, _ = compiled_run(Tiny(), lowering, inner)
@@ -239,7 +243,7 @@ def test_new_generation_after_an_exception_between_graphs_starts_afresh(enabled:
     assert run.differs > 0
 
 
-@lowerings
+@ways
 def test_batch_size_resolution_and_dtype_may_change_between_generations(lowering: str, inner: Any) -> None:
     model = Tiny()
     run, _ = compiled_run(model, lowering, inner)
@@ -252,7 +256,7 @@ def test_batch_size_resolution_and_dtype_may_change_between_generations(lowering
     run.begin().steps(TIMESTEPS, dtype=torch.float64)
 
 
-@lowerings
+@ways
 @pytest.mark.parametrize("shape", [{"batch": 2}, {"length": 7}])
 def test_tensors_of_another_shape_start_a_generation_even_where_the_timestep_does_not_rise(
     lowering: str, shape: dict[str, int], inner: Any
@@ -263,7 +267,7 @@ def test_tensors_of_another_shape_start_a_generation_even_where_the_timestep_doe
     assert run.differs > 1
 
 
-@lowerings
+@ways
 def test_dynamic_shapes_need_one_capture(lowering: str, inner: Any) -> None:
     clock, model = zoo.Clock(), Tiny()
     backend = PABBackend(CONFIG(clock), inner=inner, lowering=lowering)
@@ -285,7 +289,7 @@ def test_caches_made_in_inference_mode_are_read_without_it(inner: Any) -> None:
 # ------------------------------------------------------------------------------------------------------ owners
 
 
-@lowerings
+@ways
 def test_two_models_with_one_backend_object_keep_their_state_apart(lowering: str, inner: Any) -> None:
     clock = zoo.Clock()
     backend = PABBackend(CONFIG(clock), inner=inner, lowering=lowering)
@@ -316,7 +320,7 @@ def test_resetting_one_model_leaves_the_other_where_it_is(inner: Any) -> None:
     assert all(run.differs > 1 for run in runs)
 
 
-@lowerings
+@ways
 @pytest.mark.parametrize("shared", [False, True], ids=["", "with a weight in common"])
 def test_one_blocks_code_serves_all_blocks_with_a_cache_each(lowering: str, shared: bool, inner: Any) -> None:
     clock, model = zoo.Clock(), Tiny()
@@ -677,7 +681,7 @@ class Tied(nn.Module, CacheMixin):
         return x
 
 
-@lowerings
+@ways
 @pytest.mark.parametrize(("breaks", "regional"), [(False, False), (True, False), (False, True)])
 def test_modules_that_share_their_parameters_do_not_share_their_state(
     breaks: bool, regional: bool, lowering: str, inner: Any
