@@ -9,7 +9,7 @@ the conditions, `compile` has it compiled, `run` runs a call.
 
 from .backend import PABBackend, pab_backend
 from .calibrate import calibrate
-from .enable import PAB, disable, enable, report_of
+from .enable import PAB, disable, enable, report
 from .explain import explain
 from .export.export import export
 from .export.rewrite import rewrite
@@ -49,7 +49,7 @@ __all__ = [
     "export",
     "load_policies",
     "pab_backend",
-    "report_of",
+    "report",
     "rewrite",
     "save_policies",
     "specialize",

@@ -61,7 +61,8 @@ def updated_by_kernel(node: fx.Node) -> list[Any]:
     Dynamo records a launch as `triton_kernel_wrapper_mutation`, with the kernel's arguments in a keyword `kwargs`.
     `get_mutated_tensors` reads the kernel's code, and names every tensor where it cannot. Seen in 2.9 and 2.13.
     """
-    if not isinstance(node.target, HigherOrderOperator) or node.target.name() != "triton_kernel_wrapper_mutation":
+    target: Any = node.target
+    if not isinstance(target, HigherOrderOperator) or target.name() != "triton_kernel_wrapper_mutation":
         return []
     given: Any = node.kwargs["kwargs"]
     if node not in _updated_by_kernel:

@@ -243,7 +243,7 @@ def disable(model: Any) -> None:
             _enabled[own].disable()
 
 
-def report_of(model: Any) -> Report:
+def report(model: Any) -> Report:
     """What a compiled model broadcasts and has broadcast, whichever way it was compiled, also by `backend="pab"`.
 
     Args:
@@ -255,7 +255,7 @@ def report_of(model: Any) -> Report:
 
     Example:
         >>> model = torch.compile(torch.nn.Linear(2, 2), backend="pab", options={"inner": "eager"})
-        >>> report_of(model)
+        >>> report(model)
         Traceback (most recent call last):
         ...
         ValueError: pab_fx has captured no graph of this Linear yet: compile it with the backend "pab" and call it.

@@ -433,8 +433,8 @@ def test_policies_are_options_of_the_backend_by_name() -> None:
     expected = Reference(model, policy).trajectory()
     compiled = torch.compile(model, backend="pab", options={"config": policy, "inner": "eager"})
     assert equal(trajectory(compiled), expected)
-    assert pab_fx.report_of(compiled).reused > 0
-    assert pab_fx.report_of(model) == pab_fx.report_of(compiled)
+    assert pab_fx.report(compiled).reused > 0
+    assert pab_fx.report(model) == pab_fx.report(compiled)
 
 
 POLICIES = [
