@@ -62,7 +62,7 @@ def updated_by_kernel(node: fx.Node) -> list[Any]:
     `get_mutated_tensors` reads the kernel's code, and names every tensor where it cannot. Seen in 2.9 and 2.13.
     """
     target: Any = node.target
-    if not isinstance(target, HigherOrderOperator) or target.name() != "triton_kernel_wrapper_mutation":
+    if not isinstance(target, HigherOrderOperator) or getattr(target, "_name", "") != "triton_kernel_wrapper_mutation":
         return []
     given: Any = node.kwargs["kwargs"]
     if node not in _updated_by_kernel:

@@ -20,10 +20,10 @@ import typer
 from pages import PAGES, ROOT, Block, blocks, print_graphs
 from typer.testing import CliRunner
 
-import pab_fx.report.data
 import pab_fx.testing
 from pab_fx import rewrite
 from pab_fx.cli import app
+from pab_fx.report import data
 
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -226,7 +226,7 @@ def test_every_public_name_is_in_the_api() -> None:
     text = "".join(path.read_text() for page, path in PAGES.items() if page.startswith("docs/api/"))
     shown = [named(name) for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]
     public = {f"{module.__name__}.{name}": getattr(module, name) for module in PACKAGES for name in module.__all__}
-    reports = {name: found for name, found in vars(pab_fx.report.data).items() if name.endswith("Report")}
+    reports = {name: found for name, found in vars(data).items() if name.endswith("Report")}
     assert not [name for name, found in {**public, **reports}.items() if not any(found is each for each in shown)]
 
 
