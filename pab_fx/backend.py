@@ -175,13 +175,24 @@ class PABBackend:
             ValueError: for a bad config, or one that has to be captured anew, naming the part.
         """
         policies = policies_of(config)
+        looked_for = {type(each.where) for each in self.policies}
+        for each in policies:
+            if self.regions and each.when is not None and type(each.where) not in looked_for:
+                raise ValueError(
+                    f"{each.where!r}: the model was captured without such parts being looked for, and has to be "
+                    "captured anew, by disable() and enable()."
+                )
+        matched = False
         for region in self.regions:
             role, policy, _ = assigned(policies, region.role, region.name)
+            matched |= policy is not None
             if policy is not None and not (region.unsafe or (region.policy and region.policy.how == policy.how)):
                 raise ValueError(
                     f"{region.name} ({role}) was captured to be {_captured(region)}, and the new config has it "
                     f"{policy.describe()}: that has to be captured anew, by disable() and enable()."
                 )
+        if self.regions and not matched:
+            self.notices.warn_of_nothing(self.regions)
         self.policies, self.config = policies, config
         self.assign(partial(_rule, policies))
 

@@ -157,7 +157,7 @@ class Notices:
                 shown = ", ".join(sorted({region.name for region in regions})[:4])
                 self.warn_once(
                     f"no layer {identifier}",
-                    f"pab_fx: layers has {identifier!r}, which matches no attention of {name}: there are {shown}, ...",
+                    f"pab_fx: {identifier!r} matches the name of no attention of {name}: there are {shown}, ...",
                 )
 
 

@@ -369,7 +369,7 @@ def test_a_layer_that_no_attention_is_called_warns_while_others_are_broadcast() 
     model = ENTRY.build()
     with (
         pab_fx.enable(model, spatial_attention_block_skip_range=2, layers=layers, inner="eager") as pab,
-        pytest.warns(UserWarning, match="layers has 'blocks.7.', which matches no attention of PixArt"),
+        pytest.warns(UserWarning, match="'blocks.7.' matches the name of no attention of PixArt"),
     ):
         generation(model)
     assert pab.report().reused

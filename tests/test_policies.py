@@ -370,6 +370,29 @@ def test_a_rewritten_and_an_exported_program_forecast_by_themselves(order: int) 
                 assert torch.equal(found, expected[step])
 
 
+@orders
+@pytest.mark.parametrize("traced", ["symbolically", "with dynamic sizes"])
+def test_a_rewritten_program_forecasts_at_one_size_after_another(traced: str, order: int) -> None:
+    """What is in a slot in the first step of a generation may be of another size."""
+    model, config = build(), forecast(order)
+    if traced == "symbolically":
+        rewritten: Any = pab_fx.rewrite(fx.symbolic_trace(model), config)
+    else:
+        x, t = inputs(0, TIMESTEPS[0])
+        length = {"hidden_states": {1: torch.export.Dim("length", min=2, max=64)}, "timestep": None}
+        program = torch.export.export(model, (), {"hidden_states": x, "timestep": t}, dynamic_shapes=length)
+        rewritten = pab_fx.rewrite(program.module(), config)
+    reference = reference_of(config, model)
+    for length in (5, 9, 2, 9):
+        found = [rewritten(hidden_states=x, timestep=t) for x, t in map(inputs, range(20), TIMESTEPS, [length] * 20)]
+        assert equal(found, reference.trajectory(length=length))
+    if traced == "symbolically":  # a batch of one fits one of two, by broadcasting
+        for batch in (2, 1):
+            found = [rewritten(torch.cat([x] * batch), t) for x, t in (inputs(n, t) for n, t in enumerate(TIMESTEPS))]
+            assert all(torch.allclose(a, b) for a, b in zip(found, reference.trajectory(), strict=True))
+            assert all(len(each) == batch for each in found)
+
+
 @pytest.mark.slow
 @orders
 def test_a_package_of_aotinductor_forecasts_by_itself(order: int, tmp_path: Path) -> None:
@@ -384,6 +407,72 @@ def test_a_package_of_aotinductor_forecasts_by_itself(order: int, tmp_path: Path
             x, t = inputs(step, t_now)
             found = package(hidden_states=x, timestep=t)
             torch.testing.assert_close(found, expected[step], atol=1e-5, rtol=1e-5)  # rounds otherwise than eager
+
+
+@dataclass(frozen=True)
+class Wrong(How):
+    """Is wrong in one way."""
+
+    way: str
+
+    def slots(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(outputs)
+
+    def update(self, slots: Any, inputs: Any, outputs: Sequence[Tensor], scalars: Scalars) -> tuple[Tensor, ...]:
+        ways: dict[str, Any] = {
+            "updates its output": lambda: (outputs[0].mul_(2),),
+            "keeps nothing": lambda: (),
+            "keeps halves": lambda: (outputs[0].half(),),
+        }
+        return ways.get(self.way, lambda: tuple(outputs))()  # type: ignore[no-any-return]
+
+    def read(self, slots: Sequence[Tensor], inputs: Any, scalars: Scalars) -> tuple[Tensor, ...]:
+        ways: dict[str, Any] = {
+            "updates its slot": lambda: (slots[0].mul_(2),),
+            "reads a mean": lambda: (slots[0].mean(-1, keepdim=True),),
+            "reads halves": lambda: (slots[0].half(),),
+            "reads None": lambda: None,
+            "branches": lambda: tuple(slots) if slots[0].sum() > 0 else (slots[0] * 2,),
+            "takes a number": lambda: (slots[0] * slots[0].sum().item(),),
+        }
+        return ways.get(self.way, lambda: tuple(slots))()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("updates its output", "its update updates a tensor in place"),
+        ("keeps nothing", "its update yields 0 tensors in place of 1"),
+        ("keeps halves", "its update yields torch.float16"),
+        ("updates its slot", "its read updates a tensor in place"),
+        ("reads a mean", r"its read yields torch.float32 of shape \[1, 5, 1\] in place of"),
+        ("reads halves", "its read yields torch.float16"),
+        ("reads None", "its read cannot be traced"),
+        ("branches", "its read cannot be traced"),
+    ],
+)
+def test_a_how_that_is_wrong_is_named(way: str, message: str) -> None:
+    model = build()
+    with (
+        pab_fx.enable(model, Policy(Attentions(), Every(2), Wrong(way)), inner="eager"),
+        pytest.raises(Exception, match=rf"Wrong\(way='{way}'\): {message}"),
+    ):
+        trajectory(model)
+
+
+def test_a_rule_that_is_wrong_is_named() -> None:
+    @dataclass(frozen=True)
+    class Says(Rule):
+        what: Any
+
+        def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
+            return self.what if self.what != "branches" else (step.n > 1 and step.t < 500)
+
+    model = build()
+    with pytest.raises(ValueError, match=r"Says\(what='yes'\).*decide must return .* True or False, got 'yes'"):
+        Policy(Attentions(), Says("yes"))
+    with pytest.raises(TypeError, match=r"decide cannot be traced into a graph.*by & and"):
+        pab_fx.rewrite(fx.symbolic_trace(model), Policy(Attentions(), Says("branches")))
 
 
 # ------------------------------------------------------------------------------------- updates in place
@@ -475,6 +564,14 @@ def test_a_rule_of_the_users_own_has_no_file(tmp_path: Path) -> None:
         (lambda: Policy(Attentions, Every(2)), "where must be"),
         (lambda: Policy(Attentions(), 2), "when must be"),
         (lambda: Policy(Attentions(), Every(2), 1), "how must be"),
+        (lambda: Policy(Attentions(), Rule()), r"Rule.* has no decide\(step"),
+        (lambda: Policy(Attentions(), Every(2), How()), r"How.* has no slots\(outputs"),
+        (lambda: Attentions(()), "roles must be of spatial, temporal, cross, or None"),
+        (lambda: Attentions(3), "roles must be of spatial"),
+        (lambda: SkipRange(2, 800, 100), "reversed"),
+        (lambda: SkipRange(2, "a"), "must be two numbers"),
+        (lambda: AfterTimesteps(700), "pairs of a timestep and a count"),
+        (lambda: pab_fx.save_policies([PABConfig()], "none.json"), "takes policies"),
         (lambda: Attentions("spacial"), "unknown role 'spacial'"),
         (lambda: Attentions(identifiers=("a",)), "give that role"),
         (lambda: Every(0), "n must be an integer >= 1"),

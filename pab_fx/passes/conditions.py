@@ -151,7 +151,7 @@ def _reads(graph: fx.Graph, region: Region) -> _Reads:
     slots = [scratch.placeholder("slot") for _ in _slots(how, region.outputs)]
     given = [scratch.placeholder("input") for _ in inputs]
     scalars = Scalars(*map(scratch.placeholder, Scalars._fields))
-    read = traced_into(scratch, how.read, slots, given, scalars)
+    read = _traced(how, "read", scratch, slots, given, scalars)
     if len(read) != len(region.outputs):
         raise ValueError(f"{how!r} reads {len(read)} tensors of {region.name}, which yields {len(region.outputs)}.")
     return _Reads(
@@ -320,12 +320,15 @@ def _made_conditional(
 ) -> None:
     """Put a `cond` node in the place of a body, and what is in its module's slots then into `kept`."""
     graph, how = gm.graph, _policy(region).how
-    slots = _slot_inputs(gm, made, _slots(how, region.outputs), kept)
+    looks = _slots(how, region.outputs)
+    slots = _slot_inputs(gm, made, looks, kept)
     scalars = Scalars(*(_scalar_input(gm, made.index, name, region.outputs[0]) for name in Scalars._fields))
     place = {"nn_module_stack": region.outputs[-1].meta.get("nn_module_stack", {})}  # `regional` keeps them together
     end = body[-1].next
     with graph.inserting_before(end):
-        updated = traced_into(graph, how.update, slots, reads.inputs, region.outputs, scalars, meta=place)
+        updated = _traced(how, "update", graph, slots, reads.inputs, region.outputs, scalars, meta=place)
+    _check_looks(how, "update", updated, looks)
+    with graph.inserting_before(end):
         given = {*slots, *scalars, *reads.inputs}
         values = [
             node
@@ -353,6 +356,43 @@ def _made_conditional(
     for node in scalars:
         if not node.users:
             graph.erase_node(node)
+
+
+def _traced(how: How, function: str, graph: fx.Graph, *given: Any, meta: dict[str, Any] | None = None) -> Any:
+    """The nodes that a function of a how yields, traced into a graph where it inserts nodes now.
+
+    Raises:
+        TypeError: naming the how and its function, if it cannot be traced, or updates what it is given.
+    """
+    before = set(graph.nodes)
+    try:
+        found = traced_into(graph, getattr(how, function), *given, meta=meta)
+    except Exception as error:
+        raise TypeError(f"{how!r}: its {function} cannot be traced, {type(error).__name__}: {error}") from error
+    for node in graph.nodes:
+        if node not in before and effects.updated(node):
+            raise TypeError(f"{how!r}: its {function} updates a tensor in place ({node.target}); let it make another.")
+    return found
+
+
+def _check_looks(how: How, function: str, found: Sequence[fx.Node], looks: Sequence[Any]) -> None:
+    """Refuse what a how yields if it is not as many tensors, of other shapes or dtypes than it has to be.
+
+    Raises:
+        TypeError: naming the how and its function.
+    """
+    if len(found) != len(looks):
+        raise TypeError(f"{how!r}: its {function} yields {len(found)} tensors in place of {len(looks)}.")
+    for node, look in zip(found, looks, strict=True):
+        made = value(node)
+        if not isinstance(look, torch.Tensor) or not isinstance(made, torch.Tensor):  # not recorded
+            continue
+        sizes = [pair for pair in zip(made.shape, look.shape, strict=False) if all(isinstance(n, int) for n in pair)]
+        if made.dtype != look.dtype or made.dim() != look.dim() or any(a != b for a, b in sizes):
+            raise TypeError(
+                f"{how!r}: its {function} yields {made.dtype} of shape {list(made.shape)} in place of "
+                f"{look.dtype} of shape {list(look.shape)}."
+            )
 
 
 def _slot_inputs(
@@ -420,7 +460,8 @@ def _reader(
         given[operand].meta = {key: each for key, each in operand.meta.items() if key != MARK}
     taken = Scalars(*(given.get(node) for node in scalars))
     own = [given[slot] for slot in slots]
-    found = [*traced_into(graph, how.read, own, [given[node] for node in reads.inputs], taken)]
+    found = [*_traced(how, "read", graph, own, [given[node] for node in reads.inputs], taken)]
+    _check_looks(how, "read", found, list(map(value, outputs[: conditional.outputs])))
     found += [own[conditional.items.index(i)] for i in range(len(found), len(outputs))]
     graph.output(tuple(_apart(n) if n.op == "placeholder" or n in found[:i] else n for i, n in enumerate(found)))
     return fx.GraphModule(nn.Module(), graph, class_name=f"pab_read_{conditional.index}")

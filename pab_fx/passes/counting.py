@@ -249,7 +249,13 @@ class _Calls:
         tracer = fx.proxy.GraphAppendingTracer(counting.graph)
         progress: Any = _Progress(state, tracer)
         step = Step(fx.Proxy(n, tracer), fx.Proxy(counting.timestep, tracer), counting.steps * self._calls)
-        due = self._rule.to_graph(step, progress)
+        try:
+            due = self._rule.to_graph(step, progress)
+        except Exception as error:
+            raise TypeError(
+                f"{self._rule!r}: decide cannot be traced into a graph, {type(error).__name__}: {error}. It takes "
+                "(step, progress, signal) and joins conditions by & and |, in place of and, or, not, if."
+            ) from error
         if not isinstance(due, fx.Proxy):  # a rule that always decides alike
             due = fx.Proxy(counting.call("due", torch.full, (), bool(due)), tracer)
         reuse = counting.call(f"reuse_{self._role}", torch.logical_and, started, due.node)

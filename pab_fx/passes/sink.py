@@ -34,6 +34,7 @@ import torch
 from torch import fx
 
 from ..graph import effects
+from ..graph.copies import traced_into
 from ..graph.dataflow import value
 from .buffers import CONTEXT, Buffers
 from .counting import Counting, Plan
@@ -115,6 +116,8 @@ def _sink_slots(gm: fx.GraphModule, buffers: Buffers) -> None:
         given.replace_all_uses_with(held)
         if buffers.index is not None:
             _choose_inside(gm, buffers, reader, held, name)
+        elif not _is_sized(value(held)):
+            _fit_inside(gm, reader, held, slot)
         graph.erase_node(given)
     kept = slots_returned(gm)
     set_slots_returned(gm, {})
@@ -123,10 +126,44 @@ def _sink_slots(gm: fx.GraphModule, buffers: Buffers) -> None:
     output.meta.pop(MARK, None)
     for slot, node in kept.items():
         with graph.inserting_before(effects.end_of_updates(graph, node)):
-            is_known = isinstance(value(node), torch.Tensor) and all(
-                isinstance(size, int) for size in value(node).shape
-            )
-            buffers.write(f"pab_slot_{slot.module}_{slot.index}", node, sizes=not is_known)
+            buffers.write(f"pab_slot_{slot.module}_{slot.index}", node, sizes=not _is_sized(value(node)))
+
+
+def _is_sized(recorded: Any) -> bool:
+    """Whether it is known how large a tensor is, whatever the graph is given."""
+    return isinstance(recorded, torch.Tensor) and all(isinstance(size, int) for size in recorded.shape)
+
+
+def _fit_inside(gm: fx.GraphModule, cond: fx.Node, held: fx.Node, slot: Slot) -> None:
+    """Let a branch that computes read a slot only at its size: a generation may follow one of other sizes.
+
+    branch(%slot, %x)                                  branch(%slot, %x)
+    %y = attention(%x)                                 %y = attention(%x)
+    %d = sub(%y, %slot)    # what is in the    ->      %look = empty_like(%y)
+                           # slot is arbitrary         %fitting = fitting(%slot, %look)
+                           # in the first step         %d = sub(%y, %fitting)
+    """
+    branch, conditional = branches_of(gm, cond)[0], mark_of(cond)
+    given = branch.graph.find_nodes(op="placeholder")[operands_of(cond).index(held)]
+    users = list(given.users)
+    if not users:
+        return
+    outputs: Any = branch.graph.output_node().args[0]
+    with branch.graph.inserting_before(min(users)):
+        looks = traced_into(branch.graph, conditional.policy.how.slots, outputs[: conditional.outputs])
+        fitted = branch.graph.call_function(fitting, (given, looks[slot.index]))
+    given.replace_all_uses_with(fitted, delete_user_cb=lambda user: user in users)
+    branch.recompile()
+
+
+def fitting(held: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
+    """What is in a slot if it has the shape that it is to have, else one number, which fits any.
+
+    Example:
+        >>> fitting(torch.zeros(2, 5), torch.empty(1, 5)).shape
+        torch.Size([])
+    """
+    return held if held.shape == look.shape else torch.zeros((), dtype=held.dtype, device=held.device)
 
 
 def _buffer_for(gm: fx.GraphModule, recorded: Any) -> torch.Tensor:
@@ -134,7 +171,7 @@ def _buffer_for(gm: fx.GraphModule, recorded: Any) -> torch.Tensor:
 
     That one fits any size, for a how that reads its slots before they are filled.
     """
-    if isinstance(recorded, torch.Tensor) and all(isinstance(size, int) for size in recorded.shape):
+    if _is_sized(recorded):
         strides = torch.empty_like(recorded).stride()
         return torch.empty_strided(recorded.shape, strides, dtype=recorded.dtype, device=recorded.device).zero_()
     like = next((p for p in gm.parameters() if p.is_floating_point()), torch.empty(0))

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 
 def check_integer(name: str, value: Any, least: int = 1) -> None:
     """Raise `ValueError` for anything but an integer of at least `least`."""
@@ -86,3 +88,21 @@ def is_number(value: Any) -> bool:
 def is_iterable(value: Any) -> bool:
     """Whether that is several values; no text and no mapping."""
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+
+
+def checked_dtype(name: str, given: Any) -> torch.dtype | None:
+    """A floating-point dtype by itself or by its name.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> checked_dtype("forecast_dtype", "bfloat16")
+        torch.bfloat16
+    """
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if found is not None and isinstance(found, torch.dtype) and found.is_floating_point:
+        return found
+    if given is None:
+        return None
+    raise ValueError(f"{name} must be a floating-point dtype of torch, such as 'bfloat16', got {given!r}.")

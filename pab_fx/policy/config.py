@@ -21,6 +21,7 @@ from .checks import (
     check_fields,
     check_integer,
     checked_blocks,
+    checked_dtype,
     checked_identifiers,
     checked_window,
     is_iterable,
@@ -390,21 +391,3 @@ def _from_videosys(timestep: float, entry: Any) -> MLPBroadcast:
 def _check_skip_range(role: str, value: Any) -> None:
     if value is not None:
         check_integer(f"{role}_attention_block_skip_range", value)
-
-
-def checked_dtype(name: str, given: Any) -> torch.dtype | None:
-    """A floating-point dtype by itself or by its name.
-
-    Raises:
-        ValueError: for anything else.
-
-    Example:
-        >>> checked_dtype("forecast_dtype", "bfloat16")
-        torch.bfloat16
-    """
-    found = getattr(torch, given, None) if isinstance(given, str) else given
-    if found is not None and isinstance(found, torch.dtype) and found.is_floating_point:
-        return found
-    if given is None:
-        return None
-    raise ValueError(f"{name} must be a floating-point dtype of torch, such as 'bfloat16', got {given!r}.")

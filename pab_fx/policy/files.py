@@ -24,11 +24,11 @@ KINDS: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def save_policies(policies: Sequence[Policy], path: str | PathLike[str]) -> None:
+def save_policies(policies: Policy | Sequence[Policy], path: str | PathLike[str]) -> None:
     """Write policies as JSON, for `load_policies`.
 
     Args:
-        policies: of rules and hows that `pab_fx` has; one of your own is code, and has no JSON.
+        policies: one or several, of rules and hows that `pab_fx` has; one of your own is code, and has no JSON.
         path: the file.
 
     Raises:
@@ -39,6 +39,10 @@ def save_policies(policies: Sequence[Policy], path: str | PathLike[str]) -> None
         >>> from pab_fx import Attentions, Every
         >>> save_policies([Policy(Attentions("spatial"), Every(3))], "every-3rd.json")  # doctest: +SKIP
     """
+    if isinstance(policies, Policy):
+        policies = (policies,)
+    if not all(isinstance(each, Policy) for each in policies):
+        raise ValueError(f"save_policies takes policies, got {policies!r}; those of a PABConfig are its policies().")
     Path(path).write_text(json.dumps(as_json(policies), indent=2) + "\n", encoding="utf-8")
 
 

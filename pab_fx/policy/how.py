@@ -5,7 +5,8 @@
     read(slots, inputs, scalars)               the outputs of a step that reuses
 
 A step that computes yields the model's own output, to the bit: a how never touches it. The functions are traced with
-`torch.fx.Proxy`s, so they call torch functions and branch on no value.
+`torch.fx.Proxy`s, so they call torch functions on what they are given, branch on no value, update nothing in place, and
+make no tensors of their own (`torch.ones_like(kept)` in place of `torch.ones(8)`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checks import check_integer
+from .checks import check_integer, checked_dtype
 
 Tensors = Sequence[torch.Tensor]
 
@@ -122,7 +123,7 @@ class Taylor(How):
 
     Args:
         order: of the polynomial, an integer >= 0; each order is one more tensor of the output's size that is kept.
-        dtype: what the differences are kept in; `None` for the output's.
+        dtype: what the differences are kept in, a dtype or its name; `None` for the output's.
 
     Raises:
         ValueError: for an order that is no integer >= 0, or a dtype that is not floating point.
@@ -137,17 +138,20 @@ class Taylor(How):
     """
 
     order: int = 1
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
 
     def __post_init__(self) -> None:
         check_integer("Taylor: order", self.order, least=0)
-        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise ValueError(f"Taylor: dtype must be a floating-point dtype of torch, got {self.dtype!r}.")
+        object.__setattr__(self, "dtype", checked_dtype("Taylor: dtype", self.dtype))
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return checked_dtype("Taylor: dtype", self.dtype)
 
     def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
         """For each output itself, and a difference for each order."""
         return tuple(
-            torch.empty_like(output, dtype=self.dtype if j else None)
+            torch.empty_like(output, dtype=self._dtype if j else None)
             for output in outputs
             for j in range(self.order + 1)
         )
@@ -164,7 +168,7 @@ class Taylor(How):
                 difference = (factors[j] - before) / scalars.distance
                 factors.append(torch.where(scalars.filled > j, difference, 0.0))
             kept += [
-                factor if self.dtype is None or not j else factor.to(self.dtype) for j, factor in enumerate(factors)
+                factor if self._dtype is None or not j else factor.to(self._dtype) for j, factor in enumerate(factors)
             ]
         return tuple(kept)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .how import How, Last
-from .when import Rule
+from .when import Progress, Rule, Step, decided
 from .where import Where
 
 
@@ -43,17 +44,35 @@ class Policy:
             )
         if not isinstance(self.how, How):
             raise ValueError(f"Policy: how must be a how, such as Last() or Taylor(1), got {self.how!r}.")
-        try:
-            hash((self.when, self.how))
-        except TypeError:
-            raise ValueError(
-                f"Policy: {self.when!r} or {self.how!r} is not hashable: make it a frozen dataclass."
-            ) from None
+        if self.when is not None:
+            _check_part("when", self.when, Rule, "decide(step, progress, signal=None)")
+            try:
+                decided(self.when, Step(1, 500.0, 50), Progress(1, 520.0))
+            except Exception as error:
+                raise ValueError(
+                    f"Policy: when={self.when!r} decides nothing about a step, {type(error).__name__}: {error}"
+                ) from error
+        _check_part("how", self.how, How, "slots(outputs)", "update(slots, inputs, outputs, scalars)", READ)
 
     def describe(self) -> str:
         """When and how in words."""
         said = ("left alone",) if self.when is None else (self.when.describe(), self.how.describe())
         return ", ".join(filter(None, said))
+
+
+READ = "read(slots, inputs, scalars)"
+
+
+def _check_part(field: str, given: Any, base: type, *functions: str) -> None:
+    """Refuse a rule or a how that lacks a function, or that cannot be compared with others."""
+    for function in functions:
+        name = function.partition("(")[0]
+        if getattr(type(given), name) is getattr(base, name):
+            raise ValueError(f"Policy: {field}={given!r} has no {function}.")
+    try:
+        hash(given)
+    except TypeError:
+        raise ValueError(f"Policy: {field}={given!r} is not hashable: make it a frozen dataclass.") from None
 
 
 def assigned(policies: Sequence[Policy], role: str, name: str, why: str = "") -> tuple[str, Policy | None, str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
 
-from .checks import check_integer
+from .checks import check_integer, checked_window, is_iterable, is_number
 
 NEVER = -math.inf
 """The timestep of the last step that computed, where none has."""
@@ -102,11 +102,27 @@ class Rule:
             return False
         if next_t is None:
             return bool(self.may_reuse(Step(step.n + 1, step.t, step.of), progress))
-        return bool(self.decide(Step(step.n + 1, next_t, step.of), progress))
+        return decided(self, Step(step.n + 1, next_t, step.of), progress)
 
     def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:
         """Why nothing will be reused in a generation that begins at `t`, and what to do; `None` where it may be."""
         return None
+
+
+def decided(rule: Rule, step: Step, progress: Progress) -> bool:
+    """What a rule decides on the host.
+
+    Raises:
+        TypeError: if that is neither true nor false.
+
+    Example:
+        >>> decided(Every(2), Step(2, 500.0), Progress(1, 600.0))
+        True
+    """
+    found = rule.decide(step, progress)
+    if isinstance(found, (bool, int)) or type(found).__name__ == "bool_":
+        return bool(found)
+    raise TypeError(f"{rule!r}: decide must return whether a step reuses, True or False, got {found!r}.")
 
 
 @dataclass(frozen=True)
@@ -133,6 +149,7 @@ class SkipRange(Rule):
 
     def __post_init__(self) -> None:
         check_integer("SkipRange: skip_range", self.skip_range)
+        checked_window("SkipRange: (low, high)", (self.low, self.high))
 
     def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
         """Inside of the window, all but every `skip_range`-th step."""
@@ -178,7 +195,7 @@ class AfterTimesteps(Rule):
         skip_counts: pairs of a timestep, on the scheduler's scale, and how many steps reuse what it computes.
 
     Raises:
-        ValueError: if a count is no integer >= 1.
+        ValueError: for anything but such pairs, or a count that is no integer >= 1.
 
     Example:
         >>> reused_calls(AfterTimesteps(((700.0, 2),)), (700, 600, 500, 400))
@@ -189,7 +206,12 @@ class AfterTimesteps(Rule):
 
     def __post_init__(self) -> None:
         most: dict[float, int] = {}
-        for timestep, count in self.skip_counts:
+        given: tuple[Any, ...] = tuple(self.skip_counts) if is_iterable(self.skip_counts) else (self.skip_counts,)
+        if not all(isinstance(each, Sequence) and len(each) == 2 and is_number(each[0]) for each in given):
+            raise ValueError(
+                f"AfterTimesteps takes pairs of a timestep and a count, ((720.0, 2), ...), got {self.skip_counts!r}."
+            )
+        for timestep, count in given:
             check_integer("AfterTimesteps: a skip count", count)
             most[float(timestep)] = max(count, most.get(float(timestep), 0))
         object.__setattr__(self, "skip_counts", tuple(most.items()))
@@ -228,7 +250,7 @@ class AfterTimesteps(Rule):
         if not timesteps or not set(listed).isdisjoint(timesteps):
             return None
         return (
-            f"none of the timesteps {listed} is among the generation's {list(timesteps)}, so no feed-forward will be "
+            f"none of the timesteps {listed} is among the generation's {list(timesteps)}, so nothing will be "
             "reused. List timesteps of the scheduler."
         )
 
@@ -237,7 +259,8 @@ class AfterTimesteps(Rule):
 class Every(Rule):
     """Compute every `n`-th step and reuse between, whatever the timesteps.
 
-    Step `i` computes if `i < warmup`, if `(i - warmup) mod n = 0`, or if it is one of the last `cooldown`.
+    Step `i` computes if `i < warmup`, if `(i - warmup) mod n = 0`, or if it is one of the last `cooldown`: `Every(3)`
+    computes steps 0, 1, 4, 7. A forecast has two outputs to go by from the first step that reuses on.
 
     Args:
         n: an integer >= 1.
@@ -340,7 +363,7 @@ def reused_calls(rule: Rule, timesteps: Sequence[float], calls: int = 1) -> tupl
     computed, computed_t = 0, NEVER
     every = [t for t in timesteps for _ in range(calls)]
     for n, t in enumerate(every):
-        reuse = n > 0 and bool(rule.decide(Step(n, t, len(every)), Progress(n - computed, computed_t)))
+        reuse = n > 0 and decided(rule, Step(n, t, len(every)), Progress(n - computed, computed_t))
         if not reuse:
             computed, computed_t = n, t
         plan.append(reuse)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import checked_blocks, checked_identifiers
+from .checks import checked_blocks, checked_identifiers, is_iterable
 
 ATTENTION_ROLES = ("spatial", "temporal", "cross")
 MLP = "mlp"
@@ -47,6 +47,10 @@ class Attentions:
 
     def __post_init__(self) -> None:
         roles = (self.roles,) if isinstance(self.roles, str) else self.roles
+        if roles is not None and (not is_iterable(roles) or not tuple(roles)):
+            raise ValueError(
+                f"Attentions: roles must be of {', '.join(ATTENTION_ROLES)}, or None for all, got {self.roles!r}."
+            )
         for role in roles or ():
             if role not in ATTENTION_ROLES:
                 raise ValueError(f"unknown role {role!r}; the attention roles are {', '.join(ATTENTION_ROLES)}.")

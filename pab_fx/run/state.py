@@ -16,7 +16,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..compile.specs import TensorSpec
-from ..policy.when import END, NEVER, Progress, Rule, Step
+from ..policy.when import END, NEVER, Progress, Rule, Step, decided
 
 
 class Count(NamedTuple):
@@ -82,7 +82,7 @@ class Count(NamedTuple):
             remembers: whether what is kept is read also where a call computes.
         """
         step = Step(self.n, t, of)
-        reuse = has_cache and self.n > 0 and bool(rule.decide(step, Progress(self.n - self.computed, self.computed_t)))
+        reuse = has_cache and self.n > 0 and decided(rule, step, Progress(self.n - self.computed, self.computed_t))
         computed, computed_t = (self.computed, self.computed_t) if reuse else (self.n, t)
         filled = self.filled if reuse else 1 + (self.filled if has_cache else 0)
         after = Count(self.n + 1, t, computed, computed_t, filled, self.first_t if self.n else t, self.generation)
