@@ -24,10 +24,14 @@ def patched() -> tuple[Any, ...]:
     from torch._inductor.lowering import lowerings
 
     return (
-        PythonWrapperCodegen.codegen_conditional,
-        ir.Conditional.create,
+        getattr(PythonWrapperCodegen, "codegen_conditional", None),
+        getattr(getattr(ir, "Conditional", None), "create", None),
         lowerings[inductor_prims.force_stride_order],
     )
+
+
+IS_PATCHED = hasattr(PythonWrapperCodegen, "codegen_conditional")
+"""torch 2.14 has switches in the place of conditions, which are left as they are."""
 
 
 @pytest.mark.parametrize("context", [conditions_let_go_of_operands, conditions_take_operands_as_they_lie])
@@ -43,7 +47,7 @@ def test_inductor_is_as_it_was_after_two_threads_have_compiled(
 
     thread = threading.Thread(target=second)
     with context():
-        assert patched() != before
+        assert (patched() != before) == IS_PATCHED
         thread.start()
         inside.wait(0.2)  # where it is let in before the first leaves
     go_on.set()
