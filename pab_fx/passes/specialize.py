@@ -59,7 +59,7 @@ def specialize(
 
     Raises:
         TypeError: if `gm` is no graph.
-        ValueError: for a role or name that is none of the graph's, or that is in both.
+        ValueError: for a name that is neither a role nor a region of the graph, or that is in both.
 
     Example:
         >>> import torch
