@@ -449,6 +449,7 @@ class Wrong(How):
         ("reads halves", "its read yields torch.float16"),
         ("reads None", "its read cannot be traced"),
         ("branches", "its read cannot be traced"),
+        ("takes a number", "its read cannot be traced"),
     ],
 )
 def test_a_how_that_is_wrong_is_named(way: str, message: str) -> None:
@@ -599,6 +600,17 @@ def test_a_sweep_over_configs_compiles_each_set_of_reusing_parts_once() -> None:
         assert pab.report().graphs == 2
         with pytest.raises(ValueError, match=r"blocks\.0\.attn.*captured anew"):
             pab.set_config(Policy(Attentions(), Every(2), Taylor(2)))
+
+
+def test_a_config_that_has_to_be_captured_anew_is_refused_and_one_that_matches_nothing_is_told() -> None:
+    model = build()
+    with pab_fx.enable(model, Policy(Attentions(), Every(2)), inner="eager") as pab:
+        trajectory(model)
+        for policy in (Policy(FeedForwards(), Every(2)), Policy(Attentions(), Every(2), Taylor(1))):
+            with pytest.raises(ValueError, match=r"captured anew, by disable\(\) and enable\(\)"):
+                pab.set_config(policy)
+        with pytest.warns(UserWarning, match="matches none of the attentions found"):
+            pab.set_config(Policy(Attentions(names=("elsewhere",)), Every(2)))
 
 
 def test_timesteps_that_rise_all_through_a_generation_are_warned_of_and_counted() -> None:
