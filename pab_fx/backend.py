@@ -191,8 +191,8 @@ class PABBackend:
                     f"{region.name} ({role}) was captured to be {_captured(region)}, and the new config has it "
                     f"{policy.describe()}: that has to be captured anew, by disable() and enable()."
                 )
-        if self.regions and not matched:
-            self.notices.warn_of_nothing(self.regions)
+        if self.regions and not matched and any(each.when is not None for each in policies):
+            self.notices.warn_of_nothing([dataclasses.replace(region, policy=None) for region in self.regions])
         self.policies, self.config = policies, config
         self.assign(partial(_rule, policies))
 
