@@ -43,7 +43,7 @@ def operator_namespace(target: object) -> str:
 def overloads_of(target: object) -> list[OpOverload]:
     """The overloads of an operator: one for `torch.ops.aten.add.Tensor`, all for `torch.ops.aten.add`; `[]` for others.
 
-    `OpOverloadPacket` and its `overloads()` seen in 2.9 to 2.13.
+    `OpOverloadPacket` and its `overloads()` seen in 2.13 and 2.14.
     """
     if isinstance(target, OpOverload):
         return [target]
@@ -59,7 +59,7 @@ def updated_by_kernel(node: fx.Node) -> list[Any]:
     """What a Triton kernel that the traced code launches updates in place; `[]` for a node that launches none.
 
     Dynamo records a launch as `triton_kernel_wrapper_mutation`, with the kernel's arguments in a keyword `kwargs`.
-    `get_mutated_tensors` reads the kernel's code, and names every tensor where it cannot. Seen in 2.9 and 2.13.
+    `get_mutated_tensors` reads the kernel's code, and names every tensor where it cannot. Seen in 2.13 and 2.14.
     """
     target: Any = node.target
     if not isinstance(target, HigherOrderOperator) or getattr(target, "_name", "") != "triton_kernel_wrapper_mutation":

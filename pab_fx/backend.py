@@ -182,16 +182,15 @@ class PABBackend:
                     f"{each.where!r}: the model was captured without such parts being looked for, and has to be "
                     "captured anew, by disable() and enable()."
                 )
-        matched = False
-        for region in self.regions:
-            role, policy, _ = assigned(policies, region.role, region.name)
-            matched |= policy is not None
+        found = [(region, *assigned(policies, region.role, region.name)) for region in self.regions]
+        for region, role, policy, _ in found:
             if policy is not None and not (region.unsafe or (region.policy and region.policy.how == policy.how)):
                 raise ValueError(
                     f"{region.name} ({role}) was captured to be {_captured(region)}, and the new config has it "
                     f"{policy.describe()}: that has to be captured anew, by disable() and enable()."
                 )
-        if self.regions and not matched and any(each.when is not None for each in policies):
+        is_idle = not any(policy is not None for *_, policy, _ in found)
+        if found and is_idle and any(each.when is not None for each in policies):
             self.notices.warn_of_nothing([dataclasses.replace(region, policy=None) for region in self.regions])
         self.policies, self.config = policies, config
         self.assign(partial(_rule, policies))

@@ -92,6 +92,9 @@ class PAB:
         Raises:
             ValueError: for a bad config, or one that has to be captured anew, naming the part.
 
+        Warns:
+            UserWarning: if it matches nothing of what is captured.
+
         Example:
             >>> from pab_fx import Attentions, Every, Policy
             >>> pab = enable(torch.nn.Linear(2, 2), Policy(Attentions(), Every(2)), inner="eager")
@@ -260,15 +263,12 @@ def report(model: Any) -> Report:
         ...
         ValueError: pab_fx has captured no graph of this Linear yet: compile it with the backend "pab" and call it.
     """
-    found: Any = None
-    for each in denoisers(model):
-        own = getattr(each, "_orig_mod", each)
-        found = _enabled[own].backend if own in _enabled else backend_that_captured(own)
-        if found is not None:
-            report: Report = found.report()
-            return report
-        found = own
-    name = type(found).__name__
+    models = [getattr(each, "_orig_mod", each) for each in denoisers(model)]
+    for own in models:
+        backend = _enabled[own].backend if own in _enabled else backend_that_captured(own)
+        if backend is not None:
+            return backend.report()
+    name = type(models[-1]).__name__
     raise ValueError(f'pab_fx has captured no graph of this {name} yet: compile it with the backend "pab" and call it.')
 
 

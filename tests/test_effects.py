@@ -63,6 +63,14 @@ def test_an_operator_of_the_users_own_that_updates_an_output_leaves_what_is_kept
     assert not torch.equal(found[2], model(*inputs(2, TIMESTEPS[2])))
 
 
+def test_an_operator_with_a_variant_that_writes_to_out_updates_nothing_without_it() -> None:
+    """`torch.ops.aten.max(x, y)`: of `max.unary_out(x, *, out)` the second argument is `out`."""
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    assert updated(graph.call_function(torch.ops.aten.max, (x, y))) == ()
+    assert updated(graph.call_function(torch.ops.aten.max, (x,), {"out": y})) == (y,)
+
+
 def test_a_triton_kernel_updates_what_it_is_given() -> None:
     """A launch as Dynamo records it. What a kernel writes to is read from its code; from this one nothing can be."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation

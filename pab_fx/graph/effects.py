@@ -83,11 +83,12 @@ def updated(node: fx.Node) -> tuple[fx.Node, ...]:
     elif node.op == "call_module":
         if getattr(leaf_module(node), "inplace", False):
             targets.append(node.args[0])
-    elif overloads_of(node.target):
-        for overload in overloads_of(node.target):
+    elif overloads := overloads_of(node.target):
+        for overload in overloads:
             for i, argument in enumerate(overload._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    targets.append(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
+                    is_positional = i < len(node.args) and not argument.kwarg_only
+                    targets.append(node.args[i] if is_positional else node.kwargs.get(argument.name))
     elif node.op == "call_function":
         name = op_name(node)
         inplace = node.kwargs.get("inplace", False) or (name in DROPOUTS and node.args[3:4] == (True,))

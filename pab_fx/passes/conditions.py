@@ -41,7 +41,7 @@ from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 
 from .._torch import cond_op, symbol_of, symbols_inside
 from ..graph import effects
-from ..graph.copies import record, traced_into
+from ..graph.copies import record
 from ..graph.dataflow import activations, is_number, is_sizes, is_tensor, is_tuple, value
 from ..policy.how import How, Scalars
 from ..policy.policy import Policy
@@ -58,6 +58,7 @@ from .form import (
     fake_like,
     set_slots_returned,
 )
+from .hows import looks_of_slots, traced_how
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def _numbered(broadcast: Sequence[Region]) -> list[Conditional]:
     found = []
     for index, region in enumerate(broadcast):
         module = modules[region.module_id]
-        slots = range(len(_slots(_policy(region).how, region.outputs)))
+        slots = range(len(looks_of_slots(_policy(region).how, region.outputs)))
         found.append(
             Conditional(
                 index=index,
@@ -148,12 +149,10 @@ def _reads(graph: fx.Graph, region: Region) -> _Reads:
     sources = dict.fromkeys(s for node in region.nodes for s in node.all_input_nodes if s not in inside)
     inputs = [source for source in sources if source in acts and is_tensor(source)]
     scratch = fx.Graph()
-    slots = [scratch.placeholder("slot") for _ in _slots(how, region.outputs)]
+    slots = [scratch.placeholder("slot") for _ in looks_of_slots(how, region.outputs)]
     given = [scratch.placeholder("input") for _ in inputs]
     scalars = Scalars(*map(scratch.placeholder, Scalars._fields))
-    read = _traced(how, "read", scratch, slots, given, scalars)
-    if len(read) != len(region.outputs):
-        raise ValueError(f"{how!r} reads {len(read)} tensors of {region.name}, which yields {len(region.outputs)}.")
+    read = traced_how(how, "read", [None] * len(region.outputs), scratch, slots, given, scalars)
     return _Reads(
         inputs=tuple(inputs) if any(node.users for node in given) else (),
         scalars=frozenset(name for name in Scalars._fields if getattr(scalars, name).users),
@@ -164,14 +163,6 @@ def _reads(graph: fx.Graph, region: Region) -> _Reads:
 def _policy(region: Region) -> Policy:
     assert region.policy is not None
     return region.policy
-
-
-def _slots(how: How, outputs: Sequence[fx.Node]) -> list[Any]:
-    """What the slots for these outputs look like; `None` for each where it was not recorded."""
-    recorded = list(map(value, outputs))
-    if any(each is None for each in recorded):
-        return [None] * len(how.slots([torch.empty((), device="meta") for _ in outputs]))
-    return list(how.slots(recorded))
 
 
 def _use_outputs(graph: fx.Graph, region: Region) -> list[fx.Node]:
@@ -320,15 +311,13 @@ def _made_conditional(
 ) -> None:
     """Put a `cond` node in the place of a body, and what is in its module's slots then into `kept`."""
     graph, how = gm.graph, _policy(region).how
-    looks = _slots(how, region.outputs)
+    looks = looks_of_slots(how, region.outputs)
     slots = _slot_inputs(gm, made, looks, kept)
     scalars = Scalars(*(_scalar_input(gm, made.index, name, region.outputs[0]) for name in Scalars._fields))
     place = {"nn_module_stack": region.outputs[-1].meta.get("nn_module_stack", {})}  # `regional` keeps them together
     end = body[-1].next
     with graph.inserting_before(end):
-        updated = _traced(how, "update", graph, slots, reads.inputs, region.outputs, scalars, meta=place)
-    _check_looks(how, "update", updated, looks)
-    with graph.inserting_before(end):
+        updated = traced_how(how, "update", looks, graph, slots, reads.inputs, region.outputs, scalars, meta=place)
         given = {*slots, *scalars, *reads.inputs}
         values = [
             node
@@ -356,43 +345,6 @@ def _made_conditional(
     for node in scalars:
         if not node.users:
             graph.erase_node(node)
-
-
-def _traced(how: How, function: str, graph: fx.Graph, *given: Any, meta: dict[str, Any] | None = None) -> Any:
-    """The nodes that a function of a how yields, traced into a graph where it inserts nodes now.
-
-    Raises:
-        TypeError: naming the how and its function, if it cannot be traced, or updates what it is given.
-    """
-    before = set(graph.nodes)
-    try:
-        found = traced_into(graph, getattr(how, function), *given, meta=meta)
-    except Exception as error:
-        raise TypeError(f"{how!r}: its {function} cannot be traced, {type(error).__name__}: {error}") from error
-    for node in graph.nodes:
-        if node not in before and effects.updated(node):
-            raise TypeError(f"{how!r}: its {function} updates a tensor in place ({node.target}); let it make another.")
-    return found
-
-
-def _check_looks(how: How, function: str, found: Sequence[fx.Node], looks: Sequence[Any]) -> None:
-    """Refuse what a how yields if it is not as many tensors, of other shapes or dtypes than it has to be.
-
-    Raises:
-        TypeError: naming the how and its function.
-    """
-    if len(found) != len(looks):
-        raise TypeError(f"{how!r}: its {function} yields {len(found)} tensors in place of {len(looks)}.")
-    for node, look in zip(found, looks, strict=True):
-        made = value(node)
-        if not isinstance(look, torch.Tensor) or not isinstance(made, torch.Tensor):  # not recorded
-            continue
-        sizes = [pair for pair in zip(made.shape, look.shape, strict=False) if all(isinstance(n, int) for n in pair)]
-        if made.dtype != look.dtype or made.dim() != look.dim() or any(a != b for a, b in sizes):
-            raise TypeError(
-                f"{how!r}: its {function} yields {made.dtype} of shape {list(made.shape)} in place of "
-                f"{look.dtype} of shape {list(look.shape)}."
-            )
 
 
 def _slot_inputs(
@@ -460,8 +412,8 @@ def _reader(
         given[operand].meta = {key: each for key, each in operand.meta.items() if key != MARK}
     taken = Scalars(*(given.get(node) for node in scalars))
     own = [given[slot] for slot in slots]
-    found = [*_traced(how, "read", graph, own, [given[node] for node in reads.inputs], taken)]
-    _check_looks(how, "read", found, list(map(value, outputs[: conditional.outputs])))
+    looks = list(map(value, outputs[: conditional.outputs]))
+    found = [*traced_how(how, "read", looks, graph, own, [given[node] for node in reads.inputs], taken)]
     found += [own[conditional.items.index(i)] for i in range(len(found), len(outputs))]
     graph.output(tuple(_apart(n) if n.op == "placeholder" or n in found[:i] else n for i, n in enumerate(found)))
     return fx.GraphModule(nn.Module(), graph, class_name=f"pab_read_{conditional.index}")

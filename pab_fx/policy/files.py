@@ -119,8 +119,6 @@ def _made(part: str, found: Any) -> Any:
     fields = {name: _tupled(value) for name, value in found.items() if name != "kind"}
     kind = kinds[found["kind"]]
     check_fields(f"{part} {found['kind']}", fields, kind)
-    if isinstance(fields.get("dtype"), str):
-        fields["dtype"] = getattr(torch, fields["dtype"], fields["dtype"])
     try:
         return kind(**fields)
     except TypeError as error:  # a field is missing

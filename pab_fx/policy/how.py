@@ -12,6 +12,7 @@ make no tensors of their own (`torch.ones_like(kept)` in place of `torch.ones(8)
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ class Scalars(NamedTuple):
     filled: Any
 
 
-class How:
+class How(ABC):
     """What is kept and how it is read. Subclasses are frozen dataclasses.
 
     Attributes:
@@ -59,10 +60,11 @@ class How:
 
     keeps_updates: bool = False
 
+    @abstractmethod
     def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
         """Tensors of the shapes and dtypes of what is kept of these outputs; their values do not matter."""
-        raise NotImplementedError(f"{type(self).__name__} has no slots(outputs).")
 
+    @abstractmethod
     def update(self, slots: Tensors, inputs: Tensors, outputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
         """What is kept after a step that computed.
 
@@ -71,11 +73,10 @@ class How:
             inputs: the activations that the part reads.
             outputs: what it has computed.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no update(slots, inputs, outputs, scalars).")
 
+    @abstractmethod
     def read(self, slots: Tensors, inputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
         """The outputs of a step that reuses, of the shapes and dtypes of the part's own."""
-        raise NotImplementedError(f"{type(self).__name__} has no read(slots, inputs, scalars).")
 
     def describe(self) -> str:
         """How it is read in words, for reports; "" for as it was kept."""
@@ -138,20 +139,16 @@ class Taylor(How):
     """
 
     order: int = 1
-    dtype: torch.dtype | str | None = None
+    dtype: Any = None
 
     def __post_init__(self) -> None:
         check_integer("Taylor: order", self.order, least=0)
         object.__setattr__(self, "dtype", checked_dtype("Taylor: dtype", self.dtype))
 
-    @property
-    def _dtype(self) -> torch.dtype | None:
-        return checked_dtype("Taylor: dtype", self.dtype)
-
     def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
         """For each output itself, and a difference for each order."""
         return tuple(
-            torch.empty_like(output, dtype=self._dtype if j else None)
+            torch.empty_like(output, dtype=self.dtype if j else None)
             for output in outputs
             for j in range(self.order + 1)
         )
@@ -168,7 +165,7 @@ class Taylor(How):
                 difference = (factors[j] - before) / scalars.distance
                 factors.append(torch.where(scalars.filled > j, difference, 0.0))
             kept += [
-                factor if self._dtype is None or not j else factor.to(self._dtype) for j, factor in enumerate(factors)
+                factor if self.dtype is None or not j else factor.to(self.dtype) for j, factor in enumerate(factors)
             ]
         return tuple(kept)
 

@@ -12,6 +12,7 @@ The same function decides on the host, where its arguments hold numbers, and in 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -52,7 +53,7 @@ class Progress(NamedTuple):
     t: Any
 
 
-class Rule:
+class Rule(ABC):
     """When a part is computed and when what was kept is read. Subclasses are frozen dataclasses with a `decide`.
 
     Example:
@@ -65,9 +66,9 @@ class Rule:
         (False, False, True, True, False, True)
     """
 
+    @abstractmethod
     def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
         """Whether a step reuses what is kept: a bool, or a node where the arguments are nodes."""
-        raise NotImplementedError(f"{type(self).__name__} has no decide(step, progress, signal).")
 
     def to_graph(self, step: Step, progress: Progress, signal: Any = None) -> Any:
         """`decide` as nodes of a graph.
@@ -120,7 +121,7 @@ def decided(rule: Rule, step: Step, progress: Progress) -> bool:
         True
     """
     found = rule.decide(step, progress)
-    if isinstance(found, (bool, int)) or type(found).__name__ == "bool_":
+    if found in (True, False):  # numpy's too
         return bool(found)
     raise TypeError(f"{rule!r}: decide must return whether a step reuses, True or False, got {found!r}.")
 
@@ -260,7 +261,7 @@ class Every(Rule):
     """Compute every `n`-th step and reuse between, whatever the timesteps.
 
     Step `i` computes if `i < warmup`, if `(i - warmup) mod n = 0`, or if it is one of the last `cooldown`: `Every(3)`
-    computes steps 0, 1, 4, 7. A forecast has two outputs to go by from the first step that reuses on.
+    computes steps 0, 1, 4, 7. Two steps compute before the first one that reuses: enough for a forecast of order 1.
 
     Args:
         n: an integer >= 1.
