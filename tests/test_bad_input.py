@@ -533,6 +533,10 @@ def test_mlp_timesteps_that_the_generation_does_not_have_warn(caught: list[warni
     assert "List timesteps of the scheduler" in message
 
 
+class Hookable(Attention, AttentionModuleMixin):
+    """An attention that diffusers' hooks take for one."""
+
+
 class Twice(Model):
     """One attention on two inputs in each step."""
 
@@ -543,7 +547,7 @@ class Twice(Model):
 
 def test_a_module_that_is_called_several_times_in_a_step_is_named() -> None:
     torch.compiler.reset()
-    config = PABConfig(spatial_attention_block_skip_range=2)
-    compiled = torch.compile(Twice().eval(), backend=PABBackend(config, inner="eager"))
+    config = zoo.diffusers_config(zoo.Clock(), (2, None, None))
+    compiled = torch.compile(Twice(Hookable()).eval(), backend=PABBackend(config, inner="eager"))
     with torch.no_grad(), pytest.warns(UserWarning, match="called several times in a step: attn"):
         compiled(hidden_states(0), torch.tensor(900.0))

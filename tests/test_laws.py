@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from diffusers import PyramidAttentionBroadcastConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import fx
+from torch import fx, nn
 
 from pab_fx import Last, PABBackend, PABConfig, rewrite, specialize
 from pab_fx.graph.copies import copy_of
@@ -179,12 +180,12 @@ def test_a_schedule_that_always_computes_reuses_nothing_and_keeps_nothing() -> N
 def check_one_by_one(gm: fx.GraphModule, config: PABConfig, order: Sequence[int], reuse: Sequence[bool]) -> None:
     """Conditions are decided in an order, each to reuse or to compute, and at once."""
     rewritten = rewrite(gm, config)
-    names = [f"{conditional.name}#{conditional.call}" for conditional in conditionals(rewritten).values()]
+    names = [conditional.label for conditional in conditionals(rewritten).values()]
     decisions = dict(zip(names, (reuse * len(names))[: len(names)], strict=True))
     at_once = specialize(rewritten, reuse=[name for name in names if decisions[name]])
     found = rewritten
     for name in sorted(names, key=lambda name: order[names.index(name) % len(order)]):
-        if name not in {f"{each.name}#{each.call}" for each in conditionals(found).values()}:
+        if name not in {each.label for each in conditionals(found).values()}:
             continue  # a call that nobody reads any more, as a later call of its module computes
         found = specialize(found, **({"reuse": {name}, "compute": ()} if decisions[name] else {"compute": {name}}))
     assert_graphs_equivalent(found, at_once, dead_code=bool(names))  # no decision, no elimination of dead code
@@ -211,16 +212,19 @@ def test_specialising_conditions_of_diffusers_models_one_by_one(name: str, trace
 
 
 def check_trajectories(
-    gm: fx.GraphModule, config: PABConfig, inputs: Any, generations: Sequence[Sequence[float]]
+    gm: fx.GraphModule,
+    config: Any,
+    inputs: Any,
+    generations: Sequence[Sequence[float]],
+    model: nn.Module | None = None,
 ) -> None:
     """A graph that decides by itself yields in each step what the graph does in which the schedule has decided."""
-    conditional, other = rewrite(gm, config), rewrite(gm, config)
+    conditional, other = rewrite(gm, config, model=model), rewrite(gm, config, model=model)
     found = list(conditionals(other).values())
     seed = 0
     for timesteps in generations:
         plans = {
-            f"{each.name}#{each.call}": reused_calls(each.policy.when, timesteps, each.calls)[each.call :: each.calls]
-            for each in found
+            each.label: reused_calls(each.policy.when, timesteps, each.calls)[each.call :: each.calls] for each in found
         }
         for step, t in enumerate(timesteps):
             decided = specialize(other, reuse=[name for name, plan in plans.items() if plan[step]])
@@ -327,8 +331,12 @@ def test_what_one_call_reuses_is_not_overwritten_by_the_next_before_its_last_use
     """Found by the search: the first call's output is read after the second one has computed and written the cache."""
     sites = Site(uses=("late",)), Site(prepare=("modulate",), uses=("add",))
     spec = TransformerSpec((AttentionSpec(),), (sites,))
-    config = PABConfig(spatial_attention_block_skip_range=3, spatial_attention_timestep_skip_range=(100, 1001))
-    check_trajectories(graph_from(spec, "symbolic_trace"), config, spec.inputs, [(1000, 800, 700, 600, 500)])
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=3, spatial_attention_timestep_skip_range=(100, 1001)
+    )
+    gm, model = graph_from(spec, "symbolic_trace"), spec.build()
+    assert {each.calls for each in conditionals(rewrite(gm, config, model=model)).values()} == {2}  # they share a cache
+    check_trajectories(gm, config, spec.inputs, [(1000, 800, 700, 600, 500)], model)
 
 
 def test_a_slice_of_a_shape_is_taken_again_in_the_branch_that_reads_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,10 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, updates: bool = False) -> None:
+    def __init__(self, updates: bool = False, shared: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(updates) for _ in range(2)])
+        first = Block(updates)
+        self.blocks = nn.ModuleList([first, first if shared else Block(updates)])
 
     def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
         x = hidden_states * (1 + timestep / 1000)
@@ -82,10 +84,10 @@ class Model(nn.Module):
         return x
 
 
-def build(updates: bool = False) -> Model:
+def build(updates: bool = False, shared: bool = False) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Model(updates).eval().requires_grad_(False)
+        return Model(updates, shared).eval().requires_grad_(False)
 
 
 def inputs(step: int, t: float, length: int = 5) -> tuple[Tensor, Tensor]:
@@ -103,15 +105,17 @@ class Reference:
 
     def __init__(self, model: Model, policy: Policy, part: str = "attn", of: float = math.inf) -> None:
         self.model, self._policy, self._of, self.reused = copy.deepcopy(model), policy, of, 0
-        self._kept: dict[int, dict[str, Any]] = {}
-        for block in self.model.blocks:
-            self._wrap(getattr(block, part))
+        self._kept: dict[Any, dict[str, Any]] = {}
+        for module in {getattr(block, part) for block in self.model.blocks}:
+            self._wrap(module)
 
-    def _wrap(self, part: Any) -> None:
-        compute = part.forward
-        part.forward = lambda x: self._called(id(part), compute, x)
+    def _wrap(self, module: Any) -> None:
+        compute = module.forward
+        module.forward = lambda x: self._called(module, compute, x)
 
-    def _called(self, part: int, compute: Any, x: Tensor) -> Tensor:
+    def _called(self, module: Any, compute: Any, x: Tensor) -> Tensor:
+        part = (module, self._calls[module])  # each call of a module in a step is a part
+        self._calls[module] += 1
         rule, how, kept, n = self._policy.when, self._policy.how, self._kept.get(part), self._n
         assert rule is not None
         if kept and rule.decide(Step(n, self._t, self._of), Progress(n - kept["n"], kept["t"])):
@@ -130,6 +134,7 @@ class Reference:
         self._kept.clear()
         found = []
         for self._n, self._t in enumerate(timesteps):
+            self._calls: Counter[Any] = Counter()
             found.append(self.model(*inputs(self._n, self._t, length)).clone())
         return found
 
@@ -158,6 +163,22 @@ def test_a_policy_does_what_its_three_functions_say(rule: Rule, how: How, loweri
     with pab_fx.enable(model, policy, inner="eager", lowering=lowering) as pab:
         assert equal(trajectory(model), expected)
         assert pab.report().reused == reference.reused > 0
+    assert not equal(expected, plain)
+
+
+@lowerings
+@pytest.mark.parametrize("how", [Last(), Taylor(1)], ids=str)
+def test_each_call_of_a_module_in_a_step_is_a_part_with_a_cache_of_its_own(how: How, lowering: str) -> None:
+    model, policy = build(shared=True), Policy(Attentions(), Every(3), how)
+    reference = Reference(model, policy)
+    expected, plain = reference.trajectory(), trajectory(model)
+    assert equal(trajectory(pab_fx.rewrite(fx.symbolic_trace(model), policy)), expected)
+    with pab_fx.enable(model, policy, inner="eager", lowering=lowering) as pab:
+        assert equal(trajectory(model), expected)
+        report = pab.report()
+    assert report.reused == reference.reused == 2 * 12  # of 20 steps 8 compute
+    assert report.schedule.strips[0].steps.startswith("CCRRCRR")
+    assert report.roles[0].full_bytes == sum(region.cache_bytes for region in report.regions)
     assert not equal(expected, plain)
 
 

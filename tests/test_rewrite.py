@@ -410,9 +410,10 @@ def test_a_name_decides_one_module() -> None:
 
 
 def test_a_numbered_name_decides_one_call() -> None:
-    """The second call of a module reuses what the first has just computed."""
+    """With a config of diffusers, the second call of a module reuses what the first has just computed."""
     model = build(order=(0, 0))
-    rewritten = rewrite(fx.symbolic_trace(model), CONFIG)
+    config = zoo.diffusers_config(zoo.Clock(), (2, None, 4))
+    rewritten = rewrite(fx.symbolic_trace(model), config, model=model)
     reusing = specialize(rewritten, reuse={"blocks.0.attn1#1"})
     assert ops(reusing)[ATTENTION_OP] == 3
     assert ops(specialize(rewritten, reuse={"blocks.0.attn1"}))[ATTENTION_OP] == 2

@@ -94,7 +94,7 @@ def insert_conditions(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.Graph
 
 def _numbered(broadcast: Sequence[Region]) -> list[Conditional]:
     """The conditionals of these regions, by their modules and calls."""
-    calls, seen = Counter(region.module_id for region in broadcast), Counter[str]()
+    calls, seen, labels = Counter(region.module_id for region in broadcast), Counter[str](), Counter[str]()
     modules = {module_id: number for number, module_id in enumerate(calls)}
     found = []
     for index, region in enumerate(broadcast):
@@ -104,6 +104,7 @@ def _numbered(broadcast: Sequence[Region]) -> list[Conditional]:
             Conditional(
                 index=index,
                 name=region.name,
+                label=f"{region.name}#{labels[region.name]}",
                 module=module,
                 role=region.role,
                 policy=_policy(region),
@@ -117,6 +118,7 @@ def _numbered(broadcast: Sequence[Region]) -> list[Conditional]:
             )
         )
         seen[region.module_id] += 1
+        labels[region.name] += 1
     return found
 
 

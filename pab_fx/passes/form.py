@@ -74,7 +74,8 @@ class Conditional:
     Args:
         index: number of the conditional in the graph.
         name: qualified name of the part.
-        module: number of its module; all calls of one module share counter and slots.
+        label: the name with the number of its call in the graph, "attn#1" for the second one.
+        module: number of its module, whose calls share counter and slots; see `tag`.
         role: its role.
         policy: when it reuses and how.
         call: which of the module's calls in this graph it is.
@@ -89,6 +90,7 @@ class Conditional:
 
     index: int
     name: str
+    label: str
     module: int
     role: str
     policy: Policy

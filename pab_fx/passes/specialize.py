@@ -95,7 +95,7 @@ def specialize(
 
 
 def _names(conditional: Conditional) -> tuple[str, ...]:
-    return (conditional.role, conditional.name, f"{conditional.name}#{conditional.call}")
+    return (conditional.role, conditional.name, conditional.label)
 
 
 def decide(gm: fx.GraphModule, reuse: Mapping[int, bool], writes_in_place: bool = False) -> fx.GraphModule:

@@ -31,7 +31,8 @@ class Step(NamedTuple):
     """A step of a generation.
 
     Args:
-        n: how many steps there were before it; for a module that a step calls several times its calls, as hooks count.
+        n: how many steps there were before it. Calls of the module instead, where a step calls it several times and
+            the config is diffusers', whose hooks count calls, or the calls lie in several graphs.
         t: its timestep, on the scheduler's scale.
         of: how many steps the generation has; infinity where that is not known.
     """

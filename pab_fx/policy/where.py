@@ -1,7 +1,8 @@
 """Which parts of a model a policy is for, as data: what tells them in a graph is for `select/` to find.
 
 The graph gives each part a role and a qualified name. `role_of` may give it another role, by its name; `takes` tells
-whether the policy is for it.
+whether the policy is for it. `shares_calls` tells whether all calls of a module in a step are one part with one cache,
+as where hooks count them; otherwise each call is a part of its own.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Attentions:
     roles: tuple[str, ...] | None = None
     names: tuple[str, ...] = ()
     identifiers: tuple[str, ...] = ()
+
+    shares_calls = False
 
     def __post_init__(self) -> None:
         roles = (self.roles,) if isinstance(self.roles, str) else self.roles
@@ -94,6 +97,7 @@ class FeedForwards:
 
     roles = (MLP,)
     names = ()
+    shares_calls = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", checked_blocks("FeedForwards: a block index", self.blocks))
@@ -132,6 +136,7 @@ class Modules:
 
     roles = None
     names = ()
+    shares_calls = True
 
     def role_of(self, role: str, name: str) -> tuple[str, str] | None:
         """The role of a module of that kind and name, whatever else tells it; `None` if the policy is not for it."""

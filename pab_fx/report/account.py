@@ -137,14 +137,14 @@ def _how(region: Region) -> str:
 def _scheduled(graphs: Iterable[Captured]) -> Iterator[Scheduled]:
     """What goes by a schedule, in each graph."""
     for captured in graphs:
-        calls = Counter(region.name for region in captured.regions)
+        calls = Counter(region.module_id for region in captured.regions)
         for region in captured.regions:
             if not region.is_broadcast:
                 continue
             instances = captured.instances.get(region) or {region.name: (region.role, _rule(region))}
             for name, (role, rule) in instances.items():
                 if rule is not None:  # two models of a pipeline have parts of one name
-                    yield Scheduled(f"{captured.model} {name}", role, rule, calls[region.name], _how(region))
+                    yield Scheduled(f"{captured.model} {name}", role, rule, calls[region.module_id], _how(region))
 
 
 def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dict[str, Any]]:
@@ -159,6 +159,7 @@ def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dic
     shares: dict[str, float] = defaultdict(float)
     for captured in graphs:
         for calls in _by_module(captured.regions):
+            ids = {region.module_id for region in calls}
             names = list(captured.instances.get(calls[0]) or [calls[0].name])
             spared = {node for region in calls for node in captured.spared[region]}
             flops = sum(flops_of[captured].get(node, 0) for node in spared)
@@ -170,7 +171,7 @@ def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dic
                     "spared": operations(spared),
                     "flops": flops,
                     "flops_share": shares[name] if total else None,
-                    "cache_bytes": captured.cache_bytes.get(calls[0].module_id, 0),
+                    "cache_bytes": sum(captured.cache_bytes.get(each, 0) for each in ids),
                     "seconds": seconds,
                     "time_share": time_share,
                 }

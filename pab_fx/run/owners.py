@@ -54,7 +54,8 @@ def instance_of(anchor: Anchor, conditional: Conditional) -> Hashable:
     caller = next(iter(calling_modules()), None)
     if conditional.relative is None or caller is None:
         # Dynamo's id of a module is Python's
-        return (int(anchor.module_id), "") if anchor.module_id.isdigit() else conditional.name
+        module_id = anchor.module_id.partition("@")[0]
+        return (int(module_id), "") if module_id.isdigit() else conditional.name
     path, _, node = conditional.relative.partition(":")
     try:
         return id(caller.get_submodule(path)), node

@@ -21,7 +21,7 @@ class Region:
 
     Args:
         name: qualified name of the part; for one that is no module, of its core node.
-        module_id: the same for all calls of one module in this graph.
+        module_id: of the module; the same for those of its calls in this graph that share a cache, see `tag`.
         role: "spatial", "temporal", "cross" or "mlp".
         policy: when it reuses and how; `None` if the policies leave it alone.
         why: why it has that role.

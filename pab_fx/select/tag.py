@@ -38,8 +38,16 @@ def tag(gm: fx.GraphModule, policies: Sequence[Policy], names: ModuleNames | Non
         if taken.isdisjoint(region.nodes):
             taken.update(region.nodes)
             calls.setdefault(region.module_id, []).append(region)
-    regions = [region for alike in calls.values() for region in bounded_alike(gm.graph, alike)]
+    parts = [part for alike in calls.values() for part in _parts(sorted(alike, key=lambda each: each.nodes[0]))]
+    regions = [region for part in parts for region in bounded_alike(gm.graph, part)]
     return tuple(sorted(regions, key=lambda region: position[region.nodes[0]]))
+
+
+def _parts(calls: list[Region]) -> list[list[Region]]:
+    """The calls of a module by whose cache they have: all one, as with hooks, or each one of its own."""
+    if any(call.policy is not None and call.policy.where.shares_calls for call in calls):
+        return [calls]
+    return [[call if not k else replace(call, module_id=f"{call.module_id}@{k}")] for k, call in enumerate(calls)]
 
 
 def _found(view: View, policies: Sequence[Policy]) -> list[Region]:
