@@ -25,10 +25,11 @@ from .graph.copies import copy_of
 from .graph.dataflow import STATE, is_number
 from .graph.modules import ModuleNames, repeated_blocks
 from .notices import Notices
-from .options import as_key, cache_device_of, cache_dtype_of, checked_flag, inner_compiler, records_cuda_graphs
+from .options import as_key, cache_device_of, cache_dtype_of, inner_compiler, records_cuda_graphs
 from .passes.numbers import fix_numbers
 from .passes.order import Lowering
 from .passes.users import Pass, Passes
+from .policy.checks import checked_flag
 from .policy.config import PABConfig
 from .policy.policy import Policy, assigned
 from .policy.when import Rule, falling_timesteps

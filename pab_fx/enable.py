@@ -17,6 +17,7 @@ from .backend import PABBackend, backend_that_captured
 from .diffusers import listen
 from .diffusers.hooks import is_offloaded_by_layer, other_cache, prepare_split_hooks
 from .graph.modules import repeated_blocks
+from .policy.checks import checked_flag
 from .report.report import Report
 from .run.clock import Session
 from .stepping import SteppingCall
@@ -69,14 +70,22 @@ class PAB:
 
         What is counted and kept inside belongs to the session and goes with it; entering it again continues it.
         Pipelines that share a model are requests of their own without that.
+
+        Raises:
+            RuntimeError: after `disable`.
         """
+        self._check_enabled()
         return Session()
 
     def warmup(self, timesteps: Any = None) -> None:
         """Compile ahead of time the graphs that generations to come need; as `PABBackend.warmup`.
 
         Inputs have to have been seen: call the model or the pipeline once before, for a single step will do.
+
+        Raises:
+            RuntimeError: after `disable`.
         """
+        self._check_enabled()
         self.backend.warmup(timesteps)
 
     def set_config(self, config: Any) -> None:
@@ -91,6 +100,7 @@ class PAB:
 
         Raises:
             ValueError: for a bad config, or one that has to be captured anew, naming the part.
+            RuntimeError: after `disable`.
 
         Warns:
             UserWarning: if it matches nothing of what is captured.
@@ -100,6 +110,7 @@ class PAB:
             >>> pab = enable(torch.nn.Linear(2, 2), Policy(Attentions(), Every(2)), inner="eager")
             >>> pab.set_config(Policy(Attentions(), Every(3)))
         """
+        self._check_enabled()
         self.backend.set_config(config)
 
     def report(self) -> Report:
@@ -129,6 +140,10 @@ class PAB:
 
     def __exit__(self, *exception: object) -> None:
         self.disable()
+
+    def _check_enabled(self) -> None:
+        if self._last_report is not None:
+            raise RuntimeError("PAB was disabled on this model, which runs as it did before: call pab_fx.enable again.")
 
     def _check_calls(self) -> None:
         """Warn of models that were compiled by other means since, which takes the place of their call."""
@@ -211,6 +226,9 @@ def enable(
                 "gives up on hooks around every layer: offload by block (enable_group_offload) or the whole model "
                 "(enable_model_cpu_offload), or use diffusers' own enable_cache."
             )
+    checked_flag("fullgraph", fullgraph)
+    if dynamic is not None:
+        checked_flag("dynamic", dynamic)
     for each in models if regional else ():
         repeated_blocks(each)  # raises where there are none
     hooked = [_hooks_config(each) for each in models]

@@ -76,17 +76,6 @@ def cache_device_of(given: torch.device | str | None) -> torch.device | None:
     return device
 
 
-def checked_flag(name: str, given: Any) -> bool:
-    """A flag.
-
-    Raises:
-        ValueError: for anything but True and False.
-    """
-    if not isinstance(given, bool):
-        raise ValueError(f"{name} must be True or False, got {given!r}.")
-    return given
-
-
 def _inductor(
     compiler: Callable[..., Any], patches: Mapping[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:

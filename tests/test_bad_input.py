@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pab_fx
-from pab_fx import PABBackend, PABConfig
+from pab_fx import Attentions, Every, Last, PABBackend, PABConfig, Policy, Taylor
 
 TIMESTEPS = (900, 700, 600, 500, 400, 50)
 EVERY_2ND = [False, True, False, True, False, False]
@@ -129,11 +129,51 @@ def test_identifiers_that_match_something_do_not_warn(caught: list[warnings.Warn
     }
 
 
-def test_timesteps_that_are_not_the_generations_warn(caught: list[warnings.WarningMessage]) -> None:
+@pytest.mark.parametrize("timesteps", [(500.0,), (901.0, 500.0)], ids=["the first", "a later one"])
+def test_timesteps_that_are_not_the_generations_warn(
+    timesteps: tuple[float, ...], caught: list[warnings.WarningMessage]
+) -> None:
     compiled = torch.compile(Model(), backend=PABBackend(inner="eager", timesteps=(901.0, 701.0)))
     with torch.no_grad():
-        compiled(hidden_states(0), torch.tensor(500.0))
-    assert any("starts at timestep 500, which is none of timesteps=" in each for each in pab_warnings(caught))
+        for t in timesteps:
+            compiled(hidden_states(0), torch.tensor(t))
+    assert any("called at timestep 500, which is none of timesteps=" in each for each in pab_warnings(caught))
+
+
+def test_a_window_in_which_no_timestep_lies_warns(caught: list[warnings.WarningMessage]) -> None:
+    config = PABConfig(spatial_attention_timestep_skip_range=(810, 890))
+    compiled = torch.compile(Model(), backend=PABBackend(config, inner="eager", timesteps=(900.0, 800.0, 700.0)))
+    with torch.no_grad():
+        compiled(hidden_states(0), torch.tensor(900.0))
+    (message,) = pab_warnings(caught)
+    assert "none of the generation's 3 timesteps, 900 to 700, lies in the window (810, 890)" in message
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Taylor(35), "order must be an integer from 0 to 34, got 35"),
+        (lambda: Last(1), r"keeps_updates must be True or False, got 1"),
+        (lambda: PABConfig(forecast_dtype="bfloat16"), "is for forecast_order >= 1"),
+        (lambda: pab_fx.enable(Model(), fullgraph=3), "fullgraph must be True or False, got 3"),
+        (lambda: pab_fx.enable(Model(), dynamic="yes"), "dynamic must be True or False, got 'yes'"),
+        (
+            lambda: pab_fx.rewrite(torch.fx.symbolic_trace(Model()), Policy(Attentions(), Every(2, cooldown=2))),
+            "rewrite takes none: use pab_fx.export",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_runs(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("ask", [lambda pab: pab.session(), lambda pab: pab.warmup(), lambda pab: pab.set_config(None)])
+def test_what_is_disabled_takes_no_orders(ask: Callable[[Any], Any]) -> None:
+    pab = pab_fx.enable(Model(), inner="eager")
+    pab.disable()
+    with pytest.raises(RuntimeError, match="PAB was disabled on this model"):
+        ask(pab)
 
 
 @pytest.mark.parametrize(

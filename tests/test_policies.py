@@ -601,7 +601,7 @@ def test_a_rule_of_the_users_own_has_no_file(tmp_path: Path) -> None:
         (lambda: Attentions("spacial"), "unknown role 'spacial'"),
         (lambda: Attentions(identifiers=("a",)), "give that role"),
         (lambda: Every(0), "n must be an integer >= 1"),
-        (lambda: Taylor(-1), "order must be an integer >= 0"),
+        (lambda: Taylor(-1), "order must be an integer from 0 to 34"),
         (lambda: Taylor(1, torch.int8), "floating-point dtype"),
         (lambda: PABConfig(forecast_order=-1), "forecast_order"),
         (lambda: PABConfig(forecast_dtype="int3"), "forecast_dtype"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import fx, nn
@@ -39,8 +40,8 @@ def rewrite(
         A new GraphModule that shares its parameters with `gm`.
 
     Raises:
-        ValueError: if the graph has been rewritten before, or has attentions to broadcast but neither a
-            timestep input nor a callback.
+        ValueError: if the graph has been rewritten before, has attentions to broadcast but neither a timestep input
+            nor a callback, or if a rule has to know the number of steps.
 
     Example:
         >>> import torch
@@ -56,6 +57,10 @@ def rewrite(
         raise TypeError(f"rewrite takes a torch.fx.GraphModule, got {type(gm).__name__}: trace the model first.")
     if conditionals(gm) or hasattr(gm, CALLS):
         raise ValueError("the graph already broadcasts attention; rewrite the original graph instead.")
+    for policy in policies:
+        why = None if policy.when is None else policy.when.mismatch(math.inf, None)
+        if why is not None:
+            raise ValueError(f"{why} rewrite takes none: use pab_fx.export, or a rule without it.")
     names = ModuleNames.of(model) if model is not None else ModuleNames.of_graph(gm)
     result = copy_of(gm)
     sink_state(insert_conditions(result, tag(result, policies, names)), callback_of(config))

@@ -12,10 +12,22 @@ from typing import Any
 import torch
 
 
-def check_integer(name: str, value: Any, least: int = 1) -> None:
-    """Raise `ValueError` for anything but an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+def check_integer(name: str, value: Any, least: int = 1, most: float = math.inf) -> None:
+    """Raise `ValueError` for anything but an integer of at least `least` and at most `most`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        bounds = f">= {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}.")
+
+
+def checked_flag(name: str, given: Any) -> bool:
+    """A flag.
+
+    Raises:
+        ValueError: for anything but True and False.
+    """
+    if not isinstance(given, bool):
+        raise ValueError(f"{name} must be True or False, got {given!r}.")
+    return given
 
 
 def checked_window(name: str, window: Any) -> tuple[float, float]:

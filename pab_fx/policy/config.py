@@ -27,7 +27,7 @@ from .checks import (
     is_iterable,
     is_number,
 )
-from .how import How, Last, Taylor
+from .how import HIGHEST_ORDER, How, Last, Taylor
 from .policy import Policy
 from .when import AfterTimesteps, SkipRange
 from .where import ATTENTION_ROLES, Attentions, FeedForwards
@@ -178,8 +178,10 @@ class PABConfig:
                 self, identifiers_name, checked_identifiers(identifiers_name, getattr(self, identifiers_name))
             )
         check_callback(self.current_timestep_callback)
-        check_integer("forecast_order", self.forecast_order, least=0)
+        check_integer("forecast_order", self.forecast_order, least=0, most=HIGHEST_ORDER)
         object.__setattr__(self, "forecast_dtype", checked_dtype("forecast_dtype", self.forecast_dtype))
+        if self.forecast_dtype is not None and not self.forecast_order:
+            raise ValueError(f"forecast_dtype={self.forecast_dtype} is for forecast_order >= 1, and it is 0.")
 
     def policies(self) -> tuple[Policy, ...]:
         """The config as policies; behind this nobody asks what they were.

@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checks import check_integer, checked_dtype
+from .checks import check_integer, checked_dtype, checked_flag
 
 Tensors = Sequence[torch.Tensor]
+
+HIGHEST_ORDER = 34
+"""Of a forecast: it divides by the factorial, and 35! is more than float32 holds."""
 
 
 class Scalars(NamedTuple):
@@ -97,6 +100,9 @@ class Last(How):
 
     keeps_updates: bool = False
 
+    def __post_init__(self) -> None:
+        checked_flag("Last: keeps_updates", self.keeps_updates)
+
     def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
         """One for each output, as it is."""
         return tuple(outputs)
@@ -123,7 +129,8 @@ class Taylor(How):
     (`diffusers/hooks/taylorseer_cache.py`). With too few computed steps it reads at the order that it has.
 
     Args:
-        order: of the polynomial, an integer >= 0; each order is one more tensor of the output's size that is kept.
+        order: of the polynomial, an integer from 0 to 34; each order is one more tensor of the output's size that is
+            kept.
         dtype: what the differences are kept in, a dtype or its name; `None` for the output's.
 
     Raises:
@@ -142,7 +149,7 @@ class Taylor(How):
     dtype: Any = None
 
     def __post_init__(self) -> None:
-        check_integer("Taylor: order", self.order, least=0)
+        check_integer("Taylor: order", self.order, least=0, most=HIGHEST_ORDER)
         object.__setattr__(self, "dtype", checked_dtype("Taylor: dtype", self.dtype))
 
     def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:

@@ -177,9 +177,15 @@ class SkipRange(Rule):
         return f"computed every {_ordinal(self.skip_range)} step in ({self.low:g}, {self.high:g})"
 
     def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:
-        """As `Rule.mismatch`: the window is on another scale than the timesteps."""
+        """As `Rule.mismatch`: the window is on another scale than the timesteps, or lies between two of them."""
         if t > 1 or self.high <= 1:
-            return None
+            is_idle = self.skip_range > 1 and not any(self.low < each < self.high for each in timesteps or (self.high,))
+            if not timesteps or len(timesteps) < 2 or not is_idle:
+                return None
+            return (
+                f"none of the generation's {len(timesteps)} timesteps, {timesteps[0]:g} to {timesteps[-1]:g}, lies in "
+                f"the window ({self.low:g}, {self.high:g}), so nothing will be reused. Choose a wider window."
+            )
         return (
             f"the generation starts at timestep {t:g}, but the windows (up to {self.high:g}) are on the "
             "scheduler's scale, 0 to 1000: nothing will be reused. Set current_timestep_callback to a function "

@@ -225,8 +225,12 @@ class BroadcastGraph:
                 )
         is_first = modules.first.count.n == 0
         self._runtime.seen.see(call.t, call.timesteps, is_first)
-        if is_first:
-            self._warn_of_schedule(call, {cell.rule for cell in modules.cells if cell.rule is not None})
+        if call.timesteps and call.generation is None and call.t not in call.timesteps:
+            self._warn_of_other_timesteps(call.t, call.timesteps)
+        for rule in {cell.rule for cell in modules.cells if cell.rule is not None} if is_first else ():
+            why = rule.mismatch(call.t, call.timesteps)
+            if why is not None:
+                self._runtime.warn_once(f"mismatch {type(rule).__name__}", f"pab_fx: {why}")
 
     def _timestep(self, args: Sequence[Any]) -> float:
         """The timestep of this call: from the callback, the graph's input, or the argument of the model around it."""
@@ -256,19 +260,14 @@ class BroadcastGraph:
             "new generation begins there, call reset().",
         )
 
-    def _warn_of_schedule(self, call: Call, rules: set[Rule]) -> None:
-        """Warn, at the start of a generation, of timesteps at which these rules reuse nothing."""
-        timesteps = call.timesteps
-        if timesteps and all(abs(call.t - known) > 1e-3 * max(1.0, abs(known)) for known in timesteps):
+    def _warn_of_other_timesteps(self, t: float, timesteps: Sequence[float]) -> None:
+        """Warn, in a loop of one's own, of timesteps that were given and are not those that it runs through."""
+        if all(abs(t - known) > 1e-3 * max(1.0, abs(known)) for known in timesteps):
             self._runtime.warn_once(
                 "other timesteps",
-                f"pab_fx: the generation starts at timestep {call.t:g}, which is none of timesteps={list(timesteps)}: "
-                "what is kept is decided by those. Pass the timesteps that the loop runs through, or none.",
+                f"pab_fx: the model is called at timestep {t:g}, which is none of timesteps={list(timesteps)}: what is "
+                "kept is decided by those. Pass the timesteps that the loop runs through, or none.",
             )
-        for rule in rules:
-            why = rule.mismatch(call.t, timesteps)
-            if why is not None:
-                self._runtime.warn_once(f"mismatch {type(rule).__name__}", f"pab_fx: {why}")
 
     # ------------------------------------------------------------------------------------------- once a generation
 
