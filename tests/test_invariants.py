@@ -511,7 +511,7 @@ def small_steps(spec: GraphSpec) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(spec.inputs(seed)) for seed in range(3))
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, derandomize=True, database=None, max_examples=200, suppress_health_check=list(HealthCheck))
 @given(graphs())
 def test_random_graphs_yield_the_same_to_the_bit(spec: GraphSpec) -> None:
     gm = spec.build()
@@ -530,7 +530,7 @@ def test_random_graphs_yield_the_same_to_the_bit(spec: GraphSpec) -> None:
     )
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, derandomize=True, database=None, max_examples=100, suppress_health_check=list(HealthCheck))
 @given(graphs(returns=False))
 def test_random_graphs_do_not_compute_again_what_is_kept(spec: GraphSpec) -> None:
     split = split_invariants(spec.build(), {2, 3, 4})
@@ -543,7 +543,7 @@ def test_random_graphs_are_split_often_enough() -> None:
     """What the search above looks at is not mostly `None`, and has updates in what runs once."""
     seen: Counter[str] = Counter()
 
-    @settings(deadline=None, derandomize=True, database=None, max_examples=60, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, derandomize=True, database=None, max_examples=100, suppress_health_check=list(HealthCheck))
     @given(graphs())
     def count(spec: GraphSpec) -> None:
         split = split_invariants(spec.build(), {2, 3, 4})

@@ -44,13 +44,13 @@ def check(spec: TransformerSpec, schedule: Schedule, config: Any, **options: Any
 # ------------------------------------------------------------------------------------------ what is drawn
 
 
-@settings(search, max_examples=8)
+@settings(search, max_examples=12)
 @given(transformers(), schedules(), st.sampled_from(LOWERINGS))
 def test_compiled_models_equal_the_hooks(spec: TransformerSpec, schedule: Schedule, lowering: str) -> None:
     check_compiled(spec, schedule, lowering)
 
 
-@settings(search, max_examples=3)
+@settings(search, max_examples=4)
 @given(transformers(breaks=True), schedules(), st.sampled_from(LOWERINGS))
 def test_models_with_graph_breaks_equal_the_hooks(spec: TransformerSpec, schedule: Schedule, lowering: str) -> None:
     check_compiled(spec, schedule, lowering)
@@ -63,7 +63,7 @@ def test_rewritten_symbolic_traces_equal_the_hooks(spec: TransformerSpec, schedu
     check(spec, schedule, schedule.config(), tracer="symbolic_trace", tolerance=1e-6)
 
 
-@settings(search, max_examples=6)
+@settings(search, max_examples=10)
 @given(transformers(exportable=True), schedules())
 def test_rewritten_exports_equal_the_hooks(spec: TransformerSpec, schedule: Schedule) -> None:
     check(spec, schedule, schedule.config(), tracer="export")
