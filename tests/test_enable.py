@@ -16,9 +16,8 @@ import pab_fx
 from pab_fx import PAB, LayerBroadcast, PABConfig
 
 TIMESTEPS = (900, 700, 600, 500, 400, 50)
-# self- and cross-attention; its timestep is on the scheduler's scale
-ENTRY = zoo.BY_NAME["PixArtTransformer2DModel"].of_one_block()
-CACHING = zoo.BY_NAME["CogVideoXTransformer3DModel"].of_one_block()  # mixes in CacheMixin
+ENTRY = zoo.BY_NAME["PixArtTransformer2DModel"]  # self- and cross-attention; its timestep is on the scheduler's scale
+CACHING = zoo.BY_NAME["CogVideoXTransformer3DModel"]  # mixes in CacheMixin
 CONFIG = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip_range=3)
 Outputs = list[tuple[torch.Tensor, ...]]
 
