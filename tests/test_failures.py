@@ -20,7 +20,7 @@ import pab_fx
 from pab_fx import PABBackend, PABConfig
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
-NAME = "WanTransformer3DModel"
+ENTRY = zoo.BY_NAME["WanTransformer3DModel"].of_one_block()
 RANGES = (2, None, 4)
 CONFIG = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip_range=4)
 lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 def oracle(timesteps: Sequence[float] = TIMESTEPS) -> list[Tensor]:
     """What diffusers' hooks make of a generation; with an input of its own at each timestep."""
     clock = zoo.Clock()
-    model = zoo.hooked(zoo.BY_NAME[NAME].build(), zoo.diffusers_config(clock, RANGES))
+    model = zoo.hooked(ENTRY.build(), zoo.diffusers_config(clock, RANGES))
     return steps(model, timesteps, clock)
 
 
@@ -41,12 +41,12 @@ def steps(model: Callable[..., Any], timesteps: Sequence[float], clock: zoo.Cloc
     for t in timesteps:
         if clock is not None:
             clock.t = t
-        outputs.append(zoo.call(zoo.BY_NAME[NAME], model, t, int(t))[0].clone())
+        outputs.append(zoo.call(ENTRY, model, t, int(t))[0].clone())
     return outputs
 
 
 def plain(timesteps: Sequence[float] = TIMESTEPS) -> list[Tensor]:
-    return steps(zoo.BY_NAME[NAME].build(), timesteps)
+    return steps(ENTRY.build(), timesteps)
 
 
 def same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
@@ -86,7 +86,7 @@ class Failing:
 @pytest.mark.parametrize(("lowering", "number"), [("cond", 1), ("specialize", 1), ("specialize", 2), ("specialize", 3)])
 def test_a_compiler_that_raises_once_is_heard_and_the_next_generation_is_right(lowering: str, number: int) -> None:
     inner = Failing(RuntimeError("no kernel for this"), compilation=number)
-    model = zoo.BY_NAME[NAME].build()
+    model = ENTRY.build()
     with pab_fx.enable(model, CONFIG, inner=inner, lowering=lowering) as pab:
         with pytest.raises(Exception, match="no kernel for this"):
             steps(model, TIMESTEPS)
@@ -99,7 +99,7 @@ def test_a_compiler_that_raises_once_is_heard_and_the_next_generation_is_right(l
 @pytest.mark.parametrize("number", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5))])
 def test_a_graph_that_runs_out_of_memory_once_leaves_nothing_behind(number: int, lowering: str) -> None:
     inner = Failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), run=number)
-    model = zoo.BY_NAME[NAME].build()
+    model = ENTRY.build()
     with pab_fx.enable(model, CONFIG, inner=inner, lowering=lowering) as pab:
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 GiB"):
             steps(model, TIMESTEPS)
@@ -150,7 +150,7 @@ def test_a_compiler_whose_graph_returns_something_else_once_is_blamed(wrong: Any
 
         return run
 
-    model = zoo.BY_NAME[NAME].build()
+    model = ENTRY.build()
     with pab_fx.enable(model, CONFIG, inner=inner, step_invariants=False) as pab:
         with pytest.raises(RuntimeError, match=message):
             steps(model, TIMESTEPS)
@@ -163,11 +163,11 @@ def test_errors_that_dynamo_is_told_to_suppress_leave_the_model_as_it_is() -> No
         raise RuntimeError("no kernel for this")
 
     with torch._dynamo.config.patch(suppress_errors=True):
-        compiled = torch.compile(zoo.BY_NAME[NAME].build(), backend=PABBackend(CONFIG, inner=inner))
+        compiled = torch.compile(ENTRY.build(), backend=PABBackend(CONFIG, inner=inner))
         assert same(steps(compiled, TIMESTEPS), plain())
         torch.compiler.reset()
         once = Failing(RuntimeError("no kernel for this"), compilation=1)  # then what the model calls is compiled
-        compiled = torch.compile(zoo.BY_NAME[NAME].build(), backend=PABBackend(CONFIG, inner=once))
+        compiled = torch.compile(ENTRY.build(), backend=PABBackend(CONFIG, inner=once))
         assert same(steps(compiled, TIMESTEPS), oracle())
 
 
@@ -176,7 +176,7 @@ def test_errors_that_dynamo_is_told_to_suppress_leave_the_model_as_it_is() -> No
 
 @lowerings
 def test_a_reset_of_dynamo_in_the_middle_begins_a_generation(lowering: str) -> None:
-    model = zoo.BY_NAME[NAME].build()
+    model = ENTRY.build()
     with pab_fx.enable(model, CONFIG, inner="eager", lowering=lowering) as pab:
         found = steps(model, TIMESTEPS[:4])
         torch.compiler.reset()
@@ -187,7 +187,7 @@ def test_a_reset_of_dynamo_in_the_middle_begins_a_generation(lowering: str) -> N
 
 @lowerings
 def test_steps_that_run_eagerly_by_a_stance_are_plain_and_those_after_begin_anew(lowering: str) -> None:
-    model = zoo.BY_NAME[NAME].build()
+    model = ENTRY.build()
     with (
         pab_fx.enable(model, CONFIG, inner="eager", lowering=lowering),
         warnings.catch_warnings(),
@@ -202,7 +202,7 @@ def test_steps_that_run_eagerly_by_a_stance_are_plain_and_those_after_begin_anew
 
 @pytest.mark.parametrize("stance", ["fail_on_recompile", "eager_on_recompile"])
 def test_a_compiled_generation_needs_no_recompilation_that_a_stance_forbids(stance: str) -> None:
-    model = zoo.BY_NAME[NAME].build()
+    model = ENTRY.build()
     with pab_fx.enable(model, CONFIG, inner="eager") as pab:
         steps(model, TIMESTEPS[:1])
         pab.reset()
@@ -219,7 +219,7 @@ from torch._dynamo.utils import counters
 from pab_fx import PABConfig
 
 config = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip_range=4)
-entry = zoo.BY_NAME["WanTransformer3DModel"]
+entry = zoo.BY_NAME["WanTransformer3DModel"].of_one_block()
 model = entry.build()
 pab = pab_fx.enable(model, config, lowering=sys.argv[1])
 print("started", flush=True)

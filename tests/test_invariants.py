@@ -80,6 +80,8 @@ def capture(call: Callable[..., Any], steps: Sequence[Callable[[Any], Any]], dyn
 def captured(name: str, dynamic: bool | None = None) -> Captured:
     """Three steps of a model of the zoo."""
     entry = zoo.BY_NAME[name]
+    if name in zoo.OF_TWO_BLOCKS and name != WAN:
+        entry = entry.of_one_block()
     steps = [lambda model, t=t, seed=seed: zoo.call(entry, model, t, seed) for seed, t in enumerate((900, 500, 100))]
     return capture(entry.build(), steps, dynamic)
 
@@ -214,10 +216,11 @@ def test_projections_of_the_text_run_once(name: str, expected: set[str]) -> None
 @pytest.mark.parametrize(("name", "attention"), [(WAN, "attn2"), ("LatteTransformer3DModel", "attn2")])
 def test_keys_and_values_of_cross_attentions_run_once(name: str, attention: str) -> None:
     split = captured(name).split()
+    blocks = 2 if name == WAN else 1
     for projection in (f"{attention}_to_k", f"{attention}_to_v"):
-        assert sum(weight.endswith(projection) for weight in projected(split.once)) == 2  # blocks
+        assert sum(weight.endswith(projection) for weight in projected(split.once)) == blocks
         assert not any(weight.endswith(projection) for weight in projected(split.rest))
-    assert sum(weight.endswith(f"{attention}_to_q") for weight in projected(split.rest)) == 2
+    assert sum(weight.endswith(f"{attention}_to_q") for weight in projected(split.rest)) == blocks
 
 
 def test_rotary_tables_are_made_once() -> None:
@@ -253,8 +256,9 @@ def test_a_table_that_is_made_and_then_written_is_kept() -> None:
 
 def test_other_sizes_of_a_dynamic_graph() -> None:
     """`once` and `rest` are as symbolic as the graph, and the sizes that it depends on are read."""
-    graph = captured(WAN, dynamic=True)
-    entry = zoo.BY_NAME[WAN]
+    entry = zoo.BY_NAME[WAN].of_one_block()
+    steps = [lambda model, t=t, seed=seed: zoo.call(entry, model, t, seed) for seed, t in enumerate((900, 500))]
+    graph = capture(entry.build(), steps, dynamic=True)
     split = graph.split()
     symbols = [i for i, node in enumerate(graph.inputs) if isinstance(value(node), torch.SymInt)]
     assert set(symbols) & set(split.reads)
@@ -507,7 +511,7 @@ def small_steps(spec: GraphSpec) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(spec.inputs(seed)) for seed in range(3))
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, derandomize=True, database=None, max_examples=200, suppress_health_check=list(HealthCheck))
 @given(graphs())
 def test_random_graphs_yield_the_same_to_the_bit(spec: GraphSpec) -> None:
     gm = spec.build()

@@ -56,7 +56,7 @@ def test_models_with_graph_breaks_equal_the_hooks(spec: TransformerSpec, schedul
     check_compiled(spec, schedule, lowering)
 
 
-@settings(search, max_examples=60)
+@settings(search, max_examples=30)
 @given(transformers(traceable=True), schedules())
 def test_rewritten_symbolic_traces_equal_the_hooks(spec: TransformerSpec, schedule: Schedule) -> None:
     """To rounding: this tracer records no strides, so a part of a tensor may be kept dense, and is then added up so."""

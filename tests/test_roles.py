@@ -432,10 +432,20 @@ class Video(nn.Module):
         return x.unflatten(0, (-1, frames))
 
 
-@pytest.mark.parametrize("size", [(3, 2, 2), (4, 2, 2), (4, 4, 4), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("patchify", ["linear", "conv2d", "conv3d"])
+VIDEO_SIZES = ((3, 2, 2), (4, 2, 2), (4, 4, 4), (2, 2, 2))
+PATCHIFY = ("linear", "conv2d", "conv3d")
+
+
+@pytest.mark.parametrize(
+    ("over", "patchify", "size"),  # each pair of two
+    [
+        (over, PATCHIFY[(i + j) % 3], size)
+        for i, over in enumerate(("temporal", "spatial", "full"))
+        for j, size in enumerate(VIDEO_SIZES)
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", ["bcfhw", "bfchw"])
-@pytest.mark.parametrize("over", ["temporal", "spatial", "full"])
 def test_temporal_is_what_attends_the_frames_alone(
     over: str, layout: str, patchify: str, size: tuple[int, int, int]
 ) -> None:
@@ -493,46 +503,50 @@ def test_a_model_that_is_one_attention_is_no_region() -> None:
 
 DIFFUSERS_ROLES = {
     "LatteTransformer3DModel": {
-        "transformer_blocks.{}.attn1": "spatial",
-        "transformer_blocks.{}.attn2": "cross",
-        "temporal_transformer_blocks.{}.attn1": "temporal",
+        "transformer_blocks.0.attn1": "spatial",
+        "transformer_blocks.0.attn2": "cross",
+        "temporal_transformer_blocks.0.attn1": "temporal",
     },
-    "PixArtTransformer2DModel": {"transformer_blocks.{}.attn1": "spatial", "transformer_blocks.{}.attn2": "cross"},
-    "CogVideoXTransformer3DModel": {"transformer_blocks.{}.attn1": "spatial"},
-    "FluxTransformer2DModel": {"transformer_blocks.{}.attn": "spatial", "single_transformer_blocks.{}.attn": "spatial"},
-    "WanTransformer3DModel": {"blocks.{}.attn1": "spatial", "blocks.{}.attn2": "cross"},
-    "WanTransformer3DModel-timestep_per_token": {"blocks.{}.attn1": "spatial", "blocks.{}.attn2": "cross"},
+    "PixArtTransformer2DModel": {"transformer_blocks.0.attn1": "spatial", "transformer_blocks.0.attn2": "cross"},
+    "CogVideoXTransformer3DModel": {"transformer_blocks.0.attn1": "spatial"},
+    "FluxTransformer2DModel": {"transformer_blocks.0.attn": "spatial", "single_transformer_blocks.0.attn": "spatial"},
+    "WanTransformer3DModel": {"blocks.0.attn1": "spatial", "blocks.0.attn2": "cross"},
+    "WanTransformer3DModel-timestep_per_token": {"blocks.0.attn1": "spatial", "blocks.0.attn2": "cross"},
     # diffusers has no flag for LTX's and Kandinsky's cross-attentions
-    "LTXVideoTransformer3DModel": {"transformer_blocks.{}.attn1": "spatial", "transformer_blocks.{}.attn2": "cross"},
+    "LTXVideoTransformer3DModel": {"transformer_blocks.0.attn1": "spatial", "transformer_blocks.0.attn2": "cross"},
     "Kandinsky5Transformer3DModel": {
-        "text_transformer_blocks.{}.self_attention": "spatial",
-        "visual_transformer_blocks.{}.self_attention": "spatial",
-        "visual_transformer_blocks.{}.cross_attention": "cross",
+        "text_transformer_blocks.0.self_attention": "spatial",
+        "visual_transformer_blocks.0.self_attention": "spatial",
+        "visual_transformer_blocks.0.cross_attention": "cross",
     },
     # joint attention, then cross-attention to the text that it has updated
     "MotifVideoTransformer3DModel": {
-        "transformer_blocks.{}.attn": "spatial",
-        "transformer_blocks.{}.cross_attn": "cross",
-        "single_transformer_blocks.{}.cross_attn": "cross",
-        "single_transformer_blocks.{}.attn": "spatial",
-        "single_transformer_blocks.2.attn": "spatial",
-        "single_transformer_blocks.3.attn": "spatial",
+        "transformer_blocks.0.attn": "spatial",
+        "transformer_blocks.0.cross_attn": "cross",
+        "single_transformer_blocks.0.cross_attn": "cross",
+        "single_transformer_blocks.0.attn": "spatial",
+        "single_transformer_blocks.1.attn": "spatial",
     },
 }
 
 
-def of_zoo(name: str, config: PABConfig) -> PABBackend:
+def entry_of(name: str) -> zoo.Entry:
     if name not in zoo.BY_NAME:
         pytest.skip(f"the installed diffusers has no {name}")
-    entry = zoo.BY_NAME[name]
+    return zoo.BY_NAME[name]
+
+
+def of_zoo(entry: zoo.Entry, config: PABConfig) -> PABBackend:
     return traced(entry.build(), config=config, **entry.inputs(seed=0), **entry.timestep(500.0), return_dict=False)
 
 
 @pytest.mark.parametrize("name", DIFFUSERS_ROLES)
 def test_roles_of_diffusers_models(name: str) -> None:
-    expected = {pattern.format(i): role for pattern, role in DIFFUSERS_ROLES[name].items() for i in range(2)}
-    found = {region.name: region.role for region in of_zoo(name, config()).regions if region.is_broadcast}
-    assert found == expected
+    entry = entry_of(name)
+    if name in zoo.OF_TWO_BLOCKS:
+        entry = entry.of_one_block()
+    found = {region.name: region.role for region in of_zoo(entry, config()).regions if region.is_broadcast}
+    assert found == DIFFUSERS_ROLES[name]
 
 
 FEED_FORWARDS = {
@@ -547,6 +561,6 @@ FEED_FORWARDS = {
 @pytest.mark.parametrize("name", FEED_FORWARDS)
 def test_mlp_takes_the_feed_forwards_of_the_chosen_blocks_and_nothing_else(name: str) -> None:
     """No time embedder and no caption projection, which project, bend and project back as well."""
-    backend = of_zoo(name, PABConfig(mlp=MLPBroadcast(timesteps=(500,), blocks=(1,), skip_count=2)))
+    backend = of_zoo(entry_of(name), PABConfig(mlp=MLPBroadcast(timesteps=(500,), blocks=(1,), skip_count=2)))
     broadcast = {region.name for region in backend.regions if region.is_broadcast}
     assert broadcast == set(FEED_FORWARDS[name])

@@ -2,7 +2,8 @@
 
 Every transformer class of diffusers that mixes in `CacheMixin` is here, and the main ones that do not. Sizes
 are as small as the configs allow; lengths that mean different things differ (7 text tokens, 16 image tokens,
-3 frames), so that nothing matches by accident.
+3 frames), so that nothing matches by accident. Models have one block of each kind, and more where a later one
+differs; those in `OF_TWO_BLOCKS` have two alike, which tests tell apart or compile once.
 
 The oracle of the tests is diffusers' own Pyramid Attention Broadcast: `hooked` applies it to a copy of a
 model, and `diffusers_config` makes a config whose identifiers reach every attention that the hooks recognise.
@@ -18,6 +19,7 @@ from .oracle import diffusers_config, hooked, hooked_modules
 
 __all__ = [
     "BY_NAME",
+    "OF_TWO_BLOCKS",
     "ZOO",
     "Clock",
     "Draw",
@@ -40,3 +42,11 @@ ZOO: tuple[Entry, ...] = tuple(
 """Every entry whose class the installed diffusers has, by name."""
 
 BY_NAME: dict[str, Entry] = {entry.name: entry for entry in ZOO}
+
+OF_TWO_BLOCKS = (
+    "CogVideoXTransformer3DModel",
+    "FluxTransformer2DModel",
+    "LatteTransformer3DModel",
+    "PixArtTransformer2DModel",
+    "WanTransformer3DModel",
+)

@@ -1,7 +1,9 @@
 """One model with inputs as its pipeline gives them, and how to call it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +62,16 @@ class Entry:
             model: nn.Module = self.make().float().eval().requires_grad_(False)
             redraw_(model)
         return model
+
+    def of_one_block(self) -> Entry:
+        """The same with one block of each kind, for tests that have no use for a second one."""
+
+        def make() -> Any:
+            model = self.make()
+            fewer = {name: 1 for name in ("num_layers", "num_single_layers") if name in model.config}
+            return type(model).from_config({**model.config, **fewer})
+
+        return replace(self, make=make)
 
     def inputs(self, seed: int) -> Kwargs:
         """Keyword arguments for one step: hidden states drawn from `seed`, conditions the same for each."""

@@ -48,8 +48,8 @@ ENTRIES = (
         "AuraFlowTransformer2DModel",
         lambda: diffusers.AuraFlowTransformer2DModel(
             sample_size=8,
-            num_mmdit_layers=2,
-            num_single_dit_layers=2,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=16,
@@ -64,7 +64,7 @@ ENTRIES = (
         "CogView3PlusTransformer2DModel",
         lambda: diffusers.CogView3PlusTransformer2DModel(
             in_channels=4,
-            num_layers=2,
+            num_layers=1,
             attention_head_dim=16,
             num_attention_heads=2,
             out_channels=4,
@@ -83,7 +83,7 @@ ENTRIES = (
         lambda: diffusers.CogView4Transformer2DModel(
             in_channels=4,
             out_channels=4,
-            num_layers=2,
+            num_layers=1,
             attention_head_dim=16,
             num_attention_heads=2,
             text_embed_dim=16,
@@ -97,7 +97,7 @@ ENTRIES = (
     Entry(
         "DiTTransformer2DModel",
         lambda: diffusers.DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=16, out_channels=8, num_layers=2, sample_size=8
+            num_attention_heads=2, attention_head_dim=16, out_channels=8, num_layers=1, sample_size=8
         ),
         lambda draw: {"hidden_states": draw.noise(2, 4, 8, 8), "class_labels": torch.tensor([3, 1000])},
         same(batch=2, dtype=torch.int64),
@@ -108,7 +108,7 @@ ENTRIES = (
         lambda: diffusers.GlmImageTransformer2DModel(
             in_channels=4,
             out_channels=4,
-            num_layers=2,
+            num_layers=1,
             attention_head_dim=16,
             num_attention_heads=2,
             text_embed_dim=16,
@@ -181,9 +181,9 @@ ENTRIES = (
             out_channels=4,
             num_attention_heads=2,
             attention_head_dim=16,
-            num_layers=2,
-            num_single_layers=2,
-            num_refiner_layers=2,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
             text_embed_dim=16,
             text_embed_2_dim=8,
             rope_axes_dim=(8, 8),
@@ -204,7 +204,8 @@ ENTRIES = (
             sample_size=8,
             in_channels=4,
             hidden_size=32,
-            num_layers=2,
+            num_layers=1,
+            num_refiner_layers=1,
             num_attention_heads=2,
             num_kv_heads=1,
             multiple_of=16,
@@ -225,7 +226,7 @@ ENTRIES = (
         lambda: diffusers.LuminaNextDiT2DModel(
             sample_size=8,
             hidden_size=32,
-            num_layers=2,
+            num_layers=1,
             num_attention_heads=2,
             num_kv_heads=1,
             multiple_of=16,
@@ -248,7 +249,7 @@ ENTRIES = (
             num_attention_heads=2,
             num_key_value_heads=2,
             intermediate_size=48,
-            num_layers=2,
+            num_layers=1,
             pad_token_id=0,
             vocab_size=32,
             rope_scaling={"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
@@ -267,7 +268,7 @@ ENTRIES = (
             hidden_size=32,
             mlp_ratio=2,
             num_heads=2,
-            depth=2,
+            depth=1,
             axes_dim=[8, 8],
         ),
         lambda draw: {
@@ -296,14 +297,14 @@ ENTRIES = (
             sample_size=8,
             in_channels=4,
             out_channels=4,
-            num_layers=3,  # the last one leaves out the text
+            num_layers=2,  # the last one leaves out the text
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=16,
             caption_projection_dim=32,
             pooled_projection_dim=8,
             pos_embed_max_size=8,
-            dual_attention_layers=(0, 1),
+            dual_attention_layers=(0,),
             qk_norm="rms_norm",
         ),
         lambda draw: {
@@ -331,7 +332,7 @@ ENTRIES = (
             num_attention_heads=2,
             attention_head_dim=16,
             in_channels=32,
-            num_layers=2,
+            num_layers=1,
             norm_num_groups=4,
             cross_attention_dim=16,
         ),
@@ -347,7 +348,8 @@ ENTRIES = (
         lambda: diffusers.ZImageTransformer2DModel(
             in_channels=4,
             dim=32,
-            n_layers=2,
+            n_layers=1,
+            n_refiner_layers=1,
             n_heads=2,
             n_kv_heads=2,
             cap_feat_dim=16,

@@ -8,8 +8,8 @@ from .shared import mask, same, thousandth
 
 FLUX = {
     "in_channels": 4,
-    "num_layers": 2,
-    "num_single_layers": 2,
+    "num_layers": 1,
+    "num_single_layers": 1,
     "attention_head_dim": 16,
     "num_attention_heads": 2,
     "joint_attention_dim": 16,
@@ -17,7 +17,7 @@ FLUX = {
 QWEN = {
     "in_channels": 16,
     "out_channels": 4,
-    "num_layers": 2,
+    "num_layers": 1,
     "attention_head_dim": 16,
     "num_attention_heads": 2,
     "joint_attention_dim": 16,
@@ -55,7 +55,7 @@ ENTRIES = (
     Entry(
         "BriaFiboTransformer2DModel",
         lambda: diffusers.BriaFiboTransformer2DModel(**FLUX, axes_dims_rope=[4, 6, 6], text_encoder_dim=8),
-        lambda draw: flux_inputs(draw) | {"text_encoder_layers": [draw.fixed(1, 7, 8) for _ in range(4)]},
+        lambda draw: flux_inputs(draw) | {"text_encoder_layers": [draw.fixed(1, 7, 8) for _ in range(2)]},
         same(),
         "BriaFiboPipeline",
     ),
@@ -89,7 +89,10 @@ ENTRIES = (
     Entry(
         "FluxTransformer2DModel",
         lambda: diffusers.FluxTransformer2DModel(
-            **FLUX, pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(4, 6, 6)
+            **(FLUX | {"num_layers": 2, "num_single_layers": 2}),
+            pooled_projection_dim=8,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
         ),
         lambda draw: {
             **flux_inputs(draw),
@@ -109,7 +112,7 @@ ENTRIES = (
     Entry(
         "NucleusMoEImageTransformer2DModel",
         lambda: diffusers.NucleusMoEImageTransformer2DModel(
-            **QWEN,
+            **(QWEN | {"num_layers": 2}),
             num_key_value_heads=1,
             mlp_ratio=8.0,  # the dense layers round their size down to a multiple of 128
             dense_moe_strategy="leave_first_block_dense",
@@ -133,7 +136,7 @@ ENTRIES = (
         lambda: diffusers.QwenImage21Transformer2DModel(
             in_channels=4,
             out_channels=4,
-            num_layers=2,
+            num_layers=1,
             attention_head_dim=16,
             num_attention_heads=2,
             context_in_dim=16,

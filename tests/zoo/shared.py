@@ -41,7 +41,7 @@ LTX2 = {
     "audio_num_attention_heads": 2,
     "audio_attention_head_dim": 8,
     "audio_cross_attention_dim": 16,
-    "num_layers": 2,
+    "num_layers": 1,
     "caption_channels": 16,
 }
 PIXART_LIKE = {
@@ -66,7 +66,7 @@ SANA = {
     "out_channels": 4,
     "num_attention_heads": 2,
     "attention_head_dim": 16,
-    "num_layers": 2,
+    "num_layers": 1,
     "num_cross_attention_heads": 2,
     "cross_attention_head_dim": 16,
     "cross_attention_dim": 32,
