@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,35 @@ from pab_fx.demo import Caption, recognise, run
 from pab_fx.demo.run import Result, compare, run_demo, save_animation
 
 
+@dataclass
+class Run:
+    """What the demo found, and how many threads there were in each of its generations and after it, of two."""
+
+    result: Result
+    inside: set[int]
+    after: int
+
+
 @pytest.fixture(scope="module")
-def result() -> Result:
-    return run_demo(steps=20, clips=2, rounds=1, seed=3)
+def ran() -> Run:
+    inside, generate = set[int](), run._generate
+
+    def generate_seen(*args: Any) -> Any:
+        inside.add(torch.get_num_threads())
+        return generate(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_generate", generate_seen)
+        torch.set_num_threads(2)
+        try:
+            return Run(run_demo(steps=30, clips=2, rounds=1, seed=703), inside, torch.get_num_threads())
+        finally:
+            torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def result(ran: Run) -> Result:
+    return ran.result
 
 
 def test_clips_show_what_their_captions_say_without_and_with_pab(result: Result) -> None:
@@ -36,28 +63,15 @@ def test_every_role_is_reused_and_the_clips_are_near_but_not_the_same(result: Re
     assert not any(np.array_equal(a, b) for a, b in ((without, kept), (without, forecast), (kept, forecast)))
 
 
-def test_a_forecast_is_nearer_than_what_was_kept_in_the_same_setting() -> None:
-    found = run_demo(steps=50, clips=1, rounds=1, seed=703)
-    assert found.psnr[0] + 1 < found.psnr[1]
-    assert found.ssim[0] < found.ssim[1]
+def test_a_forecast_is_nearer_than_what_was_kept_in_the_same_setting(result: Result) -> None:
+    assert result.psnr[0] + 1 < result.psnr[1]
+    assert result.ssim[0] < result.ssim[1]
 
 
-def test_the_demo_runs_on_one_thread_and_leaves_the_number_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_runs_on_one_thread_and_leaves_the_number_as_it_was(ran: Run) -> None:
     """Threads of a model this small wait for each other all the time, and for any other process on their cores."""
-    seen, generate = [], run._generate
-
-    def generate_seen(*args: Any) -> Any:
-        seen.append(torch.get_num_threads())
-        return generate(*args)
-
-    monkeypatch.setattr(run, "_generate", generate_seen)
-    torch.set_num_threads(2)
-    try:
-        run_demo(steps=8, clips=1, rounds=1)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-    assert set(seen) == {1}
+    assert ran.inside == {1}
+    assert ran.after == 2
 
 
 def test_the_animation_shows_all_frames(result: Result, tmp_path: Path) -> None:

@@ -45,12 +45,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("caption", CAPTIONS, ids=str)
 def test_drawn_clips_are_recognised(caption: Caption) -> None:
-    clips = [draw(caption, np.random.default_rng(seed)) for seed in range(5)]
+    clips = [draw(caption, np.random.default_rng(seed)) for seed in range(3)]
     assert clips[0].shape == (FRAMES, SIZE, SIZE, 3)
     assert clips[0].dtype == np.float32
     assert all(np.abs(clip).max() <= 1 for clip in clips)
-    assert [recognise(clip) for clip in clips] == [caption] * 5
-    assert all(max(fit(clip), key=fit(clip).get) == caption.shape for clip in clips)
+    assert [recognise(clip) for clip in clips] == [caption] * 3
+    for scores in map(fit, clips):
+        assert max(scores, key=scores.get) == caption.shape
 
 
 def test_recognition_survives_noise() -> None:
@@ -163,7 +164,8 @@ def test_trained_model_shows_what_the_caption_says(monkeypatch: pytest.MonkeyPat
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     captions = [CAPTIONS[i] for i in range(2, 96, 13)]  # 8 captions, each colour, shape and direction among them
-    frames = pipe([str(c) for c in captions], generator=[seeded(10_000 + i) for i in range(len(captions))]).frames
+    generators = [seeded(10_000 + i) for i in range(len(captions))]
+    frames = pipe([str(c) for c in captions], num_inference_steps=25, generator=generators).frames
     assert sum(recognise(2 * clip - 1) == caption for clip, caption in zip(frames, captions, strict=True)) >= 7
     assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) < 8e6
 

@@ -51,11 +51,27 @@ CONFIG = PABConfig(
 LATTE, COGVIDEOX = zoo.BY_NAME["LatteTransformer3DModel"], zoo.BY_NAME["CogVideoXTransformer3DModel"]
 
 
+@dataclasses.dataclass
+class Explained:
+    """A model, what it yielded before it was explained, and what was said."""
+
+    model: nn.Module
+    before: tuple[torch.Tensor, ...]
+    report: Report
+
+
 @pytest.fixture(scope="module")
-def latte() -> Report:
-    """All roles, two rules for one of them, and feed-forwards; of a generation with known timesteps."""
+def explained() -> Explained:
+    model = LATTE.build()
+    before = zoo.call(LATTE, model, 500.0, 0)
     options = {"timesteps": TIMESTEPS, "step_invariants": False}
-    return pab_fx.explain(LATTE.build(), LATTE.step(900.0, 0), CONFIG, rounds=2, **options)
+    return Explained(model, before, pab_fx.explain(model, LATTE.step(900.0, 0), CONFIG, rounds=2, **options))
+
+
+@pytest.fixture(scope="module")
+def latte(explained: Explained) -> Report:
+    """All roles, two rules for one of them, and feed-forwards; of a generation with known timesteps."""
+    return explained.report
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +136,12 @@ def test_caches_of_regions_are_what_is_kept(latte: Report, ran: Report) -> None:
         assert size == sum(region.cache_bytes for region in latte.regions if region.role == role and region.rule)
 
 
-def test_flops_are_those_that_torch_counts() -> None:
+def test_flops_are_those_that_torch_counts(latte: Report) -> None:
     model, inputs = LATTE.build(), LATTE.step(900.0, 0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
-    report = pab_fx.explain(model, inputs, PABConfig(2, 2, 2, mlp={"timesteps": 700}), rounds=0, step_invariants=False)
-    shares = [region.flops_share or 0.0 for region in report.regions]
-    counted = sum(region.flops for region in report.regions)
+    shares = [region.flops_share or 0.0 for region in latte.regions]
+    counted = sum(region.flops for region in latte.regions)
     assert counted / sum(shares) == pytest.approx(counter.get_total_flops())
     assert 0.5 < sum(shares) < 1
 
@@ -149,12 +164,9 @@ def test_a_reusing_step_runs_without_what_only_fed_an_attention(latte: Report) -
     assert graph.reusing <= graph.outside < graph.operations
 
 
-def test_the_model_is_left_as_it_was() -> None:
-    model = LATTE.build()
-    before = zoo.call(LATTE, model, 500.0, 0)
-    pab_fx.explain(model, LATTE.step(900.0, 0), CONFIG, rounds=0)
-    assert model._compiled_call_impl is None
-    assert all(map(torch.equal, before, zoo.call(LATTE, model, 500.0, 0)))
+def test_the_model_is_left_as_it_was(explained: Explained) -> None:
+    assert explained.model._compiled_call_impl is None
+    assert all(map(torch.equal, explained.before, zoo.call(LATTE, explained.model, 500.0, 0)))
 
 
 # ------------------------------------------------------------------------------------------ whatever the model
@@ -438,9 +450,10 @@ def test_the_command_writes_every_form(tmp_path: Path) -> None:
     assert files["md"].read_text() == report.markdown()
 
 
-def test_the_command_reads_a_config_from_a_file(tmp_path: Path) -> None:
-    PABConfig(cross_attention_block_skip_range=5).save(tmp_path / "config.json")
-    shown = invoke("wan", "--config", str(tmp_path / "config.json"), "--rounds", "0")
+def test_the_command_reads_a_config_from_a_file(tmp_path: Path, tiny_pipeline: Callable[[Path], None]) -> None:
+    tiny_pipeline(tmp_path / "pipeline")
+    PABConfig(spatial_attention_block_skip_range=5).save(tmp_path / "config.json")
+    shown = invoke(str(tmp_path / "pipeline"), "--config", str(tmp_path / "config.json"), "--rounds", "0")
     assert shown.exit_code == 0, shown.output
     assert "every 5th step" in shown.stdout
 

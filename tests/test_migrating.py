@@ -88,7 +88,17 @@ def hooks_on(pipe: Any) -> int:
     return len(zoo.hooked_modules(pipe.transformer))
 
 
-def test_hooks_before_and_after_make_the_same_picture() -> None:
+class CutOff(Exception):
+    """Ends a generation early."""
+
+
+def cut_off(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
+    if step == 10:
+        raise CutOff
+    return kwargs
+
+
+def test_hooks_before_and_after_make_the_same_picture_but_for_what_a_generation_that_was_cut_off_leaves() -> None:
     before, after = run_block("hooks, before"), run_block("hooks, after")
     assert hooks_on(before["pipe"])
     assert not hooks_on(after["pipe"])
@@ -97,6 +107,12 @@ def test_hooks_before_and_after_make_the_same_picture() -> None:
     assert torch.equal(latents(after["pipe"]), expected)
     assert after["pab"].report().reused > 0
     assert not torch.equal(latents(prompted.cogvideox()), expected)
+    same = {}
+    for name, pipe in (("before", before["pipe"]), ("after", after["pipe"])):
+        with pytest.raises(CutOff):
+            latents(pipe, callback_on_step_end=cut_off)
+        same[name] = torch.equal(latents(pipe), expected)
+    assert same == {"before": False, "after": True}
 
 
 def test_hooks_are_taken_over_and_put_back() -> None:
@@ -131,25 +147,6 @@ def test_branches_of_guidance_are_kept_apart() -> None:
     shared = pipelines.run(hooked, entry)
     assert not torch.equal(shared, apart)
     assert (apart - plain).norm() < (shared - plain).norm()
-
-
-def test_a_generation_that_was_cut_off_leaves_nothing_to_the_next() -> None:
-    class CutOff(Exception):
-        pass
-
-    def cut_off(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
-        if step == 10:
-            raise CutOff
-        return kwargs
-
-    same = {}
-    for name in ("before", "after"):
-        pipe = run_block("hooks, before" if name == "before" else "hooks, after")["pipe"]
-        expected = latents(pipe)
-        with pytest.raises(CutOff):
-            latents(pipe, callback_on_step_end=cut_off)
-        same[name] = torch.equal(latents(pipe), expected)
-    assert same == {"before": False, "after": True}
 
 
 def test_hooks_are_compiled_again_and_again_and_pab_is_captured_once() -> None:
@@ -359,7 +356,8 @@ def test_timesteps_that_are_fractions_are_cut_by_the_callback(videosys: Any) -> 
         cross_range=3,
     )
     expected = old.reuses(timesteps, block=0)
-    entry, loop = zoo.BY_NAME["LatteTransformer3DModel"], SimpleNamespace(timestep=0.0)
+    entry, loop = pipelines.BY_NAME["LattePipeline"], SimpleNamespace(timestep=0.0)
+    inputs_of = zoo.BY_NAME["LatteTransformer3DModel"].make_inputs
 
     def OpenSoraPABConfig() -> Any:
         return old
@@ -370,11 +368,11 @@ def test_timesteps_that_are_fractions_are_cut_by_the_callback(videosys: Any) -> 
         "cut": run_block("videosys, fractions", **names)["config"],
         "whole": names["from_videosys"](old),
     }.items():
-        model = entry.build()
+        model = entry.build().transformer
         with pab_fx.enable(model, config) as pab:
             counts = Counts({"pab": pab})
             for n, loop.timestep in enumerate(timesteps):
-                model(**entry.make_inputs(zoo.Draw(n)), timestep=torch.full((2,), loop.timestep))
+                model(**inputs_of(zoo.Draw(n)), timestep=torch.full((2,), loop.timestep))
                 counts.step()
         found[name] = counts.reuses
     assert found["cut"] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pipelines
 import pytest
 import torch
 import zoo
-from pipelines.oracle import hooked_run
+from pipelines.oracle import hooked_run, plain_and_hooked_run
 
 import pab_fx
 
@@ -24,6 +25,8 @@ QUICK = {
     "StableDiffusion3Pipeline",
     "DiTPipeline",
 }
+UNREAD = QUICK - {"AllegroPipeline"}
+"""Of Allegro's generations the first step is found by its timestep, which is read: its scheduler counts later."""
 entries = pytest.mark.parametrize(
     "entry",
     [
@@ -42,10 +45,32 @@ CONFIG = config_of(None)
 """Without a callback: timesteps are read off the scheduler."""
 
 
+def reads(pipe: Any, entry: pipelines.PipelineEntry) -> tuple[torch.Tensor, list[int]]:
+    """What a generation makes; and in each call of a denoiser, how often a tensor's value is read by the host."""
+    models = [getattr(pipe, name) for name in entry.denoisers]
+    calls = [model._compiled_call_impl for model in models]
+
+    def recorded(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function("denoiser"):
+            return call(*args, **kwargs)
+
+    for model, call in zip(models, calls, strict=True):
+        model._compiled_call_impl = functools.partial(recorded, call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        output = pipelines.run(pipe, entry)
+    for model, call in zip(models, calls, strict=True):
+        model._compiled_call_impl = call
+    # as the profiler has them: it takes a second to make the tree of `profile.events()`
+    events = profile.profiler.kineto_results.events()
+    spans = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == "denoiser"]
+    found = [event.start_ns() for event in events if event.name() == "aten::_local_scalar_dense"]
+    return output, [sum(start <= each <= end for each in found) for start, end in spans]
+
+
 @entries
-def test_a_pipeline_equals_the_hooks_bitwise(entry: pipelines.PipelineEntry) -> None:
-    """Two generations: the second one starts afresh by itself."""
-    plain, expected = pipelines.run(entry.build(), entry), hooked_run(entry, config_of)
+def test_a_pipeline_equals_the_hooks_bitwise_and_no_step_waits_for_the_device(entry: pipelines.PipelineEntry) -> None:
+    """Two generations: the second one starts afresh by itself. A GPU would be waited for where a value is read."""
+    plain, expected = plain_and_hooked_run(entry, config_of)
     assert not torch.equal(plain, expected)
     pipe = entry.build()
     flags = BREAKS_INSIDE_AN_ATTENTION.get(entry.name)
@@ -54,8 +79,12 @@ def test_a_pipeline_equals_the_hooks_bitwise(entry: pipelines.PipelineEntry) -> 
         pab_fx.enable(pipe, CONFIG, inner="eager") as pab,
     ):
         assert torch.equal(pipelines.run(pipe, entry), expected)
-        assert torch.equal(pipelines.run(pipe, entry), expected)
+        output, counted = reads(pipe, entry)
+        assert torch.equal(output, expected)
         report = pab.report()
+    if entry.name in UNREAD:
+        assert len(counted) >= entry.steps
+        assert not any(counted), counted
     assert report.reused > 0
     assert sum(role.cache_bytes for role in report.roles) == 0
     assert torch.equal(pipelines.run(pipe, entry), plain)
@@ -81,35 +110,24 @@ def test_blocks_compiled_once_for_all_equal_the_hooks_bitwise(name: str, lowerin
     )
 
 
-def reads(pipe: Any, entry: pipelines.PipelineEntry) -> list[int]:
-    """In each call of the denoiser in one generation, how often a tensor's value is read by the host."""
-    model = getattr(pipe, entry.denoisers[0])
-    call = model._compiled_call_impl
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        with torch.profiler.record_function("denoiser"):
-            return call(*args, **kwargs)
-
-    model._compiled_call_impl = recorded
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        pipelines.run(pipe, entry)
-    model._compiled_call_impl = call
-    spans = [event.time_range for event in profile.events() if event.name == "denoiser"]
-    found = [event.time_range.start for event in profile.events() if event.name == "aten::_local_scalar_dense"]
-    return [sum(span.start <= start <= span.end for start in found) for span in spans]
-
-
-@pytest.mark.parametrize("regional", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "regional"])
 @pytest.mark.parametrize(
-    ("name", "callback"),
+    ("name", "callback", "regional"),
     [
-        ("LattePipeline", False),
-        ("CogVideoXPipeline", True),
-        ("FluxPipeline-true_cfg", False),
-        ("StableDiffusion3Pipeline", False),
-        ("DiTPipeline", False),
-        ("StableDiffusionPipeline-heun", False),
-        ("WanPipeline", True),
+        ("CogVideoXPipeline", True, False),
+        ("StableDiffusionPipeline-heun", False, False),
+        *(
+            pytest.param(name, callback, regional, marks=pytest.mark.slow)
+            for name, callback, regional in (
+                ("LattePipeline", False, True),
+                ("CogVideoXPipeline", True, True),
+                ("FluxPipeline-true_cfg", False, True),
+                ("StableDiffusion3Pipeline", False, True),
+                ("DiTPipeline", False, True),
+                ("StableDiffusionPipeline-heun", False, True),
+                ("WanPipeline", True, False),
+                ("WanPipeline", True, True),
+            )
+        ),
     ],
 )
 def test_no_step_waits_for_the_device(name: str, callback: bool, regional: bool) -> None:
@@ -119,7 +137,7 @@ def test_no_step_waits_for_the_device(name: str, callback: bool, regional: bool)
     config = config_of(lambda: pipe.current_timestep) if callback else CONFIG
     with pab_fx.enable(pipe, config, inner="eager", regional=regional) as pab:
         pipelines.run(pipe, entry)  # compiles
-        counted = reads(pipe, entry)
+        _, counted = reads(pipe, entry)
         assert len(counted) >= entry.steps
         assert not any(counted), counted
         assert pab.report().reused > 0
@@ -132,8 +150,7 @@ SIZES = {
 """Sizes of which no two are equal in the first call: Dynamo would take them for one, and compile again."""
 
 
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(("name", "lowering"), [("FluxPipeline-true_cfg", "specialize"), ("CogVideoXPipeline", "cond")])
 def test_dynamic_shapes_serve_three_resolutions_without_a_recompile(name: str, lowering: str) -> None:
     entry = pipelines.BY_NAME[name]
     expected = [hooked_run(entry, config_of, **size) for size in SIZES[name]]

@@ -2,7 +2,7 @@
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import pab_fx
 from pab_fx import PABConfig
 
 CONFIG = PABConfig(spatial_attention_block_skip_range=2)
-MANY = torch._dynamo.config.recompile_limit + 4
+LIMIT, MANY = 2, 4
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -27,10 +27,18 @@ def nothing() -> None:
     pass
 
 
+@pytest.fixture
+def low_limit() -> Iterator[None]:
+    """Of recompiles, so that a few models are many."""
+    with torch._dynamo.config.patch(recompile_limit=LIMIT):
+        yield
+
+
 breaks = pytest.mark.parametrize("between", [None, nothing], ids=["whole", "with breaks"])
 
 
 @breaks
+@pytest.mark.usefixtures("low_limit")
 def test_each_of_many_models_of_a_class_is_broadcast(between: Callable[[], None] | None) -> None:
     for seed in range(MANY):
         model = Tiny(seed, between)
@@ -40,6 +48,7 @@ def test_each_of_many_models_of_a_class_is_broadcast(between: Callable[[], None]
 
 
 @breaks
+@pytest.mark.usefixtures("low_limit")
 def test_each_of_many_settings_of_a_model_is_broadcast(between: Callable[[], None] | None) -> None:
     model = Tiny(between=between)
     for low in range(100, 100 + MANY):
@@ -57,7 +66,7 @@ def two() -> tuple[tuple[Tiny, pab_fx.PAB], ...]:
 
 
 def reach_the_limit(model: Tiny) -> None:
-    """With `recompile_limit=2`."""
+    """With `recompile_limit=LIMIT`."""
     generate(model, length=5)
     generate(model, length=6)
     with pytest.warns(UserWarning, match=r"Tiny runs without broadcasting now.*_dynamo\.config\.recompile_limit"):
@@ -66,7 +75,7 @@ def reach_the_limit(model: Tiny) -> None:
 
 def test_a_model_that_reaches_the_limit_says_so(two: tuple[tuple[Tiny, pab_fx.PAB], ...]) -> None:
     (model, pab), _ = two
-    with torch._dynamo.config.patch(recompile_limit=2):
+    with torch._dynamo.config.patch(recompile_limit=LIMIT):
         reach_the_limit(model)
     assert "torch._dynamo.config.recompile_limit" in str(pab.report())
 
@@ -76,7 +85,7 @@ def test_a_model_that_reaches_the_limit_says_so(two: tuple[tuple[Tiny, pab_fx.PA
 )
 def test_a_model_that_reaches_the_limit_takes_nothing_from_others(two: tuple[tuple[Tiny, pab_fx.PAB], ...]) -> None:
     (model, _), (other, pab) = two
-    with torch._dynamo.config.patch(recompile_limit=2):
+    with torch._dynamo.config.patch(recompile_limit=LIMIT):
         reach_the_limit(model)
         generate(other)
     assert pab.report().reused == 2 * 3

@@ -16,7 +16,7 @@ import pytest
 import torch
 import zoo
 from pipelines import PipelineEntry
-from pipelines.oracle import hooked_run
+from pipelines.oracle import plain_and_hooked_run
 
 import pab_fx
 from pab_fx import PAB
@@ -74,8 +74,8 @@ def with_scheduler(entry: PipelineEntry, scheduler: Callable[[], Any]) -> Pipeli
 def reference(name: str, scheduler: str | None, overrides: tuple[tuple[str, Any], ...]) -> torch.Tensor:
     """What the hooks make of a generation, which is not what the bare pipeline does."""
     entry, given = entry_of(name, scheduler), call_of(name, dict(overrides))
-    expected = hooked_run(entry, config_of, **given)
-    assert not torch.equal(expected, pipelines.run(entry.build(), entry, **given))
+    plain, expected = plain_and_hooked_run(entry, config_of, **given)
+    assert not torch.equal(expected, plain)
     return expected
 
 
@@ -236,8 +236,7 @@ def test_a_generation_after_one_that_a_callback_cut_off_starts_afresh(enabled: M
 def test_an_interrupted_generation_equals_the_hooks_and_so_does_the_next(enabled: Make, name: str) -> None:
     run = enabled(name)
     given: dict[str, Any] = {"callback_on_step_end": interrupting_at(4)}
-    expected = hooked_run(run.entry, config_of, **given)
-    plain = pipelines.run(run.entry.build(), run.entry, **given)
+    plain, expected = plain_and_hooked_run(run.entry, config_of, **given)
     assert not torch.equal(expected, plain)
     for _ in range(2):
         assert torch.equal(run.run(**given), expected)

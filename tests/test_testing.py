@@ -111,7 +111,7 @@ def shuffled(gm: fx.GraphModule, spec: GraphSpec, data: st.DataObject) -> fx.Gra
     return fx.GraphModule(gm, graph)
 
 
-@settings(search, max_examples=50)
+@settings(search, max_examples=25)
 @given(graphs(), st.data())
 def test_another_order_and_other_names_are_the_same_graph(spec: GraphSpec, data: st.DataObject) -> None:
     gm = spec.build()
@@ -119,7 +119,7 @@ def test_another_order_and_other_names_are_the_same_graph(spec: GraphSpec, data:
     assert_graphs_equivalent(gm, shuffled(gm, spec, data), dead_code=True)
 
 
-@settings(search, max_examples=40)
+@settings(search, max_examples=20)
 @given(graphs())
 def test_a_graph_is_the_same_without_its_dead_code(spec: GraphSpec) -> None:
     gm = spec.build()
@@ -287,7 +287,7 @@ def test_any_change_of_what_a_graph_yields_is_found(change: str) -> None:
     """Whether a change matters is said by running both: then they differ, by name."""
     found = 0
 
-    @settings(search, max_examples=30)
+    @settings(search, max_examples=20)
     @given(graphs(), st.data())
     def check(spec: GraphSpec, data: st.DataObject) -> None:
         nonlocal found
@@ -517,7 +517,7 @@ def test_a_model_of_ones_own_is_named_in_the_repro() -> None:
 # ---------------------------------------------------------------------------------------------------- strategies
 
 
-@settings(search, max_examples=30)
+@settings(search, max_examples=15)
 @given(transformers(breaks=True), schedules(), configs(), graphs())
 def test_what_is_drawn_prints_as_python_that_makes_it(
     spec: TransformerSpec, schedule: Schedule, config: PABConfig, graph: GraphSpec
@@ -526,7 +526,7 @@ def test_what_is_drawn_prints_as_python_that_makes_it(
         assert eval(repr(each), {**vars(pab_fx), **vars(pab_fx.testing)}) == each
 
 
-@settings(search, max_examples=60)
+@settings(search, max_examples=30)
 @given(timestep_lists(), timestep_lists(restarts=True), schedules())
 def test_timesteps_rise_only_where_that_is_allowed(
     one: tuple[float, ...], other: tuple[float, ...], schedule: Schedule

@@ -5,6 +5,7 @@ embeddings of 7 tokens. Guidance is on, so that there are its two branches: in o
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -72,9 +73,9 @@ def _unet() -> Any:
     return _redrawn(
         lambda: diffusers.UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(16,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
             layers_per_block=1,
             attention_head_dim=2,
             cross_attention_dim=16,
@@ -145,9 +146,16 @@ def _image(height: int = 64, width: int = 64) -> torch.Tensor:
 # --- Flux and its relatives: packed latents, timestep / 1000 -------------------------------------------------
 
 
-def _flux(cls: Any) -> Any:
+def _flux(cls: Any, layers: int = 1) -> Any:
+    """With so many blocks of each of the two kinds."""
+    entry = zoo.BY_NAME["FluxTransformer2DModel"]
+
+    def make() -> Any:
+        model = entry.make()
+        return type(model).from_config({**model.config, "num_layers": layers, "num_single_layers": layers})
+
     return cls(
-        transformer=zoo.BY_NAME["FluxTransformer2DModel"].build(),
+        transformer=replace(entry, make=make).build(),
         scheduler=_flow_dynamic(),
         vae=_vae(1),
         text_encoder=None,

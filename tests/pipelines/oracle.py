@@ -34,8 +34,11 @@ def observed(pipe: Any, on_step: Callable[[Any], None]) -> Iterator[None]:
         cls.step = original
 
 
-def timesteps(entry: PipelineEntry, **overrides: Any) -> list[float]:
-    """The timesteps of a run: `pipe.current_timestep` where the pipeline has one, else those its scheduler is given."""
+def plain_run(entry: PipelineEntry, **overrides: Any) -> tuple[torch.Tensor, list[float]]:
+    """The output of a pipeline as it is, and its timesteps.
+
+    These are `pipe.current_timestep` where the pipeline has one, else those its scheduler is given.
+    """
     pipe, found = entry.build(), []
 
     def on_step(t: Any) -> None:
@@ -43,17 +46,24 @@ def timesteps(entry: PipelineEntry, **overrides: Any) -> list[float]:
         found.append(float(t if current is None else current))
 
     with observed(pipe, on_step):
-        run(pipe, entry, **overrides)
-    return found
+        output = run(pipe, entry, **overrides)
+    return output, found
 
 
 def hooked_run(entry: PipelineEntry, config_of: Callable[[Callable[[], float]], Any], **overrides: Any) -> torch.Tensor:
-    """The output of a pipeline whose denoisers have hooks.
+    """The output of a pipeline whose denoisers have hooks."""
+    return plain_and_hooked_run(entry, config_of, **overrides)[1]
+
+
+def plain_and_hooked_run(
+    entry: PipelineEntry, config_of: Callable[[Callable[[], float]], Any], **overrides: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs of a pipeline as it is, and of one whose denoisers have hooks.
 
     The hooks keep one counter for all guidance branches, so each branch (the k-th call of a step) gets a hooked
     copy of the model. They know no end of a section of a long video, where timesteps rise: there all are made anew.
     """
-    pipe, known = entry.build(), timesteps(entry, **overrides)
+    pipe, (plain, known) = entry.build(), plain_run(entry, **overrides)
     calls: Counter[str] = Counter()
     copies: dict[tuple[str, int], nn.Module] = {}
     position = 0
@@ -79,4 +89,4 @@ def hooked_run(entry: PipelineEntry, config_of: Callable[[Callable[[], float]], 
     for name in entry.denoisers:
         getattr(pipe, name).forward = dispatching(name)
     with observed(pipe, on_step):
-        return run(pipe, entry, **overrides)
+        return plain, run(pipe, entry, **overrides)

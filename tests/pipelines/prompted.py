@@ -69,8 +69,8 @@ def wan() -> Any:
     return _prepared(pipe, _encode_pair)
 
 
-def flux() -> Any:
-    pipe = image._flux(diffusers.FluxPipeline)
+def flux(layers: int = 2) -> Any:
+    pipe = image._flux(diffusers.FluxPipeline, layers)
     pipe.default_sample_size = 8
     return _prepared(pipe, encode_pooled)
 

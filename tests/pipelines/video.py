@@ -132,7 +132,7 @@ def _cogvideox_i2v() -> Any:
 
 def _cogvideox_v2v() -> Any:
     return diffusers.CogVideoXVideoToVideoPipeline(
-        transformer=_transformer("CogVideoXTransformer3DModel"),
+        transformer=_transformer("CogVideoXTransformer3DModel", num_layers=1),
         scheduler=_cogvideox_scheduler("CogVideoXDDIMScheduler"),
         vae=_cogvideox_vae(),
         **_NO_TEXT,
@@ -141,7 +141,7 @@ def _cogvideox_v2v() -> Any:
 
 def _latte() -> Any:
     return diffusers.LattePipeline(
-        transformer=_transformer("LatteTransformer3DModel"),
+        transformer=_transformer("LatteTransformer3DModel", num_layers=1),
         scheduler=diffusers.DDIMScheduler(clip_sample=False),
         vae=None,
         **_NO_TEXT,
