@@ -8,16 +8,11 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from packaging.requirements import Requirement
-from torch import nn
-
-from .enable import enable
-from .policy.config import PABConfig
-from .report.report import Report
 
 TIMESTEPS = (900.0, 700.0, 600.0, 500.0)
 """In the first everything is computed; in the second and the last everything reuses."""
@@ -39,26 +34,6 @@ class Check:
     name: str
     ok: bool | None
     found: str
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What `pab-fx doctor` found.
-
-    Args:
-        checks: in order.
-    """
-
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing failed."""
-        return all(check.ok is not False for check in self.checks)
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it as JSON has it."""
-        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
 
 def checks(inner: str = "inductor") -> Iterator[Check]:
@@ -156,53 +131,23 @@ def self_test(inner: str, tolerance: float = 0.0) -> str:
     Raises:
         RuntimeError: if the outputs differ, or nothing was reused.
     """
-    from .testing.hooked import Clock, Hooked
-    from .testing.specs import AttentionSpec, Schedule, Site, TransformerSpec
+    from .testing import AttentionSpec, Schedule, Site, TransformerSpec, assert_broadcasts_like
 
     kinds = ("self", "temporal", "cross")
     spec = TransformerSpec(tuple(map(AttentionSpec, kinds)), (tuple(Site(i) for i in range(len(kinds))),))
-    model, clock, begin = spec.build(), Clock(), time.perf_counter()
-    config = Schedule(ranges=(2, 2, 2)).config(clock)
-    expected = _generated(Hooked(model, config), spec, clock)
-    plain = _generated(model, spec, clock)
+    config, begin = Schedule(ranges=(2, 2, 2)).config(), time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with enable(model, config, inner=inner) as pab:
-            found = _generated(model, spec, clock)
-            reused = pab.report().reused
-    apart = float(
-        torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]).max()
-    )
-    if not reused or all(torch.equal(a, b) for a, b in zip(plain, expected, strict=True)):
-        raise RuntimeError("no attention was reused: please report this, with the versions above.")
-    if not apart <= tolerance:  # which a NaN is not
-        raise RuntimeError(f"outputs differ from those of diffusers' hooks by {apart:.1e}: please report this.")
-    equal = "equal to diffusers' hooks to the bit" if not tolerance else f"within {apart:.0e} of diffusers' hooks"
+        try:
+            found = assert_broadcasts_like(
+                spec.build(), config, inputs=spec.inputs, generations=[TIMESTEPS], tolerance=tolerance, inner=inner
+            )
+        except AssertionError as error:
+            said = str(error).partition("\n")[0]
+            raise RuntimeError(
+                f"outputs or what is reused differ from those of diffusers' hooks: {said} Please report this, with the "
+                "versions above."
+            ) from None
+    equal = "equal to diffusers' hooks to the bit" if not tolerance else f"within {tolerance:.0e} of diffusers' hooks"
+    reused = sum(n for step in found.steps for (_, is_reused), n in (step.counts or {}).items() if is_reused)
     return f"{len(TIMESTEPS)} steps, {reused} attentions reused, {equal}, {time.perf_counter() - begin:.0f} s"
-
-
-def _generated(model: Any, spec: Any, clock: Any) -> list[torch.Tensor]:
-    outputs = []
-    with torch.no_grad():
-        for seed, clock.t in enumerate(TIMESTEPS):
-            outputs += [each.clone() for each in model(*spec.inputs(clock.t, seed))]
-    return outputs
-
-
-# --------------------------------------------------------------------------------------------- what of a model
-
-
-def broadcast_of(model: nn.Module, kwargs: Any, config: PABConfig) -> Report:
-    """What a config with a range for every role would broadcast of a model.
-
-    Args:
-        model: the model.
-        kwargs: keyword arguments of a call.
-        config: for the callback that tells its timestep.
-    """
-    from .explain import explain
-
-    ranges = PABConfig(2, 2, 2, current_timestep_callback=config.current_timestep_callback)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return explain(model, kwargs, ranges, rounds=0)

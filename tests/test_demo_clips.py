@@ -12,7 +12,6 @@ from diffusers import DDIMScheduler, LatteTransformer3DModel
 from pab_fx.demo import CAPTIONS, VOCABULARY, WEIGHTS, Caption, ClipPipeline, draw, fit, load_pipeline, recognise
 from pab_fx.demo.clips import FRAMES, SIZE
 from pab_fx.demo.pipeline import encode_caption
-from pab_fx.demo.sheet import contact_sheet
 
 
 @pytest.fixture
@@ -168,11 +167,3 @@ def test_trained_model_shows_what_the_caption_says(monkeypatch: pytest.MonkeyPat
     frames = pipe([str(c) for c in captions], num_inference_steps=25, generator=generators).frames
     assert sum(recognise(2 * clip - 1) == caption for clip, caption in zip(frames, captions, strict=True)) >= 7
     assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) < 8e6
-
-
-def test_contact_sheet_has_a_row_for_each_clip() -> None:
-    frames = np.stack([draw(c, np.random.default_rng(0)) for c in CAPTIONS[:3]]) / 2 + 0.5
-    sheet = contact_sheet(frames, ["one", "two", "three"], scale=2, label_width=100)
-    assert sheet.shape == (3 * 66, 100 + FRAMES * 66, 3)
-    assert sheet.dtype == np.uint8
-    assert sheet[:, :100].max() > 200  # the labels are there

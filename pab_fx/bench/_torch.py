@@ -18,8 +18,7 @@ def captured_frames() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@contextlib.contextmanager
-def cold_compiler() -> Iterator[None]:
+def cold_compiler() -> contextlib.AbstractContextManager[None]:
     """Compile inside as the first process on a machine does: no cache in memory or on disk knows any kernel.
 
     Within it one graph's kernels serve the next, as they do for a user; `force_disable_caches` would give every graph
@@ -28,27 +27,23 @@ def cold_compiler() -> Iterator[None]:
     """
     from torch._inductor.utils import fresh_cache
 
-    with fresh_cache():
-        yield
+    found: contextlib.AbstractContextManager[None] = fresh_cache()
+    return found
 
 
 @contextlib.contextmanager
 def recompile_limit(entries: int) -> Iterator[None]:
-    """Let Dynamo compile each code object that many times. `recompile_limit` seen in 2.9 to 2.15."""
+    """Let Dynamo compile each code object that many times, and reach the limit without a page of warnings.
+
+    `recompile_limit` and `convert_frame` seen in 2.9 to 2.15.
+    """
     from torch._dynamo import config
 
-    with config.patch(recompile_limit=entries):
-        yield
-
-
-@contextlib.contextmanager
-def quiet_recompile_limit(entries: int) -> Iterator[None]:
-    """`recompile_limit`, without Dynamo's page of warnings when it is reached. `convert_frame` seen in 2.9 to 2.15."""
     logger = logging.getLogger("torch._dynamo.convert_frame")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with recompile_limit(entries):
+        with config.patch(recompile_limit=entries):
             yield
     finally:
         logger.setLevel(level)

@@ -5,38 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..report.palette import bare, pyplot
 from .results import BenchResult, ModelResult
 
 COLOURS = {"pab_fx specialize": "#1f6feb", "pab_fx cond": "#58a6ff", "regional": "#9ec9ff", "lower bound": "#c9a227"}
 OTHERS = "#9aa0a6"
-
-
-def check_chart(path: Path) -> None:
-    """Refuse a chart that could not be written, before anything runs.
-
-    Raises:
-        ValueError: without matplotlib, for a folder that is not there, or a suffix other than .png, .svg and .pdf.
-    """
-    _pyplot()
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"cannot write {path}: the chart is a .png, .svg or .pdf file.")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}.")
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def save_chart(result: BenchResult, path: Path) -> None:
     """Write the chart, a panel for each model.
 
     Raises:
-        ValueError: as `check_chart`; or if `compile` is not among the columns: bars are ratios to it.
+        ValueError: without matplotlib; or if `compile` is not among the columns: bars are ratios to it.
     """
-    check_chart(path)
     if not any(model.column("compile") for model in result.models):
         raise ValueError("the chart shows ratios to compile, which is not among the columns.")
     across = min(2, len(result.models))
     down = -(-len(result.models) // across)
     longest = max(len(model.columns) for model in result.models)
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         down, across, figsize=(6.4 * across, down * (0.34 * longest + 1.3)), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(result.models) :]:
@@ -46,7 +34,7 @@ def save_chart(result: BenchResult, path: Path) -> None:
     title = "Speed-up of a generation over torch.compile: median, and lowest to highest round as a black line"
     figure.suptitle(f"{title}\n{result.machine}", fontsize=9)
     figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def _draw(axis: Any, model: ModelResult) -> None:
@@ -69,16 +57,4 @@ def _draw(axis: Any, model: ModelResult) -> None:
     axis.set_xlim(0, 1.15 * max((column.speedup.high for column in columns if column.speedup), default=1.0))
     axis.tick_params(axis="x", labelsize=8)
     axis.set_title(model.title, fontsize=9, loc="left")
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ValueError('the chart needs matplotlib: pip install "pab-fx[bench]"') from None
-    return pyplot
+    bare(axis)

@@ -6,11 +6,13 @@ import copy
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 from .._torch import lookup_backend
 from ..diffusers.configs import policies_of
@@ -19,30 +21,6 @@ from ..enable import enable
 from ..policy.policy import assigned
 from ..policy.when import Rule, reused_calls
 from ..policy.where import ATTENTION_ROLES
-
-COLUMNS = (
-    "eager",
-    "hooks",
-    "compile",
-    "pab_fx specialize",
-    "no invariants",
-    "pab_fx cond",
-    "regional",
-    "lower bound",
-    "hooks + compile",
-)
-"""In the order in which they run. The last one exhausts Dynamo's recompile limit for the class."""
-
-HOOKS_AND_COMPILE = COLUMNS[-1]
-
-SHORT_NAMES = dict(
-    zip(
-        ("eager", "hooks", "compile", "specialize", "each-step", "cond", "regional", "bound", "both"),
-        COLUMNS,
-        strict=True,
-    )
-)
-"""As on the command line."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +108,7 @@ class Contender:
     """One column: a model that is called step by step. Plain in itself; the others replace what they do differently.
 
     Args:
-        setting: see there.
+        setting: what it is set up from.
         is_compiled: whether the model is handed to the compiler.
     """
 
@@ -203,12 +181,7 @@ def _identity(cache: Any) -> int:
 
 
 class Broadcasting(Contender):
-    """The model under `pab_fx.enable`.
-
-    Args:
-        setting: see there.
-        options: arguments of `enable`.
-    """
+    """The model under `pab_fx.enable`, with these options of its."""
 
     def __init__(self, setting: Setting, **options: Any) -> None:
         super().__init__(setting)
@@ -285,22 +258,17 @@ class LowerBound(Contender):
     @property
     def held_bytes(self) -> int:
         """Its constants: what the others keep in their caches."""
-        tensors = [tensor for constant in self._constants.values() for tensor in constant.buffers()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for constant in self._constants.values() for tensor in constant.buffers())
 
 
 def attention_outputs(model: nn.Module, names: Collection[str], inputs: Mapping[str, Any]) -> dict[str, Constant]:
     """What the modules of these names return in one step, as constants."""
     found: dict[str, Constant] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, outputs: Any) -> None:
-            tensors = [each.clone() for each in (outputs if isinstance(outputs, tuple) else (outputs,))]
-            found[name] = Constant(tuple(tensors) if isinstance(outputs, tuple) else tensors[0])
+    def keep(name: str, module: nn.Module, args: Any, outputs: Any) -> None:
+        found[name] = Constant(map_aggregate(outputs, torch.clone))  # type: ignore[arg-type]
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
     try:
         with torch.no_grad():
             model(**inputs)
@@ -316,17 +284,6 @@ def sharing_weights(model: nn.Module) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def contender(column: str, setting: Setting) -> Contender:
-    """Set a column up; nothing is compiled before its first step.
-
-    Raises:
-        ValueError: for a column that there is not.
-    """
-    if column not in SETUPS:
-        raise ValueError(f"unknown column {column!r}; the columns are {', '.join(COLUMNS)}.")
-    return SETUPS[column](setting)
-
-
 SETUPS: Mapping[str, Callable[[Setting], Contender]] = {
     "eager": Contender,
     "hooks": Hooked,
@@ -338,3 +295,15 @@ SETUPS: Mapping[str, Callable[[Setting], Contender]] = {
     "lower bound": LowerBound,
     "hooks + compile": lambda setting: Hooked(setting, is_compiled=True),
 }
+"""What sets each column up, in the order in which they run. The last one exhausts Dynamo's recompile limit."""
+
+COLUMNS = tuple(SETUPS)
+HOOKS_AND_COMPILE = COLUMNS[-1]
+_SHORT = ("eager", "hooks", "compile", "specialize", "each-step", "cond", "regional", "bound", "both")
+SHORT_NAMES = dict(zip(_SHORT, COLUMNS, strict=True))
+"""As on the command line."""
+
+
+def contender(column: str, setting: Setting) -> Contender:
+    """Set a column up; nothing is compiled before its first step."""
+    return SETUPS[column](setting)

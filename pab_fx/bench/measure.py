@@ -94,6 +94,7 @@ class Generation:
     outputs: tuple[torch.Tensor, ...] = ()
 
 
+@dataclass(frozen=True)
 class Trajectory:
     """What every contender runs: the same inputs at the same timesteps.
 
@@ -104,14 +105,10 @@ class Trajectory:
         device: where the model is.
     """
 
-    def __init__(
-        self,
-        timesteps: Sequence[float],
-        inputs: Sequence[Mapping[str, Any]],
-        clock: Clock,
-        device: torch.device,
-    ) -> None:
-        self.timesteps, self.inputs, self.clock, self.device = timesteps, inputs, clock, device
+    timesteps: Sequence[float]
+    inputs: Sequence[Mapping[str, Any]]
+    clock: Clock
+    device: torch.device
 
     @property
     def can_pause(self) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 import diffusers
 import torch
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
+from ..report.units import counted
 from .measure import Spread
 
 SCHEMA = 1
@@ -121,7 +122,7 @@ def machine_of(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     name = platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {counted(threads, 'thread')}"
 
 
 def versions() -> dict[str, str]:
@@ -180,7 +181,7 @@ def caption_of(result: ModelResult) -> str:
     rounds = max((len(column.seconds) for column in result.columns), default=0)
     return (
         f"{result.title}: {result.parameters / 1e6:.1f} M parameters, {result.dtype}, {result.steps} steps ({kinds}), "
-        f"{result.broadcast}; {rounds} round{'' if rounds == 1 else 's'}"
+        f"{result.broadcast}; {counted(rounds, 'round')}"
     )
 
 
@@ -189,10 +190,8 @@ def tables_of(result: ModelResult) -> list[Table]:
     header, rows = rows_of(result)
     tables = []
     for part in (slice(1, len(TIMES)), slice(len(TIMES), None)):
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column("", min_width=10)
-        for name in header[part]:
-            table.add_column(NARROW.get(name, name), justify="right", no_wrap=True)
+        heads = (Column(NARROW.get(name, name), justify="right", no_wrap=True) for name in header[part])
+        table = Table(Column(min_width=10), *heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for row in rows:
             table.add_row(row[0], *row[part])
         tables.append(table)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from functools import partial
 
 import torch
 from diffusers import PyramidAttentionBroadcastConfig
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..diffusers.configs import ranges_of
-from ._torch import default_recompile_limit, quiet_recompile_limit, recompile_limit
+from ..policy.when import SkipRange
+from ._torch import default_recompile_limit, recompile_limit
 from .contenders import HOOKS_AND_COMPILE, CountingCompiler, Plan, Setting
 from .measure import Clock, Trajectory
 from .models import BenchModel, diffusers_config, model_of, timesteps_of
@@ -40,15 +42,15 @@ def run_bench(settings: Settings, say: Say = lambda text: None) -> BenchResult:
     device = torch.device(settings.device)
     results = []
     for name in settings.models:
-        results.append(run_model(model_of(name, settings.size), settings, _prefixed(say, name)))
+        results.append(run_model(model_of(name, settings.size), settings, partial(_say_of, say, name)))
         gc.collect()  # models hold each other in cycles, and the next one needs their memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return BenchResult(settings.command, machine_of(device), versions(), tuple(results))
 
 
-def _prefixed(say: Say, name: str) -> Say:
-    return lambda text: say(f"{name}: {text}")
+def _say_of(say: Say, name: str, text: str) -> None:
+    say(f"{name}: {text}")
 
 
 def run_model(model: BenchModel, settings: Settings, say: Say) -> ModelResult:
@@ -107,7 +109,7 @@ def run_hooks_and_compile(race: Race) -> list[ColumnResult]:
     if HOOKS_AND_COMPILE not in race.settings.columns:
         return []
     both = [column for column in ("compile",) if column in race.entrants] + [HOOKS_AND_COMPILE]
-    with quiet_recompile_limit(default_recompile_limit() + sum(each.captures for each in race.entrants.values())):
+    with recompile_limit(default_recompile_limit() + sum(each.captures for each in race.entrants.values())):
         race.enter([HOOKS_AND_COMPILE])
         race.take_turns(both)
     if HOOKS_AND_COMPILE not in race.entrants:
@@ -127,10 +129,6 @@ def warm_up(inner: str, device: torch.device) -> None:
 
 def describe(config: PyramidAttentionBroadcastConfig, plan: Plan) -> str:
     """What a config broadcasts in a model, for people."""
-    parts = []
-    for role in plan.reuses:
-        low, high = getattr(config, f"{role}_attention_timestep_skip_range")
-        every = ranges_of(config)[role]
-        ordinal = {2: "nd", 3: "rd"}.get(every, "th")
-        parts.append(f"{role} every {every}{ordinal} step in ({low:g}, {high:g})")
-    return ", ".join(parts)
+    windows = {role: getattr(config, f"{role}_attention_timestep_skip_range") for role in plan.reuses}
+    rules = {role: SkipRange(ranges_of(config)[role], *window) for role, window in windows.items()}
+    return ", ".join(f"{role} {rule.describe().removeprefix('computed ')}" for role, rule in rules.items())

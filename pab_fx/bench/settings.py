@@ -60,11 +60,6 @@ class Settings:
             raise ValueError("there is no CUDA device here; run with --device cpu.")
 
 
-def default_minutes(device: str) -> float | None:
-    """How long a model may take where nothing is said: real models on a GPU would take long to compile."""
-    return 8.0 if device == "cuda" else None
-
-
 def columns_of(text: str) -> tuple[str, ...]:
     """Columns from the command line: short names with commas between, in any order.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +39,7 @@ class ModuleChanges:
     @property
     def mean(self) -> float:
         """The change from step to step, mean over a generation."""
-        found = [row[0] for row in self.by_lag if row]
-        return sum(found) / len(found) if found else 0.0
+        return statistics.fmean([row[0] for row in self.by_lag if row] or [0.0])
 
     def as_json(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
@@ -122,13 +121,10 @@ def mean_changes(found: Iterable[ModuleChanges]) -> tuple[ModuleChanges, ...]:
         if any(set(timesteps) <= set(plan) and len(timesteps) < len(plan) for plan in others):
             del alike[name, role, timesteps]
     return tuple(
-        ModuleChanges(name, role, timesteps, _mean_rows([each.by_lag for each in several]))
+        ModuleChanges(name, role, timesteps, tuple(map(_mean_row, *(each.by_lag for each in several))))
         for (name, role, timesteps), several in alike.items()
     )
 
 
-def _mean_rows(tables: Sequence[tuple[tuple[float, ...], ...]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(
-        tuple(math.fsum(values) / len(values) for values in zip(*rows, strict=True))
-        for rows in zip(*tables, strict=True)
-    )
+def _mean_row(*rows: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(map(statistics.fmean, zip(*rows, strict=True)))

@@ -51,8 +51,12 @@ def check_call(model: Any, generate: Any, call: Mapping[str, Any]) -> None:
 def check_counts(least: int, **counts: Any) -> None:
     """Refuse numbers of something that are none."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        if not _is_integer(value, least):
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_amounts(peak: Any, margin: Any) -> None:
@@ -66,7 +70,7 @@ def check_amounts(peak: Any, margin: Any) -> None:
 def check_ranges(ranges: Any) -> None:
     """Refuse skip ranges by which nothing is reused."""
     is_list = isinstance(ranges, Sequence) and not isinstance(ranges, str) and ranges
-    if not is_list or any(isinstance(n, bool) or not isinstance(n, Integral) or int(n) < 2 for n in ranges):
+    if not is_list or not all(_is_integer(each, 2) for each in ranges):
         raise ValueError(f"ranges must be skip ranges, integers of at least 2, got {ranges!r}.")
 
 

@@ -64,7 +64,7 @@ class Laboratory:
         self, groups: Sequence[Group], segments: Sequence[tuple[int, int]], base: PABConfig
     ) -> tuple[ErrorModel, CostModel]:
         """Let each group alone reuse every second step, in each segment alone."""
-        sketches, shares = [], []
+        sketches = []
         probes = [(group, segment) for group in groups for segment in segments]
         seconds: dict[str, list[float]] = {group.label: [] for group in groups}
         for group, segment in self._shown("probing", probes):
@@ -74,9 +74,8 @@ class Laboratory:
             entries = list(self._entries(config, None))
             sketches.append(np.concatenate([self._folder.load_array(entry["sketches"]) for entry in entries]))
             for entry in entries:
-                seconds[group.label] += share_of_step(
-                    step_seconds(entry["seconds"], len(group.timesteps)), group.reuses(option)
-                )
+                steps = step_seconds(entry["seconds"], len(group.timesteps))
+                seconds[group.label] += share_of_step(steps, group.reuses(option))
         vectors = np.stack(sketches, axis=1).astype(np.float64)  # [N, P, sketch]
         differences = self.differences(config)  # of the last one: what it tells of the samples holds for all
         shares = [max(statistics.median(seconds[group.label]), 0.0) for group in groups]
@@ -102,10 +101,7 @@ class Laboratory:
         name = hashlib.sha256(json.dumps(config.as_json(), sort_keys=True).encode()).hexdigest()[:16]
         for batch in self._batches if label is None else self._shown(label, self._batches):
             key = f"{name}-{batch.label}"
-            entry = self._folder.load(key)
-            if entry is None:
-                entry = self._generated(config, batch, key)
-            yield entry
+            yield self._folder.load(key) or self._generated(config, batch, key)
 
     def _generated(self, config: PABConfig, batch: Batch, key: str) -> dict[str, Any]:
         samples, seconds = self._trials.run(config, batch)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..policy.where import ROLES
+from ..report.palette import bare, pyplot
 from .changes import ModuleChanges
 from .result import Calibration, Outcome
 
@@ -16,15 +17,6 @@ COLOURS = {"spatial": "#1f6feb", "temporal": "#d1495b", "cross": "#2a9d5c", "mlp
 
 PROPOSAL, TRIED, COMPARED, PREDICTED = "#c9a227", "#9aa0a6", "#24292f", "#9ec9ff"
 CHANGE = "relative change from the step before"
-
-
-def check_plots() -> None:
-    """Refuse, before anything runs, what could not be drawn in the end.
-
-    Raises:
-        ValueError: without matplotlib.
-    """
-    _pyplot()
 
 
 def save_plots(found: Calibration) -> None:
@@ -38,15 +30,13 @@ def changes_by_layer(changes: Sequence[ModuleChanges], path: Path) -> None:
     """Write a heat map: a row for each attention and feed-forward, a column for each step."""
     from matplotlib.colors import LogNorm
 
-    pyplot = _pyplot()
     rows = [module for role in ROLES for module in changes if module.role == role]
-    known = [row[0] for module in rows for row in module.by_lag if row and row[0] > 0]
-    known.sort()
+    known = sorted(row[0] for module in rows for row in module.by_lag if row and row[0] > 0)
     few = len(known) // 50  # outliers at either end would leave the rest without contrast
     norm = LogNorm(vmin=known[few], vmax=known[-1 - few]) if known else None
     labels = len(rows) <= 60
     height = (0.24 if labels else 0.1) * len(rows) + 1.5
-    figure, axis = pyplot.subplots(figsize=(9.6, height), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(9.6, height), layout="constrained")
     steps = max(len(module.timesteps) for module in rows)
     table = [
         [float("nan")] * (steps - len(module.timesteps)) + [row[0] if row else float("nan") for row in module.by_lag]
@@ -54,8 +44,8 @@ def changes_by_layer(changes: Sequence[ModuleChanges], path: Path) -> None:
     ]
     image = axis.imshow(table, aspect="auto", cmap="magma", norm=norm, interpolation="nearest")
     bar = figure.colorbar(image, ax=axis, label=CHANGE, pad=0.01, fraction=0.04)
-    for subject in (bar.ax.yaxis.set_major_formatter, bar.ax.yaxis.set_minor_formatter):
-        subject(_percent)
+    bar.ax.yaxis.set_major_formatter(_percent)
+    bar.ax.yaxis.set_minor_formatter(_percent)
     bar.ax.tick_params(which="both", labelsize=8)
     axis.set_yticks(range(len(rows)) if labels else [], [module.name for module in rows] if labels else [], fontsize=7)
     for label, module in zip(axis.get_yticklabels(), rows, strict=False):
@@ -73,7 +63,7 @@ def changes_by_layer(changes: Sequence[ModuleChanges], path: Path) -> None:
 
 def changes_by_role(changes: Sequence[ModuleChanges], path: Path) -> None:
     """Write a curve for each role over the timesteps: the mean over layers, and the range of the layers as a band."""
-    figure, axis = _pyplot().subplots(figsize=(8.0, 4.4), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(8.0, 4.4), layout="constrained")
     for role in ROLES:
         of_role = [module for module in changes if module.role == role]
         at: dict[float, list[float]] = {}
@@ -84,18 +74,10 @@ def changes_by_role(changes: Sequence[ModuleChanges], path: Path) -> None:
         if not at:
             continue
         timesteps = sorted(at, reverse=True)
-        axis.fill_between(
-            timesteps,
-            [min(at[t]) for t in timesteps],
-            [max(at[t]) for t in timesteps],
-            color=COLOURS[role],
-            alpha=0.12,
-            linewidth=0,
-        )
+        low, mean, high = ([of(at[t]) for t in timesteps] for of in (min, statistics.fmean, max))
+        axis.fill_between(timesteps, low, high, color=COLOURS[role], alpha=0.12, linewidth=0)
         label = f"{role} ({len({module.name for module in of_role})} layers)"
-        axis.plot(
-            timesteps, [statistics.fmean(at[t]) for t in timesteps], color=COLOURS[role], label=label, linewidth=2
-        )
+        axis.plot(timesteps, mean, color=COLOURS[role], label=label, linewidth=2)
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(_percent)
     axis.yaxis.set_minor_formatter(lambda value, place: _percent(value, place) if f"{value:e}"[0] in "25" else "")
@@ -106,14 +88,14 @@ def changes_by_role(changes: Sequence[ModuleChanges], path: Path) -> None:
     axis.set_title("How much outputs change, by role: mean over layers, and their range", loc="left", fontsize=11)
     axis.grid(alpha=0.25, which="both", linewidth=0.5)
     axis.legend(frameon=False, fontsize=9, ncols=2, loc="lower center")
-    _bare(axis)
+    bare(axis)
     _save(figure, path)
 
 
 def pareto(found: Calibration, path: Path) -> None:
     """Write speed-up against error: the predicted front, what was generated with, the presets, and the proposal."""
     is_psnr = found.budget.psnr is not None
-    figure, axis = _pyplot().subplots(figsize=(8.0, 5.0), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(8.0, 5.0), layout="constrained")
 
     def error(outcome: Outcome) -> float:
         return outcome.psnr(found.peak) if is_psnr else outcome.relative_l2
@@ -124,9 +106,8 @@ def pareto(found: Calibration, path: Path) -> None:
     axis.plot(*zip(*line, strict=True), color=PREDICTED, linewidth=2.5, label="front, as predicted", zorder=1)
     others = [outcome for outcome in found.tried if outcome is not found.proposal]
     if others:
-        axis.scatter(
-            [error(o) for o in others], [o.speedup for o in others], color=TRIED, s=36, label="tried", zorder=2
-        )
+        points = list(map(error, others)), [outcome.speedup for outcome in others]
+        axis.scatter(*points, color=TRIED, s=36, label="tried", zorder=2)
     for outcome in found.compared:
         axis.scatter(error(outcome), outcome.speedup, color=COMPARED, marker="D", s=44, zorder=3)
         _label(axis, error(outcome), outcome.speedup, outcome.label, COMPARED)
@@ -149,14 +130,13 @@ def pareto(found: Calibration, path: Path) -> None:
     axis.set_ylim(1.0, most + 0.1)
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.legend(frameon=False, fontsize=9, loc="upper right")
-    _bare(axis)
+    bare(axis)
     _save(figure, path)
 
 
 def _label(axis: Any, x: float, y: float, text: str, colour: str, weight: str = "normal") -> None:
-    axis.annotate(
-        text, (x, y), xytext=(8, 5), textcoords="offset points", color=colour, fontsize=9, fontweight=weight, zorder=5
-    )
+    offset = {"xytext": (8, 5), "textcoords": "offset points"}
+    axis.annotate(text, (x, y), color=colour, fontsize=9, fontweight=weight, zorder=5, **offset)
 
 
 def _step_axis(axis: Any, timesteps: Sequence[float]) -> None:
@@ -171,22 +151,6 @@ def _percent(value: float, place: Any = None) -> str:
     return f"{100 * value:g} %"
 
 
-def _bare(axis: Any) -> None:
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ValueError('the pictures need matplotlib: pip install "pab-fx[bench]"') from None
-    return pyplot
+    pyplot().close(figure)

@@ -51,16 +51,16 @@ class ErrorModel:
         """What the samples of a setting are predicted to be, prompt by prompt."""
         scale = np.concatenate([scales(g, o, self.segments) for g, o in zip(self.groups, setting, strict=True)])
         squared = np.einsum("i,nij,j->n", scale, self.products, scale).clip(min=0.0)
+        return self._differences(squared)
+
+    def _differences(self, squared: np.ndarray) -> list[Difference]:
         return [Difference(float(s), float(n), self.size) for s, n in zip(squared, self.norms, strict=True)]
 
     def probes(self, group: int) -> list[list[Difference]]:
         """What each probe of a group made of the samples: for each segment, prompt by prompt."""
         count = len(self.segments)
         squared = np.diagonal(self.products, axis1=1, axis2=2)[:, group * count : (group + 1) * count]  # [N, segments]
-        return [
-            [Difference(float(s), float(n), self.size) for s, n in zip(of_segment, self.norms, strict=True)]
-            for of_segment in squared.T
-        ]
+        return list(map(self._differences, squared.T))
 
     @property
     def balanced(self) -> np.ndarray:

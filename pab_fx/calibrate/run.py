@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..policy.config import PRESETS, PABConfig
+from ..report.palette import pyplot
 from .budget import Budget
 from .files import Folder
 from .given import check_amounts, check_call, check_configs, check_counts, check_model, check_ranges, identity
 from .laboratory import Laboratory
-from .plots import check_plots, save_plots
+from .plots import save_plots
 from .prediction import CostModel, ErrorModel, scales
 from .result import Calibration, Predicted, mean_psnr
 from .samples import Generate, batches_of
@@ -105,7 +106,7 @@ def calibrate(
     check_amounts(peak, margin)
     check_ranges(ranges)
     check_configs(config=base, **{f"compare[{name!r}]": each for name, each in others.items()})
-    check_plots()
+    pyplot()
     batches = batches_of(prompts, seed, batch)
     to_enter = Trials(model, generate, call or {}, base, inner)
     home = Folder(folder, identity(model, generate, call or {}, batches, base, inner))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
@@ -250,4 +251,4 @@ def at_own_timesteps(config: PABConfig, timesteps: Sequence[float]) -> PABConfig
         )
         for each in config.mlp
     ]
-    return PABConfig.of({**{name: getattr(config, name) for name in config.__dataclass_fields__}, "mlp": mlp or None})
+    return dataclasses.replace(config, mlp=mlp or None)

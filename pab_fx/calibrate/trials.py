@@ -15,6 +15,7 @@ from .._torch import lookup_backend
 from ..enable import PAB, enable
 from ..policy.config import LayerBroadcast, MLPBroadcast, PABConfig
 from ..policy.when import Progress, Rule, SkipRange, Step
+from ..policy.where import ATTENTION_ROLES
 from .changes import ModuleChanges, Observer
 from .samples import Batch, Generate, sampler
 from .settings import rule_of
@@ -76,10 +77,8 @@ class Trials:
 
     Args:
         model: a pipeline, or a model.
-        generate: as for `calibrate`.
-        call: as for `calibrate`.
+        generate: as for `calibrate`, and so are `call` and `inner`.
         base: the config whose identifiers and timestep callback are taken over.
-        inner: compiles the graphs.
 
     Raises:
         ValueError, TypeError: as `enable`.
@@ -127,9 +126,7 @@ class Trials:
 
 def everything(base: PABConfig) -> PABConfig:
     """A config by which every attention and feed-forward is conditional; its rules are replaced in each trial."""
-    identifiers: dict[str, Any] = {
-        f"{role}_attention_block_identifiers": base.identifiers(role) for role in ("spatial", "temporal", "cross")
-    }
+    identifiers: dict[str, Any] = {f"{r}_attention_block_identifiers": base.identifiers(r) for r in ATTENTION_ROLES}
     return PABConfig(
         layers=LayerBroadcast(("",), skip_range=2),
         mlp=MLPBroadcast(timesteps=(0,)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..policy.config import PABConfig
 from .budget import Budget
@@ -14,6 +15,7 @@ from .search import next_try
 from .settings import Setting, config_of, graphs_of, reused_modules
 
 
+@dataclass(frozen=True)
 class Judge:
     """Tells of settings what they do to the samples, how fast they are, and whether they keep the budget.
 
@@ -26,35 +28,30 @@ class Judge:
         changes: the modules that there are.
     """
 
-    def __init__(
-        self,
-        laboratory: Laboratory,
-        budget: Budget,
-        peak: float,
-        margin: float,
-        costs: CostModel,
-        changes: Sequence[ModuleChanges],
-    ) -> None:
-        self._laboratory, self._budget, self._peak, self._margin = laboratory, budget, peak, margin
-        self._costs, self._changes = costs, changes
+    laboratory: Laboratory
+    budget: Budget
+    peak: float
+    margin: float
+    costs: CostModel
+    changes: Sequence[ModuleChanges]
 
     def outcome(self, label: str, config: PABConfig) -> Outcome:
         """Generate with a setting."""
-        differences = self._laboratory.differences(config, label)
+        differences = self.laboratory.differences(config, label)
         return Outcome(
             label=label,
             config=config,
             differences=differences,
-            speedup=self._costs.speedup_of(reused_modules(config, self._changes)),
-            graphs=graphs_of(config, self._changes),
-            room=self._budget.room(differences, self._peak, self._margin),
+            speedup=self.costs.speedup_of(reused_modules(config, self.changes)),
+            graphs=graphs_of(config, self.changes),
+            room=self.budget.room(differences, self.peak, self.margin),
         )
 
     def search(
         self, settings: Sequence[Setting], errors: ErrorModel, base: PABConfig, tries: int
     ) -> tuple[Outcome, ...]:
         """Generate with settings of the front, at most so many, until the fastest that keeps the budget is known."""
-        predicted = [self._budget.room(errors.differences(each), self._peak, self._margin) for each in settings]
+        predicted = [self.budget.room(errors.differences(each), self.peak, self.margin) for each in settings]
         tried: dict[int, Outcome] = {}
         for number in range(1, tries + 1):
             i = next_try(predicted, {i: outcome.room for i, outcome in tried.items()})
@@ -75,9 +72,9 @@ class Judge:
         nearest = max(outcomes, key=lambda outcome: outcome.room, default=None)
         told = ""
         if nearest is not None:
-            psnr, relative_l2 = nearest.psnr(self._peak), nearest.relative_l2
+            psnr, relative_l2 = nearest.psnr(self.peak), nearest.relative_l2
             told = f" the nearest of {len(outcomes)} has {psnr:.2f} dB and a relative L2 of {relative_l2:.3g};"
         raise RuntimeError(
-            f"no setting keeps the budget, {self._budget}, with {self._margin:g} standard errors in reserve:{told} "
+            f"no setting keeps the budget, {self.budget}, with {self.margin:g} standard errors in reserve:{told} "
             "allow more, give more prompts (their mean is then better known), or more tries."
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, check_json, console_for, refused, write_json
+from .common import Json, check_file, console_for, refused, write_json
 
 
 def bench(
@@ -37,15 +37,22 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models: shows that it runs, and no more.")] = False,
 ) -> None:
     """Time generations under hooks, torch.compile and pab_fx, in turns, and how near they are to the lower bound."""
+    from ..bench.chart import SUFFIXES, save_chart
     from ..bench.heap import keep_freed_memory
+    from ..bench.results import caption_of, markdown_of, tables_of
     from ..bench.run import run_bench
-    from ..bench.settings import Settings, columns_of, config_of, default_minutes
-    from ..bench.write import check_paths, show, write
+    from ..bench.settings import Settings, columns_of, config_of
+    from ..report.palette import pyplot
 
     console = console_for(json)
     with refused():
-        check_json(json)
-        check_paths(chart, markdown)
+        check_file(json)
+        check_file(markdown)
+        if chart is not None:
+            pyplot()
+            check_file(chart, "the chart", *SUFFIXES)
+        if minutes is None and device == "cuda":
+            minutes = 8.0  # real models take long to compile
         settings = Settings(
             models=tuple(dict.fromkeys(model or Settings.models)),
             columns=Settings.columns if columns is None else columns_of(columns),
@@ -56,14 +63,22 @@ def bench(
             pab=None if config is None else config_of(config),
             inner=inner,
             tell_timesteps=plan,
-            minutes=default_minutes(device) if minutes is None else minutes,
+            minutes=minutes,
             command=_command_of(context, "json", "chart", "markdown"),
         )
         keep_freed_memory()
         with console.status("") as status:  # which shows nothing but in a terminal
             result = run_bench(settings, status.update if console.is_terminal else _log)
-    show(result, console)
-    write(result, chart, markdown)
+    for measured in result.models:
+        console.print(f"{caption_of(measured)}.", highlight=False)
+        for table in tables_of(measured):
+            console.print(table)
+        for note in measured.notes:
+            console.print(f"{note}.", highlight=False)
+    if chart is not None:
+        save_chart(result, chart)
+    if markdown is not None:
+        markdown.write_text(markdown_of(result))
     write_json(json, result.as_json())
 
 

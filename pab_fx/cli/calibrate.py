@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Json, check_json, console_for, refused, write_json
+from .common import Json, check_file, console_for, refused, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +65,7 @@ def calibrate(
 
     console = console_for(json)
     with _resumable(folder), refused(), one_thread() if pipeline == "demo" else contextlib.nullcontext():
-        check_json(json)
+        check_file(json)
         limit = _limit_of(budget)
         arguments = {**_arguments_of(call or ()), **({} if steps is None else {"num_inference_steps": steps})}
         texts = _prompts_of(prompts, pipeline, count, seed)
@@ -107,13 +107,10 @@ def _resumable(folder: Path) -> Iterator[None]:
 def _limit_of(budget: str) -> Any:
     """A budget, or the setting to be no worse than."""
     from ..calibrate import Budget
-    from ..policy.config import PRESETS, PABConfig
+    from ..explain.subject import config_by
+    from ..policy.config import PRESETS
 
-    if budget in PRESETS:
-        return PABConfig.preset(budget)
-    if Path(budget).suffix == ".json":
-        return PABConfig.load(budget)
-    return Budget.of(budget)
+    return config_by(budget) if budget in PRESETS or budget.endswith(".json") else Budget.of(budget)
 
 
 def _arguments_of(given: list[str] | tuple[str, ...]) -> dict[str, Any]:
@@ -177,14 +174,11 @@ def _loaded(pipeline: str, device: str | None, dtype: str | None) -> Any:
 
 def _probes_of(found: Calibration) -> Table:
     """Where reuse does harm, and what it saves."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     title = "PSNR, dB, where one role alone reuses every second step within one window"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for low, high in found.windows:
-        table.add_column(f"{high:g} to {low:g}", justify="right")
-    table.add_column("of a step's time", justify="right")
+    heads = (*(f"{high:g} to {low:g}" for low, high in found.windows), "of a step's time")
+    table = Table("", *(Column(head, justify="right") for head in heads), title=title, title_justify="left")
     for label, psnrs in found.probes.items():
         table.add_row(label, *(f"{psnr:.1f}" for psnr in psnrs), f"{found.shares[label]:.0%}")
     return table
@@ -192,11 +186,11 @@ def _probes_of(found: Calibration) -> Table:
 
 def _table_of(found: Calibration) -> Table:
     """The proposal beside what it was compared with."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(title=f"{len(found.proposal.differences)} prompts, means", title_justify="left")
-    for column in ("", "PSNR, dB", "relative L2", "speed-up, predicted", "measured", "graphs"):
-        table.add_column(column, justify="right" if column else "left")
+    heads = ("PSNR, dB", "relative L2", "speed-up, predicted", "measured", "graphs")
+    title = f"{len(found.proposal.differences)} prompts, means"
+    table = Table("", *(Column(head, justify="right") for head in heads), title=title, title_justify="left")
     for outcome in (*found.compared, found.proposal):
         is_proposal = outcome is found.proposal
         table.add_row(

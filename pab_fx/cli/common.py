@@ -27,13 +27,17 @@ def is_output(path: Path | None) -> bool:
     return path is not None and str(path) == "-"
 
 
-def check_json(path: Path | None) -> None:
+def check_file(path: Path | None, kind: str = "", *suffixes: str) -> None:
     """Refuse a file that could not be written in the end, before anything runs.
 
     Raises:
-        ValueError: for a folder that is not there.
+        ValueError: for a folder that is not there, or another suffix than those there are of a kind.
     """
-    if path is not None and not is_output(path) and not path.absolute().parent.is_dir():
+    if path is None or is_output(path):
+        return
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"cannot write {path}: {kind} is a {', '.join(suffixes[:-1])} or {suffixes[-1]} file.")
+    if not path.absolute().parent.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}.")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import Json, check_json, console_for, refused, write_json
+from .common import Json, check_file, console_for, refused, write_json
 
 
 def demo(
@@ -23,12 +24,14 @@ def demo(
     json: Json = None,
 ) -> None:
     """Generate the same clips without and with PAB with a small trained video model, and compare them."""
-    from ..demo.run import check_path, run_demo, save_animation, table_of
+    from ..demo.run import run_demo, save_animation, table_of
 
     console = console_for(json)
     with refused():
-        check_path(output)
-        check_json(json)
+        check_file(output, "the animation", ".gif", ".mp4")
+        if output.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+            raise ValueError(f"cannot write {output}: pip install imageio-ffmpeg, or write a .gif.")
+        check_file(json)
         result = run_demo(steps, clips, rounds, seed, inner, lowering, console)
         save_animation(result, output)
     console.print(table_of(result))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, check_json, console_for, is_output, refused, write_json
+from .common import Json, check_file, console_for, is_output, refused, write_json
 
 
 def explain(
@@ -40,7 +40,7 @@ def explain(
 
     with refused():
         for path in (graph, html, markdown, json):
-            check_json(path)
+            check_file(path)
         if is_output(markdown) and is_output(json):
             raise ValueError("--markdown - and --json - would both go to standard output: give one of them a file.")
         console = console_for(markdown if is_output(markdown) else json)

@@ -100,10 +100,6 @@ class ClipPipeline(DiffusionPipeline):
         return self._guidance_scale
 
     @property
-    def guidance_rescale(self) -> float:
-        return self._guidance_rescale
-
-    @property
     def do_classifier_free_guidance(self) -> bool:
         return self._guidance_scale > 1.0
 
@@ -247,7 +243,7 @@ class ClipPipeline(DiffusionPipeline):
             uncond, cond = prediction.chunk(2)
             guided = uncond + self.guidance_scale * (cond - uncond)
             ratio = cond.std(dim=(1, 2, 3, 4), keepdim=True) / guided.std(dim=(1, 2, 3, 4), keepdim=True)
-            prediction = guided * torch.lerp(torch.ones_like(ratio), ratio, self.guidance_rescale)
+            prediction = guided * torch.lerp(torch.ones_like(ratio), ratio, self._guidance_rescale)
         return prediction
 
     def _check_inputs(

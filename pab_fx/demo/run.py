@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import statistics
 import time
@@ -17,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..enable import enable
@@ -174,43 +173,20 @@ def compare(reference: np.ndarray, clips: np.ndarray) -> tuple[float, float]:
 
 def _since(before: Report, after: Report) -> tuple[RoleReport, ...]:
     """The counts of `after` less those of `before`: of the generation between them."""
-    counts = {role.role: role for role in before.roles}
+    counts = {role.role: (role.computed, role.reused) for role in before.roles}
     return tuple(
-        replace(
-            role,
-            computed=role.computed - counts[role.role].computed,
-            reused=role.reused - counts[role.role].reused,
-        )
+        replace(role, computed=role.computed - counts[role.role][0], reused=role.reused - counts[role.role][1])
         for role in after.roles
     )
 
 
 def save_animation(result: Result, path: Path, scale: int = 5, fps: int = 6) -> None:
-    """Write the clips side by side, without PAB, as kept and as forecast, as GIF or MP4 by the path's suffix.
-
-    Raises:
-        ValueError: as `check_path`.
-    """
+    """Write the clips side by side, without PAB, as kept and as forecast, as GIF or MP4 by the path's suffix."""
     pictures = [_picture(result, frame, scale) for frame in range(result.frames[0].shape[1])]
     if path.suffix.lower() == ".gif":
         imageio.imwrite(path, pictures, duration=1000 / fps, loop=0)
     else:
         imageio.imwrite(path, np.stack(pictures * 4), fps=fps, plugin="FFMPEG")
-
-
-def check_path(path: Path) -> None:
-    """Refuse, before anything runs, a file that could not be written in the end.
-
-    Raises:
-        ValueError: for a folder that is not there, a suffix other than .gif and .mp4, or .mp4 without the
-            package imageio-ffmpeg.
-    """
-    if path.suffix.lower() not in (".gif", ".mp4"):
-        raise ValueError(f"cannot write {path}: the animation is a .gif or .mp4 file.")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}.")
-    if path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise ValueError(f"cannot write {path}: pip install imageio-ffmpeg, or write a .gif.")
 
 
 def _picture(result: Result, frame: int, scale: int) -> np.ndarray:
@@ -238,10 +214,8 @@ def _picture(result: Result, frame: int, scale: int) -> np.ndarray:
 
 def table_of(result: Result) -> Table:
     """The result as a table for a terminal."""
-    table = Table(title=f"{len(result.prompts)} clips, {result.steps} steps", title_justify="left")
-    table.add_column("")
-    for head in ("without PAB", "PAB, as kept", "PAB, forecast"):
-        table.add_column(head, justify="right")
+    heads = (Column(head, justify="right") for head in ("without PAB", "PAB, as kept", "PAB, forecast"))
+    table = Table("", *heads, title=f"{len(result.prompts)} clips, {result.steps} steps", title_justify="left")
     for role in result.roles:
         calls = role.computed + role.reused
         reused = f"{role.reused} ({role.reused / calls:.0%})"

@@ -1,9 +1,9 @@
 """What PAB does to a model, for people to see.
 
-explain     captures a model and measures it; a report like `PAB.report()`, with times
-content     what is said of a report: tables and lines
-text, markdown, html, json     ways to say it
-outline, drawing               the graphs before and after the rewrite
+explain      captures a model and measures it; a report like `PAB.report()`, with times
+stopwatch    times each node of a graph
+outline      the graphs before and after the rewrite, as boxes for a drawing
+subject      what the commands look at
 """
 
 from .explain import explain

@@ -129,7 +129,8 @@ def _reusing(captured: Captured) -> int | None:
     """How many operations are left where everything reuses that is broadcast."""
     if captured.graph is None:
         return None
-    reusing = lowered(captured.graph.lowerings.conditional, (True,) * captured.conditions, Lowering())
+    lowerings = captured.graph.lowerings
+    reusing = lowered(lowerings.conditional, (True,) * len(lowerings.conditionals), Lowering())
     return operations(reusing.graph.nodes)
 
 

@@ -10,8 +10,9 @@ the same                  of blocks.1 ...
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx
@@ -23,7 +24,7 @@ from ..graph.modules import joined, qualified_name
 from ..report.captured import Captured
 from ..report.costs import operations
 from ..report.data import Box, Outline, RegionReport
-from ..report.groups import joined_names
+from ..report.groups import joined_names, without_numbers
 from ..select.region import Region
 
 
@@ -53,7 +54,7 @@ class _Piece:
     def kind(self) -> object:
         """What two pieces of blocks that are alike have in common."""
         role = None if self.region is None else (self.region.role, self.region.policy, self.region.unsafe)
-        return role, _without_numbers(self.label)
+        return role, without_numbers(self.label)
 
 
 def _outline(captured: Captured, regions: Mapping[str, RegionReport]) -> Outline:
@@ -148,10 +149,6 @@ def _label(piece: _Piece, modules: Mapping[fx.Node, str | None], attended: Colle
     return ", ".join(parts or list(dict.fromkeys(done))[:3])
 
 
-def _without_numbers(text: str) -> str:
-    return re.sub(r"\d+", "#", text)
-
-
 # ------------------------------------------------------------------------------------------- what is alike, once
 
 
@@ -161,8 +158,9 @@ def _folded(pieces: Sequence[_Piece]) -> tuple[list[int], dict[int, list[str]]]:
     Blocks with attentions are alike if their pieces are; others if what is around them is alike, too. Of what lies
     between two blocks, only these are looked at.
     """
-    stretches = list(_stretches(pieces))
-    kinds = [(_without_numbers(pieces[each[0]].block), *(pieces[i].kind() for i in each)) for each in stretches]
+    # the pieces of each block, or between two, by their positions
+    stretches = [list(of) for _, of in itertools.groupby(range(len(pieces)), key=lambda i: pieces[i].block)]
+    kinds = [(without_numbers(pieces[each[0]].block), *(pieces[i].kind() for i in each)) for each in stretches]
     around = list(zip([None, *kinds], [*kinds[1:], None], strict=False))
     kinds = [
         kind if any(pieces[i].region for i in each) else (kind if kind[0] else None, near)
@@ -177,18 +175,6 @@ def _folded(pieces: Sequence[_Piece]) -> tuple[list[int], dict[int, list[str]]]:
         for i in like:
             copies.setdefault(i, []).append(pieces[stretch[0]].block)
     return first_of, copies
-
-
-def _stretches(pieces: Sequence[_Piece]) -> Iterator[list[int]]:
-    """The pieces of each block, or between two, by their positions."""
-    stretch: list[int] = []
-    for i, piece in enumerate(pieces):
-        if stretch and pieces[stretch[0]].block != piece.block:
-            yield stretch
-            stretch = []
-        stretch.append(i)
-    if stretch:
-        yield stretch
 
 
 # ------------------------------------------------------------------------------------------------------- edges

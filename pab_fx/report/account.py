@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import fx
 
+from ..compile.variants import ORIGIN
 from ..policy.when import Rule
 from ..policy.where import ROLES
 from ..run.runtime import Runtime
@@ -99,14 +100,10 @@ def _contexts(cells: Iterable[tuple[Hashable, Cell]]) -> tuple[ContextReport, ..
         name, branch = cast(tuple[Any, int], context)
         label = str(name or "") + (f" #{branch + 1}" if branch else "")
         total = found.setdefault(label, [0, 0])
-        total[0] += sum(map(_bytes, cell.caches or ()))
+        # one that is kept on another device comes with what brings it back
+        total[0] += sum((kept[0] if isinstance(kept, tuple) else kept).nbytes for kept in cell.caches or ())
         total[1] += sum(spec.size for spec in cell.specs)
     return tuple(ContextReport(label, *total) for label, total in sorted(found.items()))
-
-
-def _bytes(kept: Any) -> int:
-    tensor = kept[0] if isinstance(kept, tuple) else kept  # on another device, with what brings it back
-    return int(tensor.numel() * tensor.element_size())
 
 
 def _regions(captured: Sequence[Captured], regions: Sequence[Region]) -> tuple[RegionReport, ...]:
@@ -158,7 +155,10 @@ def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dic
     costs: dict[str, dict[str, Any]] = {}
     shares: dict[str, float] = defaultdict(float)
     for captured in graphs:
-        for calls in _by_module(captured.regions):
+        by_module: dict[str, list[Region]] = defaultdict(list)
+        for region in captured.regions:
+            by_module[region.name].append(region)
+        for calls in by_module.values():
             ids = {region.module_id for region in calls}
             names = list(captured.instances.get(calls[0]) or [calls[0].name])
             spared = {node for region in calls for node in captured.spared[region]}
@@ -178,14 +178,6 @@ def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dic
     return costs
 
 
-def _by_module(regions: Iterable[Region]) -> list[list[Region]]:
-    """The calls of each module."""
-    found: dict[str, list[Region]] = {}
-    for region in regions:
-        found.setdefault(region.name, []).append(region)
-    return list(found.values())
-
-
 def _measured(nodes: Iterable[fx.Node], rounds: Sequence[Round], count: int) -> tuple[float | None, float | None]:
     """Share and seconds of a step that one of `count` modules spends in these nodes; medians over rounds."""
     numbers = {node.meta.get(NUMBER) for node in nodes} - {None}
@@ -197,12 +189,17 @@ def _measured(nodes: Iterable[fx.Node], rounds: Sequence[Round], count: int) -> 
 
 
 def _graph(captured: Captured) -> GraphReport:
+    graph, size = captured.graph, operations(captured.gm.graph.nodes)
+    if graph is None:
+        return GraphReport(captured.frame, captured.runs, size, 0, outside=size, once=0, reusing=None)
+    conditions, nodes = len(graph.lowerings.conditionals), graph.lowerings.conditional.graph.nodes
+    reusing = graph.graphs.get((True,) * conditions)
     return GraphReport(
         frame=captured.frame,
         runs=captured.runs,
-        operations=captured.operations,
-        conditions=captured.conditions,
-        outside=captured.outside,
-        once=captured.once,
-        reusing=captured.reusing,
+        operations=size,
+        conditions=conditions,
+        outside=operations(node for node in nodes if ORIGIN in node.meta),
+        once=0 if graph.once is None else graph.once.operations,
+        reusing=None if reusing is None else operations(reusing.graph.nodes),
     )

@@ -15,7 +15,7 @@ from ..policy.when import Rule
 from ..run.call import BroadcastGraph
 from ..run.holding import addresses
 from ..select.region import Region
-from .costs import flops, operations, spared_by
+from .costs import flops, spared_by
 
 
 class Plain:
@@ -86,13 +86,6 @@ class Captured:
         sizes = self.graph.lowerings.slot_bytes
         return {anchor.module_id: sum(each) for anchor, each in zip(self.graph.anchors, sizes, strict=True)}
 
-    # ------------------------------------------------------------------------------------------- what it costs
-
-    @cached_property
-    def operations(self) -> int:
-        """How many operations the graph has."""
-        return operations(self.gm.graph.nodes)
-
     @cached_property
     def spared(self) -> Mapping[Region, tuple[fx.Node, ...]]:
         """For each region the nodes that a step which reuses it runs without."""
@@ -107,47 +100,12 @@ class Captured:
     @property
     def flops(self) -> Mapping[fx.Node, int]:
         """The floating-point operations of the nodes that have some, without what is computed once a generation."""
-        in_step = self._in_step
-        if in_step is None:
-            return self._flops
-        return {node: count for node, count in self._flops.items() if node.meta[ORIGIN] in in_step}
-
-    @property
-    def _in_step(self) -> set[int] | None:
-        """The nodes that each step runs, by their number; `None` for all."""
         if self.graph is None or self.graph.once is None:
-            return None
-        conditional = self.graph.lowerings.conditional
-        graphs = [module.graph for module in conditional.modules() if isinstance(module, fx.GraphModule)]
-        return {node.meta[ORIGIN] for graph in graphs for node in graph.nodes if ORIGIN in node.meta}
-
-    # -------------------------------------------------------------------------------- what the rewrite made of it
-
-    @property
-    def conditions(self) -> int:
-        """How many conditions the rewritten graph has."""
-        return 0 if self.graph is None else len(self.graph.lowerings.conditionals)
-
-    @property
-    def outside(self) -> int:
-        """How many operations of the captured graph are outside of the conditions, and run in each step."""
-        if self.graph is None:
-            return self.operations
-        nodes = self.graph.lowerings.conditional.graph.nodes
-        return operations(node for node in nodes if ORIGIN in node.meta and node.op.startswith("call"))
-
-    @property
-    def once(self) -> int:
-        """How many operations are computed once a generation."""
-        return 0 if self.graph is None or self.graph.once is None else self.graph.once.operations
-
-    @property
-    def reusing(self) -> int | None:
-        """How many operations the step runs that reuses everything, `None` where it was not compiled."""
-        if self.graph is None:
-            return None
-        found = self.graph.graphs.get((True,) * self.conditions)
-        return None if found is None else operations(found.graph.nodes)
+            return self._flops
+        modules = self.graph.lowerings.conditional.modules()
+        graphs = [module.graph for module in modules if isinstance(module, fx.GraphModule)]
+        in_step = {node.meta[ORIGIN] for graph in graphs for node in graph.nodes if ORIGIN in node.meta}
+        return {node: count for node, count in self._flops.items() if node.meta[ORIGIN] in in_step}
 
 
 def frame_of(names: ModuleNames) -> str:

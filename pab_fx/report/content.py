@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .data import GraphReport, ReportData
 from .groups import Group, grouped, joined_names
-from .strips import SOURCES
+from .strips import ruler
 from .units import counted, in_bytes, in_flops, in_percent, in_seconds, listed, unit_of
 
 
@@ -70,8 +70,22 @@ def role_table(report: ReportData) -> Table:
 def region_table(report: ReportData) -> Table:
     """What is broadcast: what it costs, and when it is computed; what is alike in one row."""
     groups = [group for group in grouped(report.regions) if group.left_alone is None]
-    unit = unit_of(group.cache_bytes for group in groups)
-    rows = tuple(_region_row(group, unit) for group in groups)
+    unit = unit_of(group.total("cache_bytes") for group in groups)
+    rows = [
+        (
+            group.name,
+            f"x {len(group.regions)}" if len(group.regions) > 1 else "",
+            group.first.role,
+            str(group.first.operations),
+            str(group.first.spared),
+            in_percent(group.total("flops_share")),
+            in_percent(group.total("time_share")),
+            in_bytes(group.total("cache_bytes"), unit),
+            group.first.rule,
+            group.why,
+        )
+        for group in groups
+    ]
     columns = (
         Column("attention", "or feed-forward; what is alike in one row", is_number=False),
         Column("", "how many of them"),
@@ -84,28 +98,12 @@ def region_table(report: ReportData) -> Table:
         Column("rule", "when it is computed; outside of the timesteps in brackets in every step", is_number=False),
         Column("why", "why it has that role", is_number=False),
     )
-    return Table(columns, rows).without_empty_columns()
-
-
-def _region_row(group: Group, unit: str) -> tuple[str, ...]:
-    region, count = group.first, len(group.regions)
-    return (
-        group.name,
-        f"x {count}" if count > 1 else "",
-        region.role,
-        str(region.operations),
-        str(region.spared),
-        in_percent(group.flops_share),
-        in_percent(group.time_share),
-        in_bytes(group.cache_bytes, unit),
-        region.rule,
-        group.why,
-    )
+    return Table(columns, tuple(rows)).without_empty_columns()
 
 
 def graph_table(report: ReportData) -> Table:
     """What the rewrite did to each captured graph that has something to broadcast; those that are alike in one row."""
-    alike: dict[object, list[GraphReport]] = {}
+    alike: dict[tuple[int | None, ...], list[GraphReport]] = {}
     for graph in report.captured:
         if graph.conditions:
             key = (graph.operations, graph.conditions, graph.outside, graph.once, graph.reusing)
@@ -119,20 +117,15 @@ def graph_table(report: ReportData) -> Table:
         Column("once", "operations that are computed once a generation"),
         Column("reusing all", "operations of the step that reuses everything"),
     )
-    return Table(columns, tuple(map(_graph_row, alike.values()))).without_empty_columns()
-
-
-def _graph_row(alike: list[GraphReport]) -> tuple[str, ...]:
-    first = alike[0]
-    return (
-        joined_names([graph.frame or "the model" for graph in alike]),
-        str(sum(graph.runs for graph in alike)),
-        str(first.operations),
-        str(first.conditions),
-        str(first.outside),
-        str(first.once),
-        "" if first.reusing is None else str(first.reusing),
-    )
+    rows = [
+        (
+            joined_names([graph.frame or "the model" for graph in graphs]),
+            str(sum(graph.runs for graph in graphs)),
+            *("" if number is None else str(number) for number in numbers),
+        )
+        for numbers, graphs in alike.items()
+    ]
+    return Table(columns, tuple(rows)).without_empty_columns()
 
 
 def graph_lines(report: ReportData) -> list[str]:
@@ -157,18 +150,27 @@ def graph_lines(report: ReportData) -> list[str]:
     return lines
 
 
+def broadcast(report: ReportData) -> Group:
+    """All that is not left alone."""
+    return Group(tuple(region for region in report.regions if region.left_alone is None))
+
+
+def time_of(report: ReportData) -> tuple[str, str]:
+    """The share of a step's time that what is broadcast has, and that in seconds; "" where it was not measured."""
+    if report.seconds is None:
+        return "", ""
+    share = broadcast(report).total("time_share") or 0.0
+    return in_percent(share), f"{in_seconds(share * report.seconds)} of {in_seconds(report.seconds)}"
+
+
 def step_line(report: ReportData) -> str:
     """What a step that reuses nothing takes, and how much of it is broadcast; "" where nothing is known of that."""
-    regions = [region for region in report.regions if region.left_alone is None]
-    flops = sum(region.flops for region in regions)
-    share = sum(region.flops_share or 0.0 for region in regions)
+    own, (share, spent) = broadcast(report), time_of(report)
+    flops = own.total("flops")
     if not flops:
         return ""
-    said = [f"{in_percent(share)} of a step's FLOPs ({in_flops(flops)})"]
-    if report.seconds is not None:
-        time = sum(region.time_share or 0.0 for region in regions)
-        spent = f"{in_seconds(time * report.seconds)} of {in_seconds(report.seconds)}"
-        said.append(f"{in_percent(time)} of its time ({spent})")
+    of_time = [f"{share} of its time ({spent})"] if share else []
+    said = [f"{in_percent(own.total('flops_share') or 0.0)} of a step's FLOPs ({in_flops(flops)})", *of_time]
     return f"what is broadcast has {listed(said)}"
 
 
@@ -186,16 +188,19 @@ def _of_role(group: Group) -> str:
     return f"{group.name} ({group.first.role})"
 
 
-def source_of(report: ReportData) -> str:
-    """How the timesteps of the schedule are known."""
-    return SOURCES[report.schedule.source]
-
-
 def strip_labels(report: ReportData) -> list[str]:
     """What stands before each strip of the schedule: its role; its rule, too, where a role has several."""
     strips = report.schedule.strips
     roles = [strip.role for strip in strips]
     return [strip.role if roles.count(strip.role) == 1 else f"{strip.role}, {strip.rule}" for strip in strips]
+
+
+def strip_lines(report: ReportData, gap: str) -> list[str]:
+    """The strips of the schedule under their timesteps, with labels before them and gaps between the steps."""
+    strips = [gap.join(strip.steps) for strip in report.schedule.strips]
+    labels, lines = ["timestep", *strip_labels(report)], [ruler(report.schedule.timesteps, 1 + len(gap)), *strips]
+    width = max(map(len, labels)) + 2
+    return [f"{label.ljust(width)}{line}" for label, line in zip(labels, lines, strict=True)]
 
 
 def title_of(report: ReportData) -> str:

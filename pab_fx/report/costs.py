@@ -120,7 +120,9 @@ def _counted(call: Callable[..., Any], args: tuple[Any, ...], kwargs: tuple[Any,
     """The operations of one call; equal blocks make equal calls."""
 
     def stand_in(argument: Any) -> Any:
-        return torch.empty(argument.sizes, dtype=argument.dtype, device="meta") if _is_shape(argument) else argument
+        if not isinstance(argument, _Shape):
+            return argument
+        return torch.empty(argument.sizes, dtype=argument.dtype, device="meta")
 
     positional, named = map_aggregate((args, dict(kwargs)), stand_in)
     try:
@@ -129,7 +131,3 @@ def _counted(call: Callable[..., Any], args: tuple[Any, ...], kwargs: tuple[Any,
     except Exception:  # a count is no reason to fail: what cannot be computed without data is no product
         return 0
     return int(counter.get_total_flops())
-
-
-def _is_shape(argument: Any) -> bool:
-    return isinstance(argument, _Shape)

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from .data import Box, Outline, RegionReport, ReportData
-from .layout import HEIGHT, Detour, Layout, Place, laid_out
+from .layout import HEIGHT, Layout, Place, laid_out
 from .palette import PLAIN_COLOUR, ROLE_COLOURS
 from .units import counted, in_bytes, in_flops
 
@@ -48,7 +48,9 @@ def drawing(report: ReportData) -> str:
     svg = Element("svg", xmlns="http://www.w3.org/2000/svg", role="img")
     _add(svg, "title", f"{report.model or 'The graph'} before and after the rewrite")
     _add(svg, "style", STYLE)
-    _arrow_head(_add(svg, "defs"))
+    head = {"viewBox": "0 0 8 8", "refX": "7", "refY": "4", "markerWidth": "7", "markerHeight": "7"}
+    marker = _add(_add(svg, "defs"), "marker", id="arrow", orient="auto", **head)
+    _add(marker, "path", d="M 0 0 L 8 4 L 0 8 z", fill=LINE)
     background = _add(svg, "rect", fill="#ffffff")
     y, width = MARGIN, 0.0
     for outline in report.outlines:
@@ -70,24 +72,30 @@ def drawing(report: ReportData) -> str:
 
 
 def _draw(to: Element, outline: Outline, layout: Layout, is_after: bool) -> None:
-    for frame in layout.frames:
-        _add(to, "rect", **_rect(frame.place, 10), fill="#f4f6f8", stroke="#dde2e8")
+    for _, around in layout.frames:
+        _add(to, "rect", **_rect(around, 10), fill="#f4f6f8", stroke="#dde2e8")
     places = [_drawn(box, place, is_after) for box, place in zip(outline.boxes, layout.places, strict=True)]
     for a, b in layout.straight:
         _arrow(to, f"M {places[a].middle[0]:g} {places[a].low:g} V {places[b].y:g}")
-    for detour in layout.detours:
-        _arrow(to, _way_around(detour, places))
-    for frame in layout.frames:
-        _text(to, frame.place.x + 12, frame.place.y + 20, _short(frame.label, 50), "small frame")
+    for (a, b), x in layout.detours:
+        _arrow(to, _way_around(places[a], places[b], x))
+    for label, around in layout.frames:
+        _text(to, around.x + 12, around.y + 20, _short(label, 50), "small frame")
     for box, place in zip(outline.boxes, places, strict=True):
-        group = _add(to, "g")
+        group, region, size = _add(to, "g"), box.region, counted(box.operations, "operation")
         _add(group, "title", _told(box))
-        if box.region is None:
-            _draw_plain(group, box, place)
-        elif is_after and box.region.left_alone is None:
-            _draw_condition(group, box, box.region, place)
+        if region is None:
+            _add(group, "rect", **_rect(place, 6 if box.operations else 23), fill="#ffffff", stroke=PLAIN_COLOUR)
+            named = textwrap.wrap(_short(box.label, 70), 36)
+            _lines(group, place, [_short(box.label, 36), size] if box.operations else named)
+        elif is_after and region.left_alone is None:
+            _draw_condition(group, box, region, place)
         else:
-            _draw_region(group, box, box.region, place)
+            colour, second = ROLE_COLOURS[region.role], size
+            if region.left_alone:
+                colour, second = PLAIN_COLOUR, "computed in every step"
+            _add(group, "rect", **_rect(place, 6), fill=colour)
+            _lines(group, place, [f"{_end(box.label, 24)}: {region.role}", second], "light")
 
 
 def _drawn(box: Box, place: Place, is_after: bool) -> Place:
@@ -95,20 +103,6 @@ def _drawn(box: Box, place: Place, is_after: bool) -> Place:
     if box.region is None or (is_after and box.region.left_alone is None):
         return place
     return Place(place.x, place.middle[1] - HEIGHT / 2, place.width, HEIGHT)
-
-
-def _draw_plain(to: Element, box: Box, place: Place) -> None:
-    _add(to, "rect", **_rect(place, 6 if box.operations else 23), fill="#ffffff", stroke=PLAIN_COLOUR)
-    if box.operations:
-        _lines(to, place, [_short(box.label, 36), counted(box.operations, "operation")])
-    else:
-        _lines(to, place, textwrap.wrap(_short(box.label, 70), 36))
-
-
-def _draw_region(to: Element, box: Box, region: RegionReport, place: Place) -> None:
-    _add(to, "rect", **_rect(place, 6), fill=PLAIN_COLOUR if region.left_alone else ROLE_COLOURS[region.role])
-    second = "computed in every step" if region.left_alone else counted(box.operations, "operation")
-    _lines(to, place, [f"{_end(box.label, 24)}: {region.role}", second], "light")
 
 
 def _draw_condition(to: Element, box: Box, region: RegionReport, place: Place) -> None:
@@ -127,14 +121,14 @@ def _draw_condition(to: Element, box: Box, region: RegionReport, place: Place) -
 
 def _told(box: Box) -> str:
     """What is said of a box when the pointer rests on it."""
-    region = box.region
+    region, size = box.region, counted(box.operations, "operation")
     if region is None:
         name = f"{box.block}: {box.label}" if box.block else box.label
-        return "\n".join([name, *([counted(box.operations, "operation")] if box.operations else [])])
+        return f"{name}\n{size}" if box.operations else name
     lines = [
         region.name if box.copies == 1 else f"{region.name}, and {box.copies - 1} like it",
         f"{region.role}: {region.why}",
-        f"{counted(box.operations, 'operation')}, {in_flops(region.flops)} floating-point operations",
+        f"{size}, {in_flops(region.flops)} floating-point operations",
         region.left_alone or f"{region.rule}; cache: {in_bytes(region.cache_bytes)}",
     ]
     return "\n".join(lines)
@@ -175,26 +169,20 @@ def _cylinder(to: Element, place: Place, colour: str) -> None:
     _add(to, "path", d=body, fill="#ffffff", stroke=colour, stroke_width="1.5")
 
 
-def _way_around(detour: Detour, places: Sequence[Place]) -> str:
+def _way_around(source: Place, target: Place, out: float) -> str:
     """Out of the side of a box, down, and into the side of another one."""
-    source, target = places[detour.edge[0]], places[detour.edge[1]]
-    is_right = detour.x > source.x
+    is_right = out > source.x
     x = source.right if is_right else source.x
     bend = 6 if is_right else -6
     begin, end = source.low - 10, target.y + 10
     return (
-        f"M {x:g} {begin:g} H {detour.x - bend:g} q {bend} 0 {bend} 6 V {end - 6:g} "
+        f"M {x:g} {begin:g} H {out - bend:g} q {bend} 0 {bend} 6 V {end - 6:g} "
         f"q 0 6 {-bend} 6 H {x + (1 if is_right else -1):g}"
     )
 
 
 def _arrow(to: Element, path: str) -> None:
     _add(to, "path", d=path, fill="none", stroke=LINE, stroke_width="1.2", marker_end="url(#arrow)")
-
-
-def _arrow_head(to: Element) -> None:
-    size = {"viewBox": "0 0 8 8", "refX": "7", "refY": "4", "markerWidth": "7", "markerHeight": "7"}
-    _add(_add(to, "marker", id="arrow", orient="auto", **size), "path", d="M 0 0 L 8 4 L 0 8 z", fill=LINE)
 
 
 def _short(text: str, length: int) -> str:

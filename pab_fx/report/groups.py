@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .data import RegionReport
 
@@ -40,25 +41,10 @@ class Group:
         reasons = [region.left_alone for region in self.regions if region.left_alone]
         return joined_names(reasons) if reasons else None
 
-    @property
-    def flops_share(self) -> float | None:
-        """What they have together of the floating-point operations of a step."""
-        return _sum(region.flops_share for region in self.regions)
-
-    @property
-    def seconds(self) -> float | None:
-        """What they take together."""
-        return _sum(region.seconds for region in self.regions)
-
-    @property
-    def time_share(self) -> float | None:
-        """What they have together of the time of a step."""
-        return _sum(region.time_share for region in self.regions)
-
-    @property
-    def cache_bytes(self) -> int:
-        """What their caches hold together."""
-        return sum(region.cache_bytes for region in self.regions)
+    def total(self, name: str) -> Any:
+        """What they have together of something; `None` where it is not known of any."""
+        numbers = [found for region in self.regions if (found := getattr(region, name)) is not None]
+        return sum(numbers) if numbers else None
 
 
 def grouped(regions: Iterable[RegionReport]) -> tuple[Group, ...]:
@@ -66,7 +52,7 @@ def grouped(regions: Iterable[RegionReport]) -> tuple[Group, ...]:
     alike: dict[object, list[RegionReport]] = {}
     for region in regions:
         costs = (region.operations, region.spared, region.flops, region.cache_bytes)
-        texts = map(_without_numbers, (region.name, region.why, region.left_alone or "", region.note or ""))
+        texts = map(without_numbers, (region.name, region.why, region.left_alone or "", region.note or ""))
         alike.setdefault((region.role, region.rule, *costs, *texts), []).append(region)
     return tuple(Group(tuple(each)) for each in alike.values())
 
@@ -81,7 +67,7 @@ def joined_names(names: Sequence[str]) -> str:
         'down.0.attn, down.2.attn, up.1.attn'
     """
     unique = list(dict.fromkeys(names))
-    if len(set(map(_without_numbers, unique))) > 1:
+    if len(set(map(without_numbers, unique))) > 1:
         return ", ".join(unique)
     parts = zip(*(re.split(r"(\d+)", name) for name in unique), strict=True)
     return "".join(part[0] if len(set(part)) == 1 else _numbers(sorted(set(map(int, part)))) for part in parts)
@@ -98,10 +84,6 @@ def _numbers(found: Sequence[int]) -> str:
     return "{" + ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs) + "}"
 
 
-def _without_numbers(text: str) -> str:
+def without_numbers(text: str) -> str:
+    """A text with a mark in place of each number."""
     return re.sub(r"\d+", "#", text)
-
-
-def _sum(found: Iterable[float | None]) -> float | None:
-    numbers = [number for number in found if number is not None]
-    return sum(numbers) if numbers else None

@@ -43,27 +43,6 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What is drawn around the boxes of a block."""
-
-    label: str
-    place: Place
-
-
-@dataclass(frozen=True)
-class Detour:
-    """An edge that leads around other boxes.
-
-    Args:
-        edge: from which box to which, by their positions.
-        x: how far out it leads.
-    """
-
-    edge: Edge
-    x: float
-
-
-@dataclass(frozen=True)
 class Layout:
     """An outline that is laid out.
 
@@ -72,16 +51,16 @@ class Layout:
         height: of the whole.
         places: of each box.
         straight: edges to the next box.
-        detours: all others.
-        frames: around blocks.
+        detours: all others, each with how far out it leads.
+        frames: what is drawn around the boxes of a block, each with its label.
     """
 
     width: float
     height: float
     places: tuple[Place, ...]
     straight: tuple[Edge, ...]
-    detours: tuple[Detour, ...]
-    frames: tuple[Frame, ...]
+    detours: tuple[tuple[Edge, float], ...]
+    frames: tuple[tuple[str, Place], ...]
 
 
 def laid_out(outline: Outline) -> Layout:
@@ -93,8 +72,8 @@ def laid_out(outline: Outline) -> Layout:
     left = (1 + max(outside.values(), default=-1)) * LANE + FRAME
     right = left + WIDTH
     places = tuple(Place(left, y, WIDTH, height) for y, height in _rows(boxes))
-    detours = [Detour(edge, right + (1 + lane) * LANE) for edge, lane in within.items()]
-    detours += [Detour(edge, left - FRAME - (0.5 + lane) * LANE) for edge, lane in outside.items()]
+    detours = [(edge, right + (1 + lane) * LANE) for edge, lane in within.items()]
+    detours += [(edge, left - FRAME - (0.5 + lane) * LANE) for edge, lane in outside.items()]
     return Layout(
         right + (2 + max(within.values(), default=-1)) * LANE,
         places[-1].low,
@@ -126,7 +105,7 @@ def _rows(boxes: Sequence[Box]) -> Iterable[tuple[float, float]]:
         y += height + GAP
 
 
-def _frames(boxes: Sequence[Box], places: Sequence[Place], within: Mapping[Edge, int]) -> Iterable[Frame]:
+def _frames(boxes: Sequence[Box], places: Sequence[Place], within: Mapping[Edge, int]) -> Iterable[tuple[str, Place]]:
     of_block: dict[str, list[int]] = {}
     for i, box in enumerate(boxes):
         if box.block:
@@ -137,4 +116,4 @@ def _frames(boxes: Sequence[Box], places: Sequence[Place], within: Mapping[Edge,
         copies = boxes[own[0]].copies
         label = f"{block}   x {copies}" if copies > 1 else block
         width = WIDTH + 2 * FRAME + lanes * LANE
-        yield Frame(label, Place(first.x - FRAME, first.y - HEAD, width, last.low - first.y + HEAD + FRAME))
+        yield label, Place(first.x - FRAME, first.y - HEAD, width, last.low - first.y + HEAD + FRAME)

@@ -4,41 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .content import (
-    Table,
-    graph_lines,
-    graph_table,
-    left_alone,
-    notes,
-    region_table,
-    role_table,
-    source_of,
-    step_line,
-    strip_labels,
-    title_of,
-)
+from . import content
+from .content import Table
 from .data import ReportData
-from .strips import ruler
+from .strips import SOURCES
 
 
 def markdown(report: ReportData) -> str:
-    """The report in Markdown.
-
-    Args:
-        report: from `PAB.report()` or `pab_fx.explain`.
-    """
-    parts = [f"# {title_of(report)}"]
+    """The report in Markdown."""
+    parts = [f"# {content.title_of(report)}"]
     if report.schedule.strips:
-        parts += ["## Schedule", _strips(report), f"C computes, R reuses; {source_of(report)}."]
-    regions = region_table(report)
+        strips = "\n".join(["```", *content.strip_lines(report, " "), "```"])
+        parts += ["## Schedule", strips, f"C computes, R reuses; {SOURCES[report.schedule.source]}."]
+    regions = content.region_table(report)
     if regions.rows:
-        parts += ["## Attentions", _table(regions), _sentence(step_line(report))]
-    parts += ["## Graphs", _table(graph_table(report)), _items(graph_lines(report))]
+        line = content.step_line(report)
+        parts += ["## Attentions", _table(regions), f"{line[0].upper()}{line[1:]}." if line else ""]
+    parts += ["## Graphs", _table(content.graph_table(report)), _items(content.graph_lines(report))]
     if report.reused:
-        parts += ["## Calls and caches", _table(role_table(report))]
+        parts += ["## Calls and caches", _table(content.role_table(report))]
     for heading, lines in (
-        ("Left alone", left_alone(report)),
-        ("Notes", notes(report)),
+        ("Left alone", content.left_alone(report)),
+        ("Notes", content.notes(report)),
         ("Warnings", report.warnings),
     ):
         parts += [f"## {heading}", _items(lines)] if lines else []
@@ -57,17 +44,5 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").strip() for cell in cells) + " |"
 
 
-def _strips(report: ReportData) -> str:
-    labels = ["timestep", *strip_labels(report)]
-    width = max(map(len, labels)) + 2
-    strips = [ruler(report.schedule.timesteps, 2), *(" ".join(strip.steps) for strip in report.schedule.strips)]
-    lines = [f"{label.ljust(width)}{strip}" for label, strip in zip(labels, strips, strict=True)]
-    return "\n".join(["```", *lines, "```"])
-
-
 def _items(lines: Sequence[str]) -> str:
     return "\n".join(f"- {' '.join(line.split())}" for line in lines)
-
-
-def _sentence(line: str) -> str:
-    return f"{line[0].upper()}{line[1:]}." if line else ""

@@ -1,6 +1,8 @@
-"""The colours of roles, wherever a report is shown in colour."""
+"""How pictures look: the colours of roles, and what matplotlib needs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 ROLE_COLOURS = {"spatial": "#2f77c8", "temporal": "#8855c4", "cross": "#c77d0a", "mlp": "#2a8f6a"}
 """Dark enough for white text on them, and apart for eyes that see red and green alike."""
@@ -10,3 +12,24 @@ PLAIN_COLOUR = "#7a828c"
 COMPUTE_COLOUR = "#c9ced6"
 REUSE_COLOUR = "#35a26b"
 PARTLY_COLOUR = "#d9b648"
+
+
+def pyplot() -> Any:
+    """Matplotlib's pyplot, drawing to files.
+
+    Raises:
+        ValueError: without matplotlib.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot as found
+    except ImportError:
+        raise ValueError('pictures need matplotlib: pip install "pab-fx[bench]"') from None
+    return found
+
+
+def bare(axis: Any) -> None:
+    """Leave out the frame of an axis where nothing is read from it."""
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,10 @@
-"""A report for people: its data, and every form that it can be rendered in."""
+"""A report for people: its data, every form that it can be rendered in, and JSON that is read back."""
 
 from __future__ import annotations
 
+import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +14,11 @@ from rich.console import RenderableType
 from .data import ReportData
 from .drawing import drawing
 from .html import page
-from .json import as_json, of_json
 from .markdown import markdown
 from .text import plain, tables
+
+SCHEMA = "pab_fx.report/1"
+"""Version of the JSON's layout; another number means that a reader of this one would misread it."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class Report(ReportData):
         return drawing(self)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as JSON has it; `Report.of_json` reads it back."""
-        return as_json(self)
+        """All of it as JSON has it, with the version of its layout under `schema`; `Report.of_json` reads it back."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
     @classmethod
     def of_json(cls, found: Mapping[str, Any]) -> Report:
@@ -56,4 +61,25 @@ class Report(ReportData):
         Raises:
             ValueError: for something else, or the JSON of another version.
         """
-        return of_json(cls, found)
+        schema = found.get("schema") if isinstance(found, Mapping) else None
+        if schema != SCHEMA:
+            raise ValueError(f"this is no report: its schema is {schema!r}, and must be {SCHEMA!r}.")
+        try:
+            made: Report = _made(cls, {name: value for name, value in found.items() if name != "schema"})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"this is no report of schema {SCHEMA}: {error}") from None
+        return made
+
+
+def _made(kind: Any, found: Any) -> Any:
+    """A value of an annotated type from plain data."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: _made(hints[name], value) for name, value in found.items()})  # type: ignore[operator]
+    if typing.get_origin(kind) is tuple:
+        members = typing.get_args(kind)
+        each = members[:1] * len(found) if members[-1] is Ellipsis else members
+        return tuple(_made(member, value) for member, value in zip(each, found, strict=True))
+    if isinstance(kind, types.UnionType):
+        return None if found is None else _made(next(m for m in typing.get_args(kind) if m is not type(None)), found)
+    return float(found) if kind is float else found

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .content import (
-    Table,
-    graph_lines,
-    graph_table,
-    left_alone,
-    notes,
-    reasons,
-    region_table,
-    role_table,
-    source_of,
-    step_line,
-    strip_labels,
-    title_of,
-)
+from . import content
+from .content import Table
 from .data import ReportData
-from .strips import COMPUTE, PARTLY, REUSE, ruler
+from .strips import COMPUTE, PARTLY, REUSE, SOURCES, ruler
 
 COLOURS = {COMPUTE: "white on grey37", PARTLY: "black on yellow", REUSE: "black on green"}
 ROLE_COLOURS = {"spatial": "cyan", "temporal": "magenta", "cross": "yellow", "mlp": "blue"}
@@ -33,21 +19,16 @@ WIDE = 40
 
 
 def plain(report: ReportData) -> str:
-    """The report as text without colours, a blank line between its parts.
-
-    Args:
-        report: from `PAB.report()` or `pab_fx.explain`.
-    """
-    regions, graphs = _without(region_table(report), "why"), graph_table(report)
-    parts = [
-        _aligned(role_table(report)),
-        _strips(report),
-        [*_aligned(regions), *filter(None, [step_line(report)]), *(f"{role}: {why}" for role, why in reasons(report))],
-        _aligned(graphs),
-    ]
+    """The report as text without colours, a blank line between its parts."""
+    regions, graphs = _without(content.region_table(report), "why"), content.graph_table(report)
+    reasons = (f"{role}: {why}" for role, why in content.reasons(report))
+    broadcast = [*_aligned(regions), *filter(None, [content.step_line(report)]), *reasons]
+    parts = [_aligned(content.role_table(report)), _strips(report), broadcast, _aligned(graphs)]
     lines = [line for part in parts if part for line in (*part, "")] if regions.rows else parts[0]
-    said = [f"left alone: {line}" for line in left_alone(report)] + [f"note: {line}" for line in notes(report)]
-    return "\n".join([*lines, *graph_lines(report), *said, *report.warnings])
+    lines += content.graph_lines(report)
+    lines += [f"left alone: {line}" for line in content.left_alone(report)]
+    lines += [f"note: {line}" for line in content.notes(report)]
+    return "\n".join([*lines, *report.warnings])
 
 
 def _without(table: Table, title: str) -> Table:
@@ -72,14 +53,10 @@ def _aligned(table: Table) -> list[str]:
 
 
 def _strips(report: ReportData) -> list[str]:
-    schedule, gap = report.schedule, _gap(report)
-    if not schedule.strips:
+    if not report.schedule.strips:
         return []
-    labels = ["timestep", *strip_labels(report)]
-    width = max(map(len, labels)) + 2
-    lines = [ruler(schedule.timesteps, 1 + len(gap)), *(gap.join(strip.steps) for strip in schedule.strips)]
-    legend = f"C computes, R reuses{_partly(report)}; {source_of(report)}"
-    return [*(f"{label.ljust(width)}{line}" for label, line in zip(labels, lines, strict=True)), legend]
+    legend = f"C computes, R reuses{_partly(report)}; {SOURCES[report.schedule.source]}"
+    return [*content.strip_lines(report, _gap(report)), legend]
 
 
 def _partly(report: ReportData) -> str:
@@ -92,22 +69,19 @@ def _gap(report: ReportData) -> str:
 
 
 def tables(report: ReportData) -> RenderableType:
-    """The report as tables and coloured strips, for `rich.print`.
-
-    Args:
-        report: from `PAB.report()` or `pab_fx.explain`.
-    """
-    parts: list[RenderableType] = [Text(title_of(report), style="bold"), ""]
-    regions = region_table(report)
+    """The report as tables and coloured strips, for `rich.print`."""
+    parts: list[RenderableType] = [Text(content.title_of(report), style="bold"), ""]
+    regions = content.region_table(report)
     if regions.rows:
         parts += [_coloured_strips(report), "", _rich(regions)]
-        parts += [Text(line, style="bold") for line in [step_line(report)] if line]
-        parts += ["", _rich(graph_table(report))]
+        parts += [Text(line, style="bold") for line in [content.step_line(report)] if line]
+        parts += ["", _rich(content.graph_table(report))]
     if report.reused:
-        parts += ["", _rich(role_table(report))]
-    parts += [Text(line) for line in graph_lines(report)]
-    parts += _marked("left alone: ", left_alone(report), "red") + _marked("note: ", notes(report), "yellow")
-    return Group(*parts, *_marked("", report.warnings, "yellow"))
+        parts += ["", _rich(content.role_table(report))]
+    parts += [Text(line) for line in content.graph_lines(report)]
+    parts += [Text.assemble(("left alone: ", "red"), line) for line in content.left_alone(report)]
+    parts += [Text.assemble(("note: ", "yellow"), line) for line in content.notes(report)]
+    return Group(*parts, *(Text(line, style="yellow") for line in report.warnings))
 
 
 def _rich(table: Table) -> RichTable:
@@ -124,13 +98,9 @@ def _coloured_strips(report: ReportData) -> RenderableType:
     schedule, width = report.schedule, 1 + 2 * len(_gap(report))
     grid = RichTable.grid(padding=(0, 2, 0, 0))
     grid.add_row(Text("timestep", style="dim"), Text(ruler(schedule.timesteps, width), style="dim"))
-    for label, strip in zip(strip_labels(report), schedule.strips, strict=True):
+    for label, strip in zip(content.strip_labels(report), schedule.strips, strict=True):
         steps = Text.assemble(*((step.center(width), COLOURS[step]) for step in strip.steps))
         said = f"{strip.reused} of {len(strip.steps)} reused, {strip.rule}"
         grid.add_row(Text(label, style=ROLE_COLOURS.get(strip.role, "")), steps, Text(said, style="dim"))
     legend = Text.assemble((" C ", COLOURS[COMPUTE]), " computes  ", (" R ", COLOURS[REUSE]), " reuses")
-    return Group(grid, legend.append(f"{_partly(report)}; {source_of(report)}", style="dim"))
-
-
-def _marked(mark: str, lines: Sequence[str], colour: str) -> list[RenderableType]:
-    return [Text.assemble((mark, colour), line) for line in lines]
+    return Group(grid, legend.append(f"{_partly(report)}; {SOURCES[report.schedule.source]}", style="dim"))

@@ -161,13 +161,8 @@ def assert_broadcasts_like(
         problem = (None, "nothing is shown: without PAB the model has the same outputs (changes=False allows that).")
     if problem is not None:
         at, what = problem
-        said: dict[str, Any] = {
-            "contexts": tuple(contexts),
-            "tracer": tracer,
-            "dynamic": dynamic,
-            "tolerance": tolerance,
-        }
-        said |= {"reuses": reuses, "changes": changes, "breaks": breaks, "mode": mode, **options}
+        said: dict[str, Any] = {"contexts": tuple(contexts), "tracer": tracer, "dynamic": dynamic, "mode": mode}
+        said |= {"tolerance": tolerance, "reuses": reuses, "changes": changes, "breaks": breaks, **options}
         code = repro_of(model, config, reference, inputs, _until(generations, at), said, repro)
         raise AssertionError("\n".join([what, *_strips(steps, expected, at), *_left_alone(backend), code]))
     return Broadcast(steps, expected, backend)
@@ -197,8 +192,7 @@ class _Run:
                     before = _counts(model, backend)
                     with self.mode(), cache_context(context):
                         outputs = self._call(model, t, seed=len(found))
-                    after = _counts(model, backend)
-                    counts = None if after is None or before is None else Counter(after)
+                    counts = _counts(model, backend)
                     if counts is not None and before is not None:
                         counts.subtract(before)
                     found.append(Step(generation, index, t, context, outputs, counts))
@@ -208,12 +202,13 @@ class _Run:
         """Begin a generation."""
         if generation == 0:
             return
-        rises = self.generations[generation][0] > self.generations[generation - 1][-1]
+        if backend is not None:
+            if self.generations[generation][0] <= self.generations[generation - 1][-1]:  # else it sees it by itself
+                backend.reset()
+            return
         for model in models:
-            if backend is None and hasattr(model, "reset"):
+            if hasattr(model, "reset"):
                 model.reset()
-        if not rises and backend is not None:
-            backend.reset()  # else it sees it by itself
 
     def _call(self, model: Callable[..., Any], t: float, seed: int) -> dict[str, Any]:
         """What a call returns, and what it leaves of its inputs; copies, since later calls may update them."""
@@ -299,14 +294,12 @@ def _references(
 
 def _distance(one: Step, other: Step, places: str = "output") -> tuple[float, str]:
     """The largest relative L2 distance of two steps, infinite where they do not compare, and what is so far apart."""
-    largest: tuple[float, str] = (0.0, "")
+    found = [(0.0, "")]
     for place in dict.fromkeys((*one.outputs, *other.outputs)):
         if place.startswith(places):
-            a, b = one.outputs.get(place), other.outputs.get(place)
-            distance, what = _distance_of(a, b)
-            if distance > largest[0]:
-                largest = distance, f"{place} {what}"
-    return largest
+            distance, what = _distance_of(one.outputs.get(place), other.outputs.get(place))
+            found.append((distance, f"{place} {what}"))
+    return max(found, key=lambda each: each[0])
 
 
 def _distance_of(a: Any, b: Any) -> tuple[float, str]:
@@ -322,11 +315,8 @@ def _distance_of(a: Any, b: Any) -> tuple[float, str]:
         return 0.0, ""
     distance = float(off.norm() / other.nan_to_num().norm().clamp(min=1e-30))
     distance = distance if distance == distance else float("inf")
-    count, most = int((off != 0).sum()), float(off.abs().max())
-    return (
-        distance,
-        f"{list(a.shape)}: {count} of {off.numel()} are off, by up to {most:.3g}; {distance:.3g} of its norm",
-    )
+    count, most = f"{int((off != 0).sum())} of {off.numel()}", float(off.abs().max())
+    return distance, f"{list(a.shape)}: {count} are off, by up to {most:.3g}; {distance:.3g} of its norm"
 
 
 def _first_difference(

@@ -152,10 +152,6 @@ class _Line:
         """What the node is called in its own graph."""
         return "the inputs" if self.node is None else "the output" if self.node.op == "output" else f"%{self.node.name}"
 
-    @property
-    def number(self) -> Hashable:
-        return None if self.node is None else self.graph.number.get(self.node)
-
     def likeness(self, closely: bool) -> Hashable:
         """A key that a node shares with its counterpart of another graph, if only operands (or constants) differ."""
         if self.node is None:
@@ -195,7 +191,8 @@ class _Line:
         if node.op == "get_attr":
             return f"{name} = {node.target}: {_described(graph, node)}"
         given = {key: each for key, each in bound_arguments(graph.gm, node)[0].items() if each is not None}
-        named = (_argument(each, operand, "" if key.isdigit() else key) for key, each in given.items())
+        spelled = {key: _argument(each, operand) for key, each in given.items()}
+        named = (each if key.isdigit() else f"{key}={each}" for key, each in spelled.items())
         return f"{name} = {_called(graph, node)}({', '.join(named)})"
 
 
@@ -226,26 +223,19 @@ def _lines(graph: Numbered, depth: int = 0) -> Iterator[_Line]:
 
 def _names(ours: Sequence[_Line], theirs: Sequence[_Line]) -> Callable[[Numbered, fx.Node], str]:
     """Names by which both graphs call what corresponds: what computes the same, and what is most alike of the rest."""
-    partner: dict[fx.Node, fx.Node] = {}
-    free = [line for line in theirs if line.node is not None]
-    left = [line for line in ours if line.node is not None]
-
-    def match(pairs: Iterator[tuple[_Line, _Line]]) -> None:
-        nonlocal free, left
-        partner.update({mine.node: own.node for own, mine in pairs})  # type: ignore[misc]
-        taken = set(partner.values())
-        free = [line for line in free if line.node not in partner]
-        left = [line for line in left if line.node not in taken]
-
-    match(_alike(left, free, lambda line: (line.depth, line.number)))
-    match(_in_sequence(left, free, lambda line: line.likeness(closely=True)))
-    match(_in_sequence(left, free, lambda line: line.likeness(closely=False)))
-    used = {line.node.name for line in ours if line.node is not None}
-    names = {line.node: line.node.name for line in ours if line.node is not None}
-    for line in theirs:
-        if line.node is not None:
-            own = line.node.name + ("'" if line.node.name in used else "")
-            names[line.node] = names[partner[line.node]] if line.node in partner else own
+    left, free = ([line for line in lines if line.node is not None] for lines in (ours, theirs))
+    names = {line.node: line.node.name for line in left}  # type: ignore[union-attr]
+    used = set(names.values())
+    for pairs, key in (
+        (_alike, lambda line: (line.depth, line.graph.number.get(line.node))),
+        (_in_sequence, lambda line: line.likeness(closely=True)),
+        (_in_sequence, lambda line: line.likeness(closely=False)),
+    ):
+        partners = [(own.node, line.node) for own, line in pairs(left, free, key)]
+        names |= {node: names[own] for own, node in partners}
+        matched = {node for pair in partners for node in pair}
+        left, free = ([line for line in lines if line.node not in matched] for lines in (left, free))
+    names |= {line.node: line.node.name + "'" * (line.node.name in used) for line in free}  # type: ignore[union-attr]
 
     def name(graph: Numbered, node: fx.Node) -> str:
         first = graph.first(node)
@@ -310,18 +300,12 @@ def _described(graph: Numbered, node: fx.Node) -> str:
     return f"{kind}, no. {graph.held[node]}"
 
 
-def _argument(given: Any, operand: Callable[[fx.Node], str], name: str = "") -> str:
+class _Name(str):
+    """What an operand is called, which prints without quotes."""
+
+    __repr__ = str.__str__
+
+
+def _argument(given: Any, operand: Callable[[fx.Node], str]) -> str:
     """An argument as Python spells it."""
-    prefix = f"{name}=" if name else ""
-    if isinstance(given, fx.Node):
-        return prefix + operand(given)
-    if isinstance(given, (tuple, list)):
-        inside = ", ".join(_argument(each, operand) for each in given)
-        return f"{prefix}[{inside}]" if isinstance(given, list) else f"{prefix}({inside}{',' * (len(given) == 1)})"
-    if isinstance(given, dict):
-        return f"{prefix}{{{', '.join(f'{key!r}: {_argument(each, operand)}' for key, each in given.items())}}}"
-    if isinstance(given, slice):
-        return (
-            prefix + f"slice({', '.join(_argument(each, operand) for each in (given.start, given.stop, given.step))})"
-        )
-    return prefix + repr(given)
+    return repr(fx.map_arg(given, lambda node: _Name(operand(node))))

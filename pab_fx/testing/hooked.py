@@ -68,13 +68,9 @@ class Hooked:
 
     def reset(self) -> None:
         """Start a new generation, as pipelines do at their end."""
-        for hook in self._hooks():
-            hook.state.reset()
-
-    def _hooks(self) -> Iterator[Any]:
         modules: Iterator[Any] = filter(has_hooks, self.model.modules())
         for module in modules:
-            yield module._diffusers_hook.hooks["pyramid_attention_broadcast"]
+            module._diffusers_hook.hooks["pyramid_attention_broadcast"].state.reset()
 
     def _count(self, module: Any, role: str) -> None:
         """Count a call as reused until the module's own `forward` is reached."""

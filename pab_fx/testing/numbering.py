@@ -131,7 +131,8 @@ class Numbered:
             self._visit_call(node)
 
     def _visit_call(self, node: fx.Node) -> None:
-        target, points = self._target(node), is_pointer(node)
+        target = self._held(node) if node.op == "call_module" else constant(node.target, self._leaf)
+        points = is_pointer(node)
         found = {each: self.updates(each) for each in node.all_input_nodes[int(points) :]}
         held = [store for store in self._held_stores(node) if store in self._last]
         ambient = [] if points else list(self._around)
@@ -180,11 +181,6 @@ class Numbered:
         """The graphs that a node calls."""
         return [self.nested[each] for each in (node, *node.all_input_nodes) if each in self.nested]
 
-    def _target(self, node: fx.Node) -> Hashable:
-        if node.op == "call_module":
-            return self._held(node)
-        return constant(node.target, self._leaf)
-
     def _held(self, node: fx.Node) -> Hashable:
         """What tells a tensor, module or graph that a graph holds from others."""
         held = attrgetter(str(node.target))(self.gm)
@@ -206,9 +202,9 @@ class Numbered:
         """The arguments by name where a signature tells the names, with its defaults."""
 
         def leaf(given: Any) -> Hashable:
-            return (
-                ("node", self.number[given], found.get(given, ())) if isinstance(given, fx.Node) else self._leaf(given)
-            )
+            if not isinstance(given, fx.Node):
+                return self._leaf(given)
+            return ("node", self.number[given], found.get(given, ()))
 
         named, is_operator = bound_arguments(self.gm, node)
         return constant(_tuples(named) if is_operator else named, leaf)  # to an operator, [1, 2] is (1, 2)
@@ -266,9 +262,8 @@ class Numbered:
 
     def _signature(self) -> Hashable:
         """What the graph computes and leaves behind, and how often it computes what."""
-        returned = list(self.output.all_input_nodes)
         shared: dict[Hashable, int] = {}
-        for i, node in enumerate(returned):
+        for i, node in enumerate(self.output.all_input_nodes):
             for store in self.holds(node):
                 shared.setdefault(store, i)
 
@@ -276,12 +271,8 @@ class Numbered:
             if not isinstance(given, fx.Node):
                 return self._leaf(given)
             updates = tuple(map(self.number.__getitem__, self.updates(given)))
-            return (
-                "node",
-                self.number[given],
-                updates,
-                min((shared[store] for store in self.holds(given)), default=None),
-            )
+            first = min((shared[store] for store in self.holds(given)), default=None)
+            return ("node", self.number[given], updates, first)
 
         computed = Counter(self.number[node] for node in self.live if computes(node))
         left = {(self.number[node], tuple(map(self.number.__getitem__, self.updates(node)))) for node in self.left}

@@ -150,7 +150,7 @@ class _Recording:
         storage = self._storages[whole].untyped_storage()
         if i == first:
             storage.copy_(source)
-            _pool.lend(self._storages[whole])
+            _pool.lent.append(self._storages[whole])
         place = (output.storage_offset(), output.shape, output.stride())
         if (i, whole, place) not in self._outputs:
             self._outputs[i, whole, place] = empty.set_(storage, *place)
@@ -161,7 +161,7 @@ class _Pool:
     """What holds until the next call of compiled code: outputs, and how often each graph ran."""
 
     def __init__(self) -> None:
-        self._call, self._lent, self._runs = -1, list[torch.Tensor](), Counter[Replayed]()
+        self._call, self.lent, self._runs = -1, list[torch.Tensor](), Counter[Replayed]()
 
     def turn(self, graph: Replayed) -> int:
         """How often the call that runs has run this graph before."""
@@ -170,14 +170,10 @@ class _Pool:
     def begin(self, graph: Replayed) -> None:
         """Run a graph: the first in a call overwrites all that those before have returned."""
         if self._call != compiled_call():
-            for each in self._lent:
+            for each in self.lent:
                 poison(each)
-            self._call, self._lent, self._runs = compiled_call(), [], Counter()
+            self._call, self.lent, self._runs = compiled_call(), [], Counter()
         self._runs[graph] += 1
-
-    def lend(self, storage: torch.Tensor) -> None:
-        """Count a storage to what the call has returned."""
-        self._lent.append(storage)
 
 
 _pool = _Pool()

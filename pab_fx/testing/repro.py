@@ -19,15 +19,8 @@ from diffusers import PyramidAttentionBroadcastConfig
 from pab_fx import LayerBroadcast, MLPBroadcast, PABConfig
 from pab_fx.testing import *
 """
-DEFAULTS: dict[str, Any] = {
-    "contexts": (None,),
-    "tracer": None,
-    "dynamic": None,
-    "tolerance": 0.0,
-    "reuses": True,
-    "changes": True,
-}
-DEFAULTS |= {"breaks": False, "mode": torch.no_grad}
+DEFAULTS: dict[str, Any] = {"contexts": (None,), "tracer": None, "dynamic": None, "mode": torch.no_grad}
+DEFAULTS |= {"tolerance": 0.0, "reuses": True, "changes": True, "breaks": False}
 
 
 def repro_of(
