@@ -88,15 +88,16 @@ class Lowerings:
         lowering: how slots are laid out and held.
 
     Attributes:
-        conditionals: its conditionals, in graph order.
-        modules: for each module its conditionals, one per call.
+        conditionals: its conditionals, by their index.
+        modules: for each module, by its number, its conditionals, one per call.
         inputs: the inputs of the captured graph.
         outputs: how many outputs the captured graph has.
     """
 
     def __init__(self, conditional: fx.GraphModule, compiler: Compiler, lowering: Lowering) -> None:
         self.conditional, self._compiler, self._lowering = conditional, compiler, lowering
-        self.conditionals = tuple(conditionals(conditional).values())
+        # a module whose first node a pass has moved up has an earlier number than its place in the graph
+        self.conditionals = tuple(sorted(conditionals(conditional).values(), key=lambda each: each.index))
         of_module: dict[int, list[Conditional]] = {}
         for each in self.conditionals:
             of_module.setdefault(each.module, []).append(each)
