@@ -115,6 +115,7 @@ def test_blocks_compiled_once_for_all_equal_the_hooks_bitwise(name: str, lowerin
     [
         ("CogVideoXPipeline", True, False),
         ("StableDiffusionPipeline-heun", False, False),
+        ("WanPipeline", True, False),
         *(
             pytest.param(name, callback, regional, marks=pytest.mark.slow)
             for name, callback, regional in (
@@ -124,7 +125,6 @@ def test_blocks_compiled_once_for_all_equal_the_hooks_bitwise(name: str, lowerin
                 ("StableDiffusion3Pipeline", False, True),
                 ("DiTPipeline", False, True),
                 ("StableDiffusionPipeline-heun", False, True),
-                ("WanPipeline", True, False),
                 ("WanPipeline", True, True),
             )
         ),

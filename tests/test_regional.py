@@ -323,8 +323,8 @@ def test_blocks_compiled_once_equal_the_whole_bitwise(crossing: str, lowering: s
 
 
 @lowerings
-def test_a_block_that_is_called_several_times_has_a_cache_for_its_calls_together(lowering: str) -> None:
-    """As with the hooks. Which of its calls reuse differs from block to block here, and so does what is compiled."""
+def test_a_block_that_is_called_several_times_has_a_cache_for_each_call(lowering: str) -> None:
+    """All calls reuse in the same steps, each what it has kept, and run what was compiled once."""
     model = model_of(plain, one_block_four_times)
     found, whole = (generate(model, lowering=lowering, regional=by_block) for by_block in (True, False))
     assert is_equal(found, whole)
