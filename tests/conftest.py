@@ -18,9 +18,13 @@ torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[assi
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: a collection of garbage, of which there are hundreds, need not go through it."""
+    """What was imported stays, so that a collection of garbage need not go through it; and there are fewer of them.
+
+    Dynamo makes so many objects that a fifth of the time went into collections (22 s in place of 28 for 16 models).
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 1000)
 
 
 @pytest.fixture(autouse=True, scope="session")
