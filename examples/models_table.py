@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pab_fx import PABBackend, PABConfig
+from pab_fx import Blocks, Every, PABBackend, PABConfig, Policy, Residual
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from zoo import ZOO, Clock, Entry, diffusers_config, hooked, hooked_modules, trajectory
@@ -41,6 +41,7 @@ class Row:
         name: class name, after "-" the variant.
         regions: the attentions that are broadcast with diffusers' config, per role.
         dataflow: the same with a `PABConfig`, whose roles come from the dataflow.
+        blocks: its repeated blocks, and how many streams leave them; or why they are left alone.
         hooks: how many modules the hooks sit on.
         frames: how many graphs Dynamo captured.
         graphs: what the inner compiler compiled, with "specialize" and "cond".
@@ -50,19 +51,21 @@ class Row:
     name: str
     regions: Counter[str]
     dataflow: Counter[str]
+    blocks: str
     hooks: int
     frames: int
     graphs: tuple[int, int]
     verdict: str
 
     def __str__(self) -> str:
-        cells = [f"`{self.name}`", _counts(self.regions), _counts(self.dataflow), str(self.hooks), str(self.frames)]
-        return "| " + " | ".join([*cells, *map(str, self.graphs), self.verdict]) + " |"
+        cells = [f"`{self.name}`", _counts(self.regions), _counts(self.dataflow), self.blocks]
+        return "| " + " | ".join([*cells, *map(str, (self.hooks, self.frames, *self.graphs)), self.verdict]) + " |"
 
 
 HEAD = (
-    "| class | regions as the hooks | regions by dataflow | hooked modules | captured | specialize | cond | equal |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| class | regions as the hooks | regions by dataflow | blocks "
+    "| hooked modules | captured | specialize | cond | equal |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -83,11 +86,13 @@ def measure(entry: Entry, **flags: Any) -> Row:
             outputs[lowering] = _run(entry, model, config, lowering, TIMESTEPS, clock, backends)
         own = PABConfig(2, 3, 4, current_timestep_callback=clock)
         _run(entry, model, own, "dataflow", TIMESTEPS[:1], clock, backends)
+        _run(entry, model, Policy(Blocks(), Every(2), Residual()), "blocks", TIMESTEPS[:1], clock, backends)
     specialize, cond = backends["specialize"], backends["cond"]
     return Row(
         name=entry.name,
         regions=_regions(specialize),
         dataflow=_regions(backends["dataflow"]),
+        blocks=_blocks(backends["blocks"]),
         hooks=len(hooked_modules(oracle)),
         frames=len(specialize.graphs),
         graphs=(specialize.report().graphs, cond.report().graphs),
@@ -112,6 +117,19 @@ def _run(
 def _regions(backend: PABBackend) -> Counter[str]:
     """Distinct modules per role, as blocks that are compiled alone are captured once for all their siblings."""
     return Counter({role.role: role.modules for role in backend.report().roles})
+
+
+def _blocks(backend: PABBackend) -> str:
+    """Of each graph that has some; those of graphs that are alike once."""
+    found = []
+    for region in backend.regions:
+        alone = region.relative is not None
+        count = region.why.partition(" of ")[0] if " of " in region.why else "1"
+        where = f"{region.name.partition(':')[0].partition('.')[0]} one by one" if alone else count
+        streams = f"{len(region.outputs)} stream{'s' if len(region.outputs) > 1 else ''}"
+        left_alone = None if region.unsafe is None else f"left alone: {region.unsafe.partition(' (')[0]}"
+        found.append(f"{where}, {left_alone or streams}")
+    return "; ".join(dict.fromkeys(found)) or "none"
 
 
 def _verdict(outputs: dict[str, Trajectory], reference: Trajectory, backend: PABBackend) -> str:

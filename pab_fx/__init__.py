@@ -16,30 +16,36 @@ from .export.rewrite import rewrite
 from .passes.specialize import specialize
 from .policy.config import LayerBroadcast, MLPBroadcast, PABConfig
 from .policy.files import load_policies, save_policies
-from .policy.how import How, Last, Scalars, Taylor
+from .policy.how import Hermite, How, Last, Residual, Scalars, Taylor
+from .policy.lists import Magnitude, Steps
 from .policy.policy import Policy
 from .policy.when import AfterTimesteps, Every, Progress, Rule, SkipRange, Step
-from .policy.where import Attentions, FeedForwards
+from .policy.where import Attentions, Blocks, FeedForwards
 from .run.contexts import cache_context
 
 __all__ = [
     "PAB",
     "AfterTimesteps",
     "Attentions",
+    "Blocks",
     "Every",
     "FeedForwards",
+    "Hermite",
     "How",
     "Last",
     "LayerBroadcast",
     "MLPBroadcast",
+    "Magnitude",
     "PABBackend",
     "PABConfig",
     "Policy",
     "Progress",
+    "Residual",
     "Rule",
     "Scalars",
     "SkipRange",
     "Step",
+    "Steps",
     "Taylor",
     "cache_context",
     "calibrate",

@@ -67,6 +67,11 @@ class ModuleNames:
         """The outermost model, `None` where it is not known."""
         return next((module for name, module in self.by_id.values() if not name), None)
 
+    @property
+    def frame(self) -> str:
+        """Qualified name of the traced frame's module, "" for the outermost model's own frame."""
+        return self.by_id[id(self.enclosing[-1])][0] if self.enclosing else ""
+
     def siblings(self, name: str) -> tuple[str | None, tuple[str, ...]]:
         """What a part of the traced frame's module is called within it, and in the others of that module's class.
 

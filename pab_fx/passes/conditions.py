@@ -31,7 +31,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,9 +43,10 @@ from .._torch import cond_op, symbol_of, symbols_inside
 from ..graph import effects
 from ..graph.copies import record
 from ..graph.dataflow import activations, is_number, is_sizes, is_tensor, is_tuple, value
-from ..policy.how import How, Scalars
+from ..policy.how import Scalars
 from ..policy.policy import Policy
 from ..select.region import Region
+from ..select.streams import Streams, streams
 from .form import (
     COPY,
     MARK,
@@ -84,7 +85,7 @@ def insert_conditions(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.Graph
     kept: dict[Slot, fx.Node] = {}
     for region, conditional in zip(broadcast, _numbered(broadcast), strict=True):
         body = _with_own_views(gm.graph, bodies[region])
-        _made_conditional(gm, region, body, reads[region], conditional, kept)
+        _made_conditional(gm, region, body, reads[region].within(body, region), conditional, kept)
     for node in unused:
         gm.graph.erase_node(node)
     set_slots_returned(gm, kept)
@@ -130,12 +131,14 @@ class _Reads:
     """What the how of a region reads where it reuses.
 
     Args:
-        inputs: the activations that the region reads, if they are read then; else none.
+        inputs: the activations that the region reads, or its streams are made of, if they are read then; else none.
+        streams: what enters where its outputs leave, if it is that which the how reads.
         scalars: names of the scalars that are read then.
         whole: for each output, the number of the slot that it is, as it is; `None` where it is computed.
     """
 
     inputs: tuple[fx.Node, ...]
+    streams: Streams | None
     scalars: frozenset[str]
     whole: tuple[int | None, ...]
 
@@ -143,20 +146,38 @@ class _Reads:
         """Whether a slot is read as that output, and is nothing else."""
         return self.whole[region.outputs.index(output)] == slot and self.whole.count(slot) == 1
 
+    def within(self, body: Sequence[fx.Node], region: Region) -> _Reads:
+        """The same, once the region is a body: views among its inputs are the body's own then."""
+        if self.streams is None:
+            return self
+        within = replace(self.streams, inside=frozenset(body))
+        return replace(self, streams=within, inputs=tuple(within.sources(region.outputs)) if self.inputs else ())
+
+    def given(self, region: Region, graph: fx.Graph, at: Callable[[fx.Node], fx.Node]) -> list[fx.Node]:
+        """The inputs that the how is given, made in a graph that has those above as `at` says."""
+        if self.streams is None:
+            return [at(node) for node in self.inputs]
+        return [self.streams.entering(output, graph, at) for output in region.outputs] if self.inputs else []
+
 
 def _reads(graph: fx.Graph, region: Region) -> _Reads:
     """Trace the reading of a region's slots into a graph that nobody keeps."""
-    how = _policy(region).how
-    inside, acts = set(region.nodes), activations(graph)
-    sources = dict.fromkeys(s for node in region.nodes for s in node.all_input_nodes if s not in inside)
-    inputs = [source for source in sources if source in acts and is_tensor(source)]
+    how, acts = _policy(region).how, activations(graph)
+    found = streams(region.nodes, region.outputs, acts) if how.reads_streams else None
+    if found is None:
+        inside = set(region.nodes)
+        sources = dict.fromkeys(s for node in region.nodes for s in node.all_input_nodes if s not in inside)
+        inputs = [source for source in sources if source in acts and is_tensor(source)]
+    else:
+        inputs = found.sources(region.outputs)
     scratch = fx.Graph()
     slots = [scratch.placeholder("slot") for _ in looks_of_slots(how, region.outputs)]
-    given = [scratch.placeholder("input") for _ in inputs]
+    given = [scratch.placeholder("input") for _ in (inputs if found is None else region.outputs)]
     scalars = Scalars(*map(scratch.placeholder, Scalars._fields))
     read = traced_how(how, "read", [None] * len(region.outputs), scratch, slots, given, scalars)
     return _Reads(
         inputs=tuple(inputs) if any(node.users for node in given) else (),
+        streams=found,
         scalars=frozenset(name for name in Scalars._fields if getattr(scalars, name).users),
         whole=tuple(slots.index(node) if node in slots else None for node in read),
     )
@@ -319,7 +340,8 @@ def _made_conditional(
     place = {"nn_module_stack": region.outputs[-1].meta.get("nn_module_stack", {})}  # `regional` keeps them together
     end = body[-1].next
     with graph.inserting_before(end):
-        updated = traced_how(how, "update", looks, graph, slots, reads.inputs, region.outputs, scalars, meta=place)
+        inputs = reads.given(region, graph, lambda node: node)
+        updated = traced_how(how, "update", looks, graph, slots, inputs, region.outputs, scalars, meta=place)
         given = {*slots, *scalars, *reads.inputs}
         values = [
             node
@@ -340,7 +362,7 @@ def _made_conditional(
     operands = tuple(dict.fromkeys((*slots, *used, *operands, *further)))
     _take(compute, operands)
     conditional = replace(made, items=tuple(outputs.index(node) for node in values), remembers=remembers)
-    read = _reader(how, operands, slots, scalars, reads, outputs, conditional)
+    read = _reader(region, operands, slots, scalars, reads, outputs, conditional)
     kept.update(
         dict(zip(made.slots, _replaced(gm, body, (compute, read), operands, outputs, conditional), strict=True))
     )
@@ -398,7 +420,7 @@ def _take(branch: fx.GraphModule, operands: Sequence[fx.Node]) -> None:
 
 
 def _reader(
-    how: How,
+    region: Region,
     operands: Sequence[fx.Node],
     slots: Sequence[fx.Node],
     scalars: Scalars,
@@ -415,7 +437,8 @@ def _reader(
     taken = Scalars(*(given.get(node) for node in scalars))
     own = [given[slot] for slot in slots]
     looks = list(map(value, outputs[: conditional.outputs]))
-    found = [*traced_how(how, "read", looks, graph, own, [given[node] for node in reads.inputs], taken)]
+    inputs = reads.given(region, graph, given.__getitem__)
+    found = [*traced_how(_policy(region).how, "read", looks, graph, own, inputs, taken)]
     found += [own[conditional.items.index(i)] for i in range(len(found), len(outputs))]
     graph.output(tuple(_apart(n) if n.op == "placeholder" or n in found[:i] else n for i, n in enumerate(found)))
     return fx.GraphModule(nn.Module(), graph, class_name=f"pab_read_{conditional.index}")

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from .checks import check_fields
-from .how import Last, Taylor
+from .how import Hermite, How, Last, Residual, Taylor
+from .lists import Magnitude, Steps
 from .policy import Policy
 from .when import AfterTimesteps, Every, SkipRange
-from .where import Attentions, FeedForwards
+from .where import Attentions, Blocks, FeedForwards
 
 KINDS: Mapping[str, tuple[type, ...]] = {
-    "where": (Attentions, FeedForwards),
-    "when": (SkipRange, AfterTimesteps, Every),
-    "how": (Last, Taylor),
+    "where": (Attentions, FeedForwards, Blocks),
+    "when": (SkipRange, AfterTimesteps, Every, Steps, Magnitude),
+    "how": (Last, Residual, Taylor, Hermite),
 }
 
 
@@ -82,12 +83,19 @@ def _part(part: str, given: Any) -> dict[str, Any] | None:
     if type(given) not in KINDS[part]:
         names = ", ".join(kind.__name__ for kind in KINDS[part])
         raise ValueError(f"{part}={given!r} is code, and has no JSON; what has is {names}.")
-    fields = dataclasses.fields(given)
-    changed = {f.name: getattr(given, f.name) for f in fields if getattr(given, f.name) != f.default}
-    return {"kind": type(given).__name__, **json.loads(json.dumps(changed, default=_dtype))}
+    changed = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+    changed = {name: value for name, value in changed.items() if value != _default(type(given), name)}
+    return {"kind": type(given).__name__, **json.loads(json.dumps(changed, default=_value))}
 
 
-def _dtype(given: Any) -> str:
+def _default(kind: type, name: str) -> Any:
+    found = next(field for field in dataclasses.fields(kind) if field.name == name)
+    return found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
+
+
+def _value(given: Any) -> Any:
+    if isinstance(given, How):  # what another one forecasts
+        return _part("how", given)
     if not isinstance(given, torch.dtype):
         raise ValueError(f"{given!r} has no JSON.")
     return str(given).removeprefix("torch.")
@@ -116,7 +124,7 @@ def _made(part: str, found: Any) -> Any:
     kinds = {kind.__name__: kind for kind in KINDS[part]}
     if not isinstance(found, Mapping) or found.get("kind") not in kinds:
         raise ValueError(f"{part} must be an object whose kind is one of {', '.join(kinds)}, got {found!r}.")
-    fields = {name: _tupled(value) for name, value in found.items() if name != "kind"}
+    fields = {name: _read(value) for name, value in found.items() if name != "kind"}
     kind = kinds[found["kind"]]
     check_fields(f"{part} {found['kind']}", fields, kind)
     try:
@@ -125,5 +133,8 @@ def _made(part: str, found: Any) -> Any:
         raise ValueError(f"{part} {found['kind']}: {error}.") from None
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+def _read(value: Any) -> Any:
+    """A field's value: lists as tuples, an object as the how that it is."""
+    if isinstance(value, Mapping):
+        return _made("how", value)
+    return tuple(map(_read, value)) if isinstance(value, list) else value

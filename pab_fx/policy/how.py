@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from .checks import check_integer, checked_dtype, checked_flag
+from .checks import check_integer, checked_dtype, checked_flag, is_number
 
 Tensors = Sequence[torch.Tensor]
 
@@ -46,6 +46,9 @@ class How(ABC):
     Attributes:
         keeps_updates: whether an update in place of an output, after the part has yielded it, updates what is kept too,
             as where a Python hook holds on to the tensor. Otherwise an output is kept as the part left it.
+        reads_streams: whether `inputs` are, for each output, the tensor of its shape and dtype that enters where that
+            leaves, as the residual stream of a block. A part that has none is left alone then. Otherwise they are all
+            activations that the part reads.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class How(ABC):
     """
 
     keeps_updates: bool = False
+    reads_streams: bool = False
 
     @abstractmethod
     def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
@@ -73,7 +77,7 @@ class How(ABC):
 
         Args:
             slots: what was kept before; arbitrary where `scalars.filled` is 0.
-            inputs: the activations that the part reads.
+            inputs: the activations that the part reads, see `reads_streams`.
             outputs: what it has computed.
         """
 
@@ -121,10 +125,43 @@ class Last(How):
 
 
 @dataclass(frozen=True)
-class Taylor(How):
-    """A forecast: the Taylor polynomial through the last outputs that were computed (TaylorSeer, arXiv 2503.06923).
+class Residual(How):
+    """What the part adds: its output less what enters where that leaves, added to what enters in a step that reuses.
 
-    Kept are the last output `f[0]` and its differences `f[j + 1] = (f[j] - the f[j] kept before) / distance`, over the
+    Args: none.
+
+    Example:
+        >>> how, far = Residual(), Scalars(torch.tensor(1.0), torch.tensor(0.0))
+        >>> how.update((), (torch.tensor([1.0]),), (torch.tensor([5.0]),), far)
+        (tensor([4.]),)
+        >>> how.read((torch.tensor([4.0]),), (torch.tensor([2.0]),), far)
+        (tensor([6.]),)
+    """
+
+    reads_streams = True
+
+    def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
+        """One for each output."""
+        return tuple(outputs)
+
+    def update(self, slots: Tensors, inputs: Tensors, outputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
+        """Each output less its input."""
+        return tuple(output - entering for output, entering in zip(outputs, inputs, strict=True))
+
+    def read(self, slots: Tensors, inputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
+        """Each input and what was added to it last."""
+        return tuple(entering + added for entering, added in zip(inputs, slots, strict=True))
+
+    def describe(self) -> str:
+        """How it is read in words."""
+        return "as a residual"
+
+
+@dataclass(frozen=True)
+class Taylor(How):
+    """A forecast: the Taylor polynomial through the last values that were computed (TaylorSeer, arXiv 2503.06923).
+
+    Kept are the last value `f[0]` and its differences `f[j + 1] = (f[j] - the f[j] kept before) / distance`, over the
     steps that really lay between; read is the sum of `f[j] * distance**j / j!`
     (`diffusers/hooks/taylorseer_cache.py`). With too few computed steps it reads at the order that it has.
 
@@ -132,9 +169,10 @@ class Taylor(How):
         order: of the polynomial, an integer from 0 to 34; each order is one more tensor of the output's size that is
             kept.
         dtype: what the differences are kept in, a dtype or its name; `None` for the output's.
+        of: whose values, `Last()` for the part's outputs, `Residual()` for what it adds to its inputs.
 
     Raises:
-        ValueError: for an order that is no integer >= 0, or a dtype that is not floating point.
+        ValueError: for an order that is no integer from 0 to 34, a dtype that is not floating point, or another `of`.
 
     Example:
         >>> how, far = Taylor(1), Scalars(torch.tensor(2.0), torch.tensor(1.0))
@@ -147,28 +185,37 @@ class Taylor(How):
 
     order: int = 1
     dtype: Any = None
+    of: How = field(default_factory=Last)
 
     def __post_init__(self) -> None:
-        check_integer("Taylor: order", self.order, least=0, most=HIGHEST_ORDER)
-        object.__setattr__(self, "dtype", checked_dtype("Taylor: dtype", self.dtype))
+        name = type(self).__name__
+        check_integer(f"{name}: order", self.order, least=0, most=HIGHEST_ORDER)
+        object.__setattr__(self, "dtype", checked_dtype(f"{name}: dtype", self.dtype))
+        if not isinstance(self.of, (Last, Residual)):
+            raise ValueError(f"{name}: of must be Last() or Residual(), got {self.of!r}.")
+
+    @property
+    def reads_streams(self) -> bool:  # type: ignore[override]
+        """As that of which it is a forecast."""
+        return self.of.reads_streams
 
     def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
-        """For each output itself, and a difference for each order."""
+        """For each value itself, and a difference for each order."""
         return tuple(
-            torch.empty_like(output, dtype=self.dtype if j else None)
-            for output in outputs
+            torch.empty_like(each, dtype=self.dtype if j else None)
+            for each in self.of.slots(outputs)
             for j in range(self.order + 1)
         )
 
     def update(self, slots: Tensors, inputs: Tensors, outputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
-        """Each output and its differences; those for which too few steps have computed yet are zero."""
+        """Each value and its differences; those for which too few steps have computed yet are zero."""
         kept: list[torch.Tensor] = []
-        for i, output in enumerate(outputs):
-            factors = [output]
+        for i, found in enumerate(self.of.update((), inputs, outputs, scalars)):
+            factors = [found]
             for j in range(self.order):
                 before = slots[i * (self.order + 1) + j]
                 if j and self.dtype is not None:
-                    before = before.type_as(output)
+                    before = before.type_as(found)
                 difference = (factors[j] - before) / scalars.distance
                 factors.append(torch.where(scalars.filled > j, difference, 0.0))
             kept += [
@@ -177,21 +224,62 @@ class Taylor(How):
         return tuple(kept)
 
     def read(self, slots: Tensors, inputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
-        """The polynomials, `distance` steps after their last output."""
-        outputs = []
+        """The polynomials, `distance` steps after their last value."""
+        found = []
         for i in range(0, len(slots), self.order + 1):
-            output = slots[i]
+            forecast = slots[i]
             for j in range(1, self.order + 1):
-                factor = slots[i + j] if self.dtype is None else slots[i + j].type_as(output)
-                output = output + factor * (scalars.distance**j / math.factorial(j))
-            outputs.append(output)
-        return tuple(outputs)
+                factor = slots[i + j] if self.dtype is None else slots[i + j].type_as(forecast)
+                forecast = forecast + factor * self._weight(j, scalars.distance)
+            found.append(forecast)
+        return self.of.read(found, inputs, scalars)
+
+    def _weight(self, j: int, distance: Any) -> Any:
+        """Of the `j`-th difference, `j >= 1`."""
+        return distance**j / math.factorial(j)
 
     def describe(self) -> str:
         """How it is read in words.
 
         Example:
-            >>> Taylor(2).describe()
-            'forecast to order 2'
+            >>> Taylor(2, of=Residual()).describe()
+            'as a residual, forecast to order 2'
         """
-        return f"forecast to order {self.order}" if self.order else ""
+        return ", ".join(filter(None, (self.of.describe(), f"forecast to order {self.order}" if self.order else "")))
+
+
+@dataclass(frozen=True)
+class Hermite(Taylor):
+    """As `Taylor`, with scaled Hermite polynomials for the powers (HiCache, arXiv 2508.16984, section 3.3).
+
+    Read is `f[0]` and the sum of `f[j] * scale**j * H_j(scale * distance) / j!`, with the physicists' polynomials
+    `H_1(x) = 2x`, `H_2(x) = 4x**2 - 2`, and so on. They grow slower than the powers where `scale` is small.
+
+    Args:
+        order, dtype, of: as for `Taylor`.
+        scale: between 0 and 1; the paper's is 0.5.
+
+    Raises:
+        ValueError: as for `Taylor`, and for a scale that is not above 0 and at most 1.
+
+    Example:
+        >>> Hermite(1).read((torch.tensor([5.0]), torch.tensor([2.0])), (), Scalars(torch.tensor(3.0), None))
+        (tensor([8.]),)
+    """
+
+    scale: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.scale) or not 0 < self.scale <= 1:
+            raise ValueError(f"Hermite: scale must be a number above 0 and at most 1, got {self.scale!r}.")
+
+    def _weight(self, j: int, distance: Any) -> Any:
+        before, polynomial = 1.0, 2 * self.scale * distance
+        for i in range(1, j):
+            before, polynomial = polynomial, 2 * self.scale * distance * polynomial - 2 * i * before
+        return polynomial * (self.scale**j / math.factorial(j))
+
+    def describe(self) -> str:
+        """How it is read in words."""
+        return super().describe().replace("forecast", "forecast by Hermite polynomials")

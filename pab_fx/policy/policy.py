@@ -8,7 +8,7 @@ from typing import Any
 
 from .how import How, Last
 from .when import Progress, Rule, Step, decided
-from .where import Where
+from .where import BLOCKS, Where
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,11 @@ class Policy:
     Of several policies, the first that is for a part governs it.
 
     Args:
-        where: `Attentions` or `FeedForwards`.
-        when: a rule: `SkipRange`, `AfterTimesteps`, `Every`, or one of your own; `None` leaves these parts alone.
-        how: `Last` (the last output, as it was), `Taylor` (a forecast), or one of your own.
+        where: `Attentions`, `FeedForwards` or `Blocks`.
+        when: a rule: `SkipRange`, `AfterTimesteps`, `Every`, `Steps`, `Magnitude`, or one of your own; `None` leaves
+            these parts alone.
+        how: `Last` (the last output, as it was), `Residual` (what the part adds), `Taylor` or `Hermite` (a forecast),
+            or one of your own.
 
     Raises:
         ValueError: for anything else.
@@ -37,7 +39,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         if isinstance(self.where, type) or not (hasattr(self.where, "takes") and hasattr(self.where, "role_of")):
-            raise ValueError(f"Policy: where must be Attentions(...) or FeedForwards(...), got {self.where!r}.")
+            raise ValueError(
+                f"Policy: where must be Attentions(...), FeedForwards(...) or Blocks(...), got {self.where!r}."
+            )
         if self.when is not None and not isinstance(self.when, Rule):
             raise ValueError(
                 f"Policy: when must be a rule, such as SkipRange(2, 100, 800), or None, got {self.when!r}."
@@ -58,6 +62,29 @@ class Policy:
         """When and how in words."""
         said = ("left alone",) if self.when is None else (self.when.describe(), self.how.describe())
         return ", ".join(filter(None, said))
+
+
+def checked_together(policies: Sequence[Policy]) -> tuple[Policy, ...]:
+    """Policies that work side by side.
+
+    Raises:
+        ValueError: if one is for parts of blocks that another is for as a whole.
+
+    Example:
+        >>> from pab_fx import Attentions, Blocks, Every
+        >>> checked_together([Policy(Blocks(), Every(2)), Policy(Attentions(), Every(2))])
+        Traceback (most recent call last):
+        ...
+        ValueError: Attentions(...) lies inside of Blocks(first=0, last=None): policies cannot be nested yet. ...
+    """
+    whole = next((policy.where for policy in policies if BLOCKS in (policy.where.roles or ())), None)
+    part = next((policy.where for policy in policies if BLOCKS not in (policy.where.roles or ())), None)
+    if whole is not None and part is not None:
+        raise ValueError(
+            f"{type(part).__name__}(...) lies inside of {whole!r}: policies cannot be nested yet. Give one for the "
+            "blocks as a whole, or policies for what is in them."
+        )
+    return tuple(policies)
 
 
 def _check_hashable(field: str, given: Any) -> None:

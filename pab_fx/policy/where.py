@@ -15,8 +15,8 @@ from typing import Any
 from .checks import checked_blocks, checked_identifiers, is_iterable
 
 ATTENTION_ROLES = ("spatial", "temporal", "cross")
-MLP = "mlp"
-ROLES = (*ATTENTION_ROLES, MLP)
+MLP, BLOCKS, MODEL = "mlp", "blocks", "model"
+ROLES = (*ATTENTION_ROLES, MLP, BLOCKS, MODEL)
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,53 @@ class FeedForwards:
     def takes(self, role: str, name: str) -> bool:
         """Whether the policy is for a part of that role and name."""
         return role == MLP and (self.blocks is None or block_index(name) in self.blocks)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A range of the model's repeated blocks, all lists together in the order in which they run.
+
+    Flux runs its double blocks, then its single ones; Latte spatial and temporal ones in turns. A step that reuses runs
+    what leads up to the first block of the range and what follows the last one. What is kept are the tensors that leave
+    the range: one stream, or two where image and text go side by side.
+
+    Args:
+        first, last: the range, as in a slice of the list of blocks: `Blocks(1, -1)` is all but the first and the last.
+
+    Raises:
+        ValueError: for something other than integers, or a range that is always empty.
+
+    Example:
+        >>> Blocks(1, -1).takes("blocks", "blocks(1, -1)")
+        True
+    """
+
+    first: int = 0
+    last: int | None = None
+
+    roles = (BLOCKS,)
+    names = ()
+    shares_calls = False
+
+    def __post_init__(self) -> None:
+        for name, given in (("first", self.first), ("last", self.last)):
+            if (given is not None or name == "first") and (isinstance(given, bool) or not isinstance(given, int)):
+                raise ValueError(f"Blocks: {name} must be an integer, as in a slice, got {given!r}.")
+        if self.last is not None and (self.first < 0) == (self.last < 0) and self.first >= self.last:
+            raise ValueError(f"Blocks: no block lies in [{self.first}:{self.last}].")
+
+    @property
+    def label(self) -> str:
+        """The range, as it is named in reports."""
+        return BLOCKS if self.first == 0 and self.last is None else f"{BLOCKS}({self.first}, {self.last})"
+
+    def role_of(self, role: str, name: str) -> tuple[str, str] | None:
+        """`None`: the graph alone tells blocks."""
+        return None
+
+    def takes(self, role: str, name: str) -> bool:
+        """Whether the policy is for a part of that role and name."""
+        return role == BLOCKS and name.rpartition(":")[2] == self.label
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,22 @@ Each part becomes a `Region`; what of it is kept, and whether that is safe, is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
 from torch import fx
 
+from ..graph.dataflow import activations, shape
 from ..graph.modules import ModuleNames
 from ..policy.policy import Policy, assigned
-from ..policy.where import Attentions, FeedForwards
+from ..policy.where import Attentions, Blocks, FeedForwards
 from .attentions import attentions
+from .blocks import ranges_of_blocks
 from .bounds import bounded_alike
 from .feed_forwards import feed_forwards
 from .region import Region
+from .streams import streams
 from .view import View
 from .whole_modules import classes_of, whole_modules
 
@@ -39,7 +42,8 @@ def tag(gm: fx.GraphModule, policies: Sequence[Policy], names: ModuleNames | Non
             taken.update(region.nodes)
             calls.setdefault(region.module_id, []).append(region)
     parts = [part for alike in calls.values() for part in _parts(sorted(alike, key=lambda each: each.nodes[0]))]
-    regions = [region for part in parts for region in bounded_alike(gm.graph, part)]
+    acts = activations(gm.graph)
+    regions = [_with_streams_checked(region, acts) for part in parts for region in bounded_alike(gm.graph, part)]
     return tuple(sorted(regions, key=lambda region: position[region.nodes[0]]))
 
 
@@ -54,12 +58,26 @@ def _found(view: View, policies: Sequence[Policy]) -> list[Region]:
     """What each kind of selector finds that some policy asks for; the first to find a node has it."""
     assign = partial(assigned, tuple(policies))
     kinds = {type(policy.where) for policy in policies}
-    found = [region for are in classes_of(policies) for region in whole_modules(view, assign, are)]
+    ranges = dict.fromkeys(policy.where for policy in policies if isinstance(policy.where, Blocks))
+    found = ranges_of_blocks(view, assign, ranges)
+    found += [region for are in classes_of(policies) for region in whole_modules(view, assign, are)]
     if Attentions in kinds:
         found += attentions(view, assign)
     if FeedForwards in kinds:
         found += feed_forwards(view, assign)
     return found
+
+
+def _with_streams_checked(region: Region, acts: Collection[fx.Node]) -> Region:
+    """The region, unsafe if its how reads what enters where an output leaves, and nothing does."""
+    if region.policy is None or not region.is_broadcast or not region.policy.how.reads_streams:
+        return region
+    found = streams(region.nodes, region.outputs, acts)
+    missing = [output for output in region.outputs if output not in found.carried]
+    if missing:
+        looks = f"{missing[0].name}, {list(shape(missing[0]) or ())}"
+        return replace(region, unsafe=f"nothing enters it that looks like what leaves it ({looks}): no residual")
+    return region
 
 
 def _for_all_blocks(region: Region, names: ModuleNames) -> Region:

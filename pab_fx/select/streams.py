@@ -1,0 +1,155 @@
+"""Streams: for what leaves a region, the tensor that enters where it leaves.
+
+A block adds to what it is given, so its output is its input and what the block adds. That input is found by following
+sums, views, casts and concatenations against the dataflow:
+
+    %n : norm(%x)                                 what leaves is %z, of two streams joined in one sequence;
+    %y : add(%x, linear(%n))                      what enters there is cat(%text, %x), which is made anew
+    %j : cat(%text, %y)                  ->       from %text and %x, by the nodes on the way without what they add:
+    %z : add(%j, attention(%j))                       %j : cat(%text, %x)
+
+Where no sum leads back (a block that ends in a norm, or joins by a projection), it is the first tensor of the same
+shape and dtype that enters. No graph is changed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..graph import effects
+from ..graph.dataflow import is_tensor, is_tuple, op_name, shape, value
+
+Source = tuple[fx.Node, int]
+"""An operand: the node that reads it, and which of its `all_input_nodes` it is."""
+
+SUMS = {"add", "add_", "__add__", "iadd", "__iadd__", "sub", "sub_", "__sub__", "isub", "__isub__", "addcmul"}
+JOINS = {"cat", "concat", "concatenate", "stack", "pad_sequence"}
+FRESH = {"new_zeros", "new_empty", "new_full", "new_ones", "zeros", "empty", "full", "ones", "zeros_like", "empty_like"}
+"""What makes a tensor, for others to be written into."""
+SAME = {*effects.VIEWS, *effects.MAYBE_VIEWS, "clone", "_to_copy", "getitem"}
+"""What hands on its first operand, in another form."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The streams through some nodes of a graph.
+
+    Args:
+        inside: the nodes.
+        carried: those that streams come by; where one is to be left out, the operand in its place.
+        written: for a tensor that streams are written into, the nodes that do so.
+    """
+
+    inside: frozenset[fx.Node]
+    carried: Mapping[fx.Node, Source | None]
+    written: Mapping[fx.Node, Sequence[fx.Node]]
+
+    def way(self, output: fx.Node) -> list[fx.Node]:
+        """The nodes that what enters at an output is made by, in graph order; the first ones come from outside."""
+        pending, found = [output], set[fx.Node]()
+        while pending:
+            node = pending.pop()
+            if node not in found:
+                found.add(node)
+                source = self.carried.get(node)
+                if source is not None:
+                    pending.append(_operand(source))
+                elif node in self.inside:
+                    pending += (*node.all_input_nodes, *self.written.get(node, ()))
+        return sorted(found)
+
+    def sources(self, outputs: Sequence[fx.Node]) -> list[fx.Node]:
+        """What that is made of: nodes from outside."""
+        return list(dict.fromkeys(n for output in outputs for n in self.way(output) if n not in self.inside))
+
+    def entering(self, output: fx.Node, graph: fx.Graph, given: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Make in a graph, where it inserts nodes now, what enters at an output.
+
+        Args:
+            output: a node that a stream comes by.
+            graph: the nodes' own, or another one.
+            given: a node from outside, as that graph has it.
+        """
+        made: dict[fx.Node, fx.Node] = {}
+        for node in self.way(output):
+            source = self.carried.get(node)
+            if source is not None:
+                made[node] = made[_operand(source)]
+            elif node in self.inside:
+                made[node] = graph.node_copy(node, made.__getitem__)
+            else:
+                made[node] = given(node)
+        return made[output]
+
+
+def streams(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], acts: Collection[fx.Node]) -> Streams:
+    """The streams through a region.
+
+    Args:
+        nodes: the region's, in graph order.
+        outputs: those that leave it; one that no sum leads back from has what looks like it.
+        acts: the tensors of the graph that depend on data of the call.
+    """
+    inside = frozenset(nodes)
+    carried: dict[fx.Node, Source | None] = {}
+    written: dict[fx.Node, list[fx.Node]] = {}
+
+    def carries(source: fx.Node) -> bool:
+        return source in carried or (source in acts and source not in inside)
+
+    for node in nodes:
+        found = _carried(node, carries, inside)
+        if found is not None:
+            carried[node] = None if found < 0 else (node, found)
+        for target in effects.updated(node):
+            if op_name(target) in FRESH and target in inside:
+                written.setdefault(target, []).append(node)
+                carried[target] = None
+            if not all(map(carries, filter(is_tensor, node.all_input_nodes))):
+                carried.pop(target, None)
+    for output in outputs:
+        if output not in carried:
+            like = _alike(output, nodes, inside, acts)
+            if like is not None:
+                carried[output] = like
+    return Streams(inside, carried, written)
+
+
+def _operand(source: Source) -> fx.Node:
+    reader, i = source
+    return reader.all_input_nodes[i]
+
+
+def _carried(node: fx.Node, carries: Callable[[fx.Node], bool], inside: Collection[fx.Node]) -> int | None:
+    """Which operand of a sum a stream comes by, -1 for a node that hands its operands on, `None` if none comes."""
+    sources, name = node.all_input_nodes, op_name(node)
+    if name in SUMS:
+        fit = [i for i, each in enumerate(sources) if carries(each) and shape(each) == shape(node)]
+        if name == "addcmul":
+            fit = [i for i in fit if i == 0]
+        return next((i for i in fit if sources[i] in inside), fit[0] if fit else None)
+    tensors = [source for source in sources if is_tensor(source) or is_tuple(source)]
+    if name in JOINS:
+        return -1 if tensors and all(map(carries, tensors)) else None
+    if effects.updated(node) or not (name in SAME or effects.is_view(node) or effects.returns_operand(node)):
+        return None
+    return -1 if len(tensors) == 1 and carries(tensors[0]) else None
+
+
+def _alike(
+    output: fx.Node, nodes: Sequence[fx.Node], inside: Collection[fx.Node], acts: Collection[fx.Node]
+) -> Source | None:
+    """The first operand from outside of a region that looks like an output."""
+    look = value(output)
+    for node in nodes:
+        for i, source in enumerate(node.all_input_nodes):
+            given = value(source)
+            if source in inside or source not in acts or not isinstance(given, torch.Tensor):
+                continue
+            if isinstance(look, torch.Tensor) and shape(source) == shape(output) and given.dtype == look.dtype:
+                return node, i
+    return None

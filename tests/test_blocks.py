@@ -1,0 +1,503 @@
+"""Ranges of blocks that are skipped as a whole, against a plain eager reference."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_leaves
+
+import pab_fx
+from pab_fx import (
+    Attentions,
+    Blocks,
+    Every,
+    Hermite,
+    How,
+    Last,
+    Magnitude,
+    Policy,
+    Progress,
+    Residual,
+    Rule,
+    Scalars,
+    Step,
+    Steps,
+    Taylor,
+)
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+TIMESTEPS = tuple(float(t) for t in range(1000, 0, -80))
+WIDTH = 8
+lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv, self.to_out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_out(scaled_dot_product_attention(*self.to_qkv(x).chunk(3, dim=-1)))
+
+
+def feed_forward() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+
+class Block(nn.Module):
+    """Of one stream, modulated by the timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.modulation = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Linear(WIDTH, 3 * WIDTH)
+        self.attn, self.ff = Attention(), feed_forward()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(embedding).unsqueeze(1).chunk(3, dim=-1)
+        x = x + gate * self.attn(self.norm(x) * (1 + scale) + shift)
+        return x + self.ff(self.norm(x))
+
+
+class DoubleBlock(nn.Module):
+    """Of two streams, image and text, that attend to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(WIDTH), Attention()
+        self.image_ff, self.text_ff = feed_forward(), feed_forward()
+
+    def forward(self, image: Tensor, text: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        joined = self.attn(self.norm(torch.cat([text, image], dim=1)) + embedding.unsqueeze(1))
+        image = image + joined[:, text.shape[1] :]
+        text = text + joined[:, : text.shape[1]]
+        return image + self.image_ff(image), text + self.text_ff(text)
+
+
+class PostNormBlock(nn.Module):
+    """No sum leads from what leaves it to what enters it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.norm, self.ff = Attention(), nn.LayerNorm(WIDTH), feed_forward()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x = self.norm(x + self.attn(x))
+        return self.norm(x + self.ff(x) + embedding.unsqueeze(1))
+
+
+class Denoiser(nn.Module):
+    """What leads up to the blocks, the blocks, and what follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_in, self.time, self.proj_out = nn.Linear(4, WIDTH), nn.Linear(1, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        embedding = self.time(timestep[:, None] / 1000).sin()
+        streams = self.lead(self.proj_in(hidden_states), text)
+        return self.proj_out(self.follow(self.run(streams, embedding), text))
+
+    def lead(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        return (image,)
+
+    def run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def identity(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What would leave the blocks if they added nothing."""
+        return streams
+
+    def follow(self, streams: tuple[Tensor, ...], text: Tensor) -> Tensor:
+        return streams[0]
+
+
+class DiT(Denoiser):
+    block: type[nn.Module] = Block
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.block() for _ in range(3)])
+
+    def run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        (x,) = streams
+        for block in self.blocks:
+            x = block(x, embedding)
+        return (x,)
+
+
+class PostNormDiT(DiT):
+    block = PostNormBlock
+
+
+class MMDiT(Denoiser):
+    """Two streams, which both leave the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_text = nn.Linear(4, WIDTH)
+        self.blocks = nn.ModuleList([DoubleBlock() for _ in range(2)])
+
+    def lead(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        return image, self.proj_text(text)
+
+    def run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        image, text = streams
+        for block in self.blocks:
+            image, text = block(image, text, embedding)
+        return image, text
+
+    def follow(self, streams: tuple[Tensor, ...], text: Tensor) -> Tensor:
+        return streams[0] + streams[1].mean(dim=1, keepdim=True)
+
+
+class JoinedMMDiT(MMDiT):
+    """Two lists of blocks; the streams are joined between them, and the image is cut out at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single_blocks = nn.ModuleList([Block() for _ in range(2)])
+
+    def run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        image, text = super().run(streams, embedding)
+        joined = torch.cat([text, image], dim=1)
+        for block in self.single_blocks:
+            joined = block(joined, embedding)
+        return (joined,)
+
+    def identity(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.cat([streams[1], streams[0]], dim=1),)
+
+    def follow(self, streams: tuple[Tensor, ...], text: Tensor) -> Tensor:
+        return streams[0][:, text.shape[1] :]
+
+
+class SpaceAndTime(DiT):
+    """Blocks that attend the places of a frame, then the frames of a place, in turns (Latte)."""
+
+    def run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        (x,) = streams
+        batch, tokens, width = x.shape
+        for i, block in enumerate(self.blocks):
+            x = x.reshape(batch, 2, tokens // 2, width)
+            x = x.transpose(1, 2).flatten(0, 1) if i % 2 else x.flatten(0, 1)
+            x = block(x, embedding.repeat_interleave(x.shape[0] // batch, dim=0))
+            x = x.unflatten(0, (batch, -1))
+            x = (x.transpose(1, 2) if i % 2 else x).flatten(1, 2)
+        return (x,)
+
+
+MODELS = (DiT, MMDiT, JoinedMMDiT, SpaceAndTime, PostNormDiT)
+models = pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+
+
+def build(kind: type[Denoiser]) -> Denoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind().eval().requires_grad_(False)
+
+
+def inputs(step: int, t: float, tokens: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents that go a smooth way, as those of a sampler do, and a text."""
+    start, end = torch.randn(2, 2, tokens, 4, generator=torch.Generator().manual_seed(tokens))
+    text = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(99))
+    return start * math.cos(step / 30) + 0.5 * end * math.sin(step / 20), torch.tensor([t, t]), text
+
+
+def trajectory(model: Any, timesteps: Sequence[float] = TIMESTEPS, tokens: int = 6) -> list[Tensor]:
+    return [model(*inputs(step, t, tokens)).clone() for step, t in enumerate(timesteps)]
+
+
+class Reference:
+    """All blocks of a model under a policy, in plain eager Python."""
+
+    def __init__(self, model: Denoiser, policy: Policy) -> None:
+        self.model, self._policy, self.reused = copy.deepcopy(model), policy, 0
+        self._compute = self.model.run
+        self.model.run = self._run  # type: ignore[method-assign]
+
+    def _run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        rule, how, n, kept = self._policy.when, self._policy.how, self._n, self._kept
+        assert rule is not None
+        entering = self.model.identity(streams)
+        step = Step(n, self._t, len(TIMESTEPS))
+        if kept and rule.decide(step, Progress(n - kept["n"], kept["t"])):
+            self.reused += 1
+            far = Scalars(torch.tensor(float(n - kept["n"])), torch.tensor(float(kept["filled"])))
+            return tuple(each.clone() for each in how.read(kept["slots"], entering, far))
+        outputs = self._compute(streams, embedding)
+        slots = kept.get("slots") or [torch.full_like(each, math.nan) for each in how.slots(outputs)]
+        filled, distance = kept.get("filled", 0), n - kept.get("n", n - 1)
+        far = Scalars(torch.tensor(float(distance)), torch.tensor(float(filled)))
+        updated = [each.clone() for each in how.update(slots, entering, outputs, far)]
+        self._kept = {"n": n, "t": self._t, "filled": filled + 1, "slots": updated}
+        return outputs
+
+    def trajectory(self, tokens: int = 6) -> list[Tensor]:
+        self._kept: dict[str, Any] = {}
+        found = []
+        for self._n, self._t in enumerate(TIMESTEPS):
+            found.append(self.model(*inputs(self._n, self._t, tokens)).clone())
+        return found
+
+
+def equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(map(torch.equal, found, expected))
+
+
+def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+# ------------------------------------------------------------------------------------- to the bit
+
+PAIRS: list[tuple[type[Denoiser], Rule, How]] = [
+    (DiT, Every(3, warmup=2), Taylor(2, of=Residual())),
+    (DiT, Steps((0, 1, 2, 5, 9), of=len(TIMESTEPS)), Last()),
+    (DiT, Magnitude((1.0, 1.1, 1.0, 0.99, 1.01, 0.98) * 2 + (1.0,), 0.05), Residual()),
+    (MMDiT, Every(3), Residual()),
+    (MMDiT, Every(2), Hermite(2, of=Residual())),
+    (JoinedMMDiT, Every(3), Taylor(1, of=Residual())),
+    (JoinedMMDiT, Every(3), Taylor(1)),
+    (SpaceAndTime, Every(3), Taylor(1, torch.bfloat16, of=Residual())),
+    (PostNormDiT, Every(2), Residual()),
+]
+
+
+@lowerings
+@pytest.mark.parametrize(("kind", "rule", "how"), PAIRS, ids=lambda each: getattr(each, "__name__", str(each)))
+def test_blocks_do_what_the_policy_says(kind: type[Denoiser], rule: Rule, how: How, lowering: str) -> None:
+    model, policy = build(kind), Policy(Blocks(), rule, how)
+    reference = Reference(model, policy)
+    expected, plain = reference.trajectory(), trajectory(model)
+    with pab_fx.enable(model, policy, inner="eager", lowering=lowering, timesteps=TIMESTEPS) as pab:
+        assert equal(trajectory(model), expected)
+        report = pab.report()
+    assert report.reused == reference.reused > 0
+    assert not equal(expected, plain)
+    (region,) = report.regions
+    count = sum(len(each) for each in model.children() if isinstance(each, nn.ModuleList))
+    assert region.why.startswith(f"{count} of {count} blocks")
+
+
+@models
+def test_a_reusing_step_runs_nothing_of_the_blocks(kind: type[Denoiser]) -> None:
+    model = build(kind)
+    with pab_fx.enable(model, Policy(Blocks(), Every(2), Residual()), inner="eager") as pab:
+        trajectory(model)
+        (graph,) = pab.backend.graphs
+        (reusing,) = [gm for key, gm in graph.graphs.items() if all(key)]
+    inside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks" in name]
+    left = {str(node.target) + str(node.args) for node in reusing.graph.nodes if "linear" in str(node.target)}
+    assert inside
+    assert left
+    assert not any("blocks" in each for each in left)
+
+
+def test_a_forecast_residual_is_nearer_than_a_kept_one() -> None:
+    model = build(DiT)
+    plain, errors = trajectory(model), []
+    for how in (Residual(), Taylor(1, of=Residual()), Taylor(2, of=Residual())):
+        with pab_fx.enable(model, Policy(Blocks(), Every(3, warmup=2), how), inner="eager"):
+            errors.append(distance(trajectory(model), plain))
+    assert errors[1] < 0.5 * errors[0]
+    assert errors[2] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("where", "inside"),
+    [(Blocks(1), (1, 2)), (Blocks(0, -1), (0, 1)), (Blocks(1, -1), (1,)), (Blocks(-1), (2,))],
+    ids=str,
+)
+def test_a_range_of_blocks_is_skipped_and_the_others_run(where: Blocks, inside: tuple[int, ...]) -> None:
+    model = build(DiT)
+    plain = trajectory(model)
+    with pab_fx.enable(model, Policy(where, Every(2), Residual()), inner="eager") as pab:
+        found = trajectory(model)
+        (graph,) = pab.backend.graphs
+        (reusing,) = [gm for key, gm in graph.graphs.items() if all(key)]
+    assert not equal(found, plain)
+    ran = {i for i in range(3) if any(f"modules_{i}_modules_attn" in str(node.args) for node in reusing.graph.nodes)}
+    assert ran == set(range(3)) - set(inside)
+
+
+# ------------------------------------------------------------------------------------- in every way
+
+
+@lowerings
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+def test_blocks_with_inductor(lowering: str, regional: bool) -> None:
+    model, policy = build(JoinedMMDiT), Policy(Blocks(), Every(3), Taylor(1, of=Residual()))
+    expected, plain = Reference(model, policy).trajectory(), trajectory(model)
+    with pab_fx.enable(model, policy, lowering=lowering, regional=regional) as pab:
+        assert distance(trajectory(model), expected) < 1e-5  # Inductor fuses, so it rounds otherwise
+        assert pab.report().reused > 0
+    assert distance(expected, plain) > 1e-4
+
+
+@lowerings
+def test_blocks_with_dynamic_shapes(lowering: str) -> None:
+    model, policy = build(JoinedMMDiT), Policy(Blocks(), Every(3), Taylor(1, of=Residual()))
+    reference = Reference(model, policy)
+    with pab_fx.enable(model, policy, inner="eager", lowering=lowering, dynamic=True) as pab:
+        for tokens in (6, 8, 10):
+            assert distance(trajectory(model, tokens=tokens), reference.trajectory(tokens)) < 1e-5
+        assert len(pab.backend.captured) == 1
+        assert pab.report().reused > 0
+
+
+@lowerings
+def test_contexts_and_sessions_do_not_mix(lowering: str, inner: Any) -> None:
+    model, policy = build(MMDiT), Policy(Blocks(), Every(3), Taylor(1, of=Residual()))
+    expected = Reference(model, policy).trajectory()
+    with pab_fx.enable(model, policy, inner=inner, lowering=lowering) as pab:
+        sessions = [pab.session() for _ in range(3)]
+        found: list[list[Tensor]] = [[], [], []]
+        for step, t in enumerate(TIMESTEPS):
+            for i, session in enumerate(sessions):
+                with session, pab_fx.cache_context(("cond", "uncond", None)[i]):
+                    found[i].append(model(*inputs(step, t)).clone())
+        assert all(equal(each, expected) for each in found)
+        assert pab.report().reused > 0
+
+
+@lowerings
+@pytest.mark.parametrize("options", [{"cache_dtype": "bfloat16"}, {"cache_device": "cpu"}], ids=str)
+def test_smaller_and_offloaded_residuals_stay_near(options: dict[str, Any], lowering: str) -> None:
+    model, policy = build(DiT), Policy(Blocks(), Every(3), Residual())
+    expected = Reference(model, policy).trajectory()
+    with pab_fx.enable(model, policy, inner="eager", lowering=lowering, **options) as pab:
+        found = trajectory(model)
+        assert pab.report().reused > 0
+    # bfloat16 keeps 1 part in 256
+    assert distance(found, expected) <= (0 if "cache_device" in options else 0.05)
+
+
+def test_a_residual_takes_one_tensor_for_each_stream() -> None:
+    sizes = []
+    for how in (Residual(), Taylor(1, of=Residual())):
+        model = build(MMDiT)
+        with pab_fx.enable(model, Policy(Blocks(), Every(3), how), inner="eager") as pab:
+            trajectory(model)
+            (role,) = pab.report().roles
+            sizes.append(role.full_bytes)
+    streams = 2 * (6 + 3) * WIDTH * 4  # batch, tokens of image and text, width, bytes
+    assert sizes == [streams, 2 * streams]
+
+
+@pytest.mark.parametrize("kind", [DiT, JoinedMMDiT], ids=lambda kind: kind.__name__)
+def test_a_rewritten_program_skips_blocks_too(kind: type[Denoiser]) -> None:
+    model, policy = build(kind), Policy(Blocks(), Every(3), Taylor(1, of=Residual()))
+    reference = Reference(model, policy)
+    exported = torch.export.export(model, inputs(0, 1000.0)).module()
+    assert equal(trajectory(pab_fx.rewrite(exported, policy)), reference.trajectory())
+    assert reference.reused > 0
+
+
+# ------------------------------------------------------------------------------------- models of diffusers
+
+FEW = {"CogVideoXTransformer3DModel", "Flux2Transformer2DModel", "Lumina2Transformer2DModel", "WanTransformer3DModel"}
+"""One stream, two that are joined on the way, joined by writing into another tensor, and a stream with its cast."""
+BREAKS = {"HiDreamImageTransformer2DModel", "MochiTransformer3DModel"}
+"""Of which the graph breaks inside of the blocks."""
+
+
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in zoo.BY_NAME])
+def test_a_residual_leads_back_to_the_output_where_nothing_changes(name: str) -> None:
+    """What is added to what enters is found on the right streams: the same inputs give the same outputs again."""
+    entry = zoo.BY_NAME[name]
+    model, same, others = entry.build(), entry.step(600.0, 0), entry.step(600.0, 1)
+    policy = Policy(Blocks(), Every(3, warmup=1), Residual())
+    plain = _tensors(model(**others))
+    with pab_fx.enable(model, policy, inner="eager", lowering="cond") as pab:
+        computed = [_tensors(model(**same)) for _ in range(2)]
+        again, changed = _tensors(model(**same)), _tensors(model(**others))
+        report = pab.report()
+    assert all(map(torch.equal, *computed))
+    if name in BREAKS:
+        assert report.reused == 0
+        return
+    assert report.reused > 0
+    for found, expected in zip(again, computed[0], strict=True):
+        # x + (y - x) rounds
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert not all(map(torch.equal, changed, plain))
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf.clone() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+# ------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_range_that_the_model_does_not_have_is_left_alone_and_it_is_said() -> None:
+    model = build(DiT)
+    plain = trajectory(model)
+    with pab_fx.enable(model, Policy(Blocks(7), Every(2), Residual()), inner="eager") as pab:
+        assert equal(trajectory(model), plain)
+        (region,) = pab.report().regions
+    assert region.left_alone == "the model has 3 blocks, and none of them is in the range"
+
+
+class Convolutional(Denoiser):
+    """Blocks between which a convolution lies, as in a U-Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([Block() for _ in range(2)])
+        self.between = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        x = self.attentions[0](streams[0], embedding)
+        return (self.attentions[1](self.between(x.mT).mT, embedding),)
+
+
+def test_blocks_without_a_stream_between_them_are_left_alone_and_it_is_said() -> None:
+    model = build(Convolutional)
+    plain = trajectory(model)
+    with pab_fx.enable(model, Policy(Blocks(), Every(2), Residual()), inner="eager") as pab:
+        assert equal(trajectory(model), plain)
+        (region,) = pab.report().regions
+    assert "no stream goes through all blocks" in str(region.left_alone)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Blocks("first"), "first must be an integer"),
+        (lambda: Blocks(3, 2), r"no block lies in \[3:2\]"),
+        (lambda: Steps((0, 50), of=50), "a step of compute must be an integer from 0 to 49, got 50"),
+        (lambda: Steps((0, -1), of=50), "a step of compute must be an integer from 0 to 49, got -1"),
+        (lambda: Magnitude(()), "ratios must be numbers"),
+        (lambda: Magnitude((1.0,), max_skips=-1), "max_skips must be an integer >= 0"),
+        (lambda: Magnitude((1.0,), retention=2), "retention must be a number from 0 to 1"),
+        (lambda: Taylor(1, of=Taylor(1)), r"of must be Last\(\) or Residual\(\)"),
+        (lambda: Hermite(1, scale=0), "scale must be a number above 0"),
+        (
+            lambda: pab_fx.PABBackend([Policy(Blocks(), Every(2)), Policy(Attentions(), Every(2))]),
+            "policies cannot be nested yet",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_runs(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_ranges_that_overlap_are_refused() -> None:
+    policies = [Policy(Blocks(0, 2), Every(2)), Policy(Blocks(1), Every(3))]
+    model = build(DiT)
+    with pab_fx.enable(model, policies, inner="eager"), pytest.raises(Exception, match="overlap: both have the block"):
+        trajectory(model)
