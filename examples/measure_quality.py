@@ -1,7 +1,7 @@
 """Quality as numbers: what each preset changes in the clips of the demo's model, and what they still show.
 
     python examples/measure_quality.py --json quality.json --picture docs/quality.png --update docs/quality.md
-    python examples/measure_quality.py --forecasts --captions 4 --update docs/quality.md
+    python examples/measure_quality.py --forecasts --captions 24 --update docs/quality.md
 
 Each caption is sampled once without PAB and once with each config, from the same noise, with inner="eager". Two runs
 with fewer steps and no PAB are yardsticks. With --forecasts, each config reads its caches as they were kept and as
