@@ -46,7 +46,7 @@ from pab_fx.cli import app
 from pab_fx.demo import CAPTIONS, load_pipeline
 from pab_fx.policy.config import PRESETS
 from pab_fx.policy.when import reused_calls
-from pab_fx.policy.where import ROLES
+from pab_fx.policy.where import ATTENTION_ROLES, MLP
 
 TIMESTEPS = tuple(float(t) for t in range(999, -1, -50))  # 20 steps
 ATTENTIONS = {"spatial": "blocks.{}.attn1", "cross": "blocks.{}.attn2", "mlp": "blocks.{}.ff"}
@@ -663,7 +663,7 @@ def test_the_command_calibrates_writes_and_prints(tmp_path: Path) -> None:
     assert numbers["proposal"]["psnr"] >= 15
     assert PABConfig.load(tmp_path / "out" / "config.json") != PABConfig()
     assert len(numbers["windows"]) == 1
-    assert {role: len(each) for role, each in numbers["probes"].items()} == dict.fromkeys(ROLES, 1)
+    assert {role: len(each) for role, each in numbers["probes"].items()} == dict.fromkeys((*ATTENTION_ROLES, MLP), 1)
     for word in ("proposal", "latte", "PSNR", "speed-up", "config.json"):
         assert word in shown.output
 
