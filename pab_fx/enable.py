@@ -16,6 +16,7 @@ from ._torch import is_compiled_call, recompiles_of_its_own
 from .backend import PABBackend, backend_that_captured
 from .diffusers import listen
 from .diffusers.hooks import is_offloaded_by_layer, other_cache, prepare_split_hooks
+from .diffusers.taylorseer import TaylorSeerCacheConfig
 from .graph.modules import repeated_blocks
 from .policy.checks import checked_flag
 from .report.report import Report
@@ -35,7 +36,7 @@ class _Enabled:
     model: weakref.ref[nn.Module]
     call: weakref.ref[Any]
     before: Any
-    hooks: PyramidAttentionBroadcastConfig | None
+    hooks: Any
 
 
 class PAB:
@@ -158,7 +159,7 @@ class PAB:
     def _enable(
         self,
         model: Any,
-        hooks: PyramidAttentionBroadcastConfig | None,
+        hooks: Any,
         owner: weakref.ref[DiffusionPipeline] | None,
     ) -> None:
         prepare_split_hooks(model)
@@ -190,7 +191,7 @@ def enable(
     """Compile a model in place so that it broadcasts attention.
 
     The model keeps its class, parameters, `config` and `save_pretrained`; only its call is compiled. If
-    diffusers' PAB hooks are on, they are taken off and, with `config=None`, their config is used.
+    diffusers' hooks for PAB or TaylorSeer are on, they are taken off and, with `config=None`, their config is used.
 
     Args:
         model: a transformer, or a pipeline that holds one as `transformer`, `transformer_2` or `unet`.
@@ -240,7 +241,7 @@ def enable(
     for each, hooks in zip(models, hooked, strict=True):
         if hooks is not None:
             each.disable_cache()
-            logger.info("took over from diffusers' PAB hooks on %s", type(each).__name__)
+            logger.info("took over from diffusers' hooks on %s", type(each).__name__)
         pab._enable(each, hooks, owner)
     return pab
 
@@ -302,10 +303,10 @@ def denoisers(model: Any) -> list[Any]:
     return models
 
 
-def _hooks_config(model: Any) -> PyramidAttentionBroadcastConfig | None:
-    """The config of diffusers' PAB hooks on a model, `None` if they are off."""
+def _hooks_config(model: Any) -> Any:
+    """The config of diffusers' hooks on a model, `None` if they are off."""
     config = getattr(model, "_cache_config", None)
-    if config is not None and not isinstance(config, PyramidAttentionBroadcastConfig):
+    if config is not None and not isinstance(config, (PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig)):
         raise ValueError(
             f"{type(model).__name__} has another cache of diffusers enabled ({type(config).__name__}): "
             "call its disable_cache() first."

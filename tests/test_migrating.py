@@ -131,6 +131,16 @@ def test_hooks_are_taken_over_and_put_back() -> None:
     assert torch.equal(latents(pipe), expected)
 
 
+def test_taylorseer_before_and_after_make_the_same_picture() -> None:
+    after, before = run_block("taylorseer, after"), prompted.cogvideox()
+    expected = latents(before)
+    before.transformer.enable_cache(after["config"])
+    hooked = latents(before)
+    assert torch.equal(latents(after["pipe"]), hooked)
+    assert after["pab"].report().reused > 0
+    assert not torch.equal(hooked, expected)
+
+
 def test_branches_of_guidance_are_kept_apart() -> None:
     """The hooks give the second branch what the first has computed; with a hooked model for each, all is well."""
     entry = pipelines.BY_NAME["WanPipeline"]

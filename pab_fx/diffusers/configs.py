@@ -14,13 +14,15 @@ from ..policy.policy import Policy, checked_together
 from ..policy.when import SkipRange
 from ..policy.where import ATTENTION_ROLES, Modules
 from .hooks import is_attention
+from .taylorseer import TaylorSeerCacheConfig, policies_of_taylorseer
 
 
 def policies_of(config: Any) -> tuple[Policy, ...]:
     """A config as policies; `PABConfig()` for `None`.
 
     Args:
-        config: a `PABConfig`, diffusers' `PyramidAttentionBroadcastConfig`, a `Policy`, or several of these.
+        config: a `PABConfig`, diffusers' `PyramidAttentionBroadcastConfig` or `TaylorSeerCacheConfig`, a `Policy`, or
+            several of these.
 
     Raises:
         ValueError: for anything else, with what was probably meant.
@@ -37,6 +39,8 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
         return config.policies()
     if isinstance(config, PyramidAttentionBroadcastConfig):
         return _of_hooks(config)
+    if isinstance(config, TaylorSeerCacheConfig):
+        return policies_of_taylorseer(config)
     if isinstance(config, Iterable) and not isinstance(config, (str, bytes, Mapping)):
         policies = tuple(policy for each in config if each is not None for policy in policies_of(each))
         if policies:
@@ -49,8 +53,8 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
     elif isinstance(config, type):
         hint = f" That is the class: write {config.__name__}(...)."
     raise ValueError(
-        "config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig, a Policy, or a list of those, "
-        f"got {config!r}.{hint}"
+        "config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig or TaylorSeerCacheConfig, a Policy, or "
+        f"a list of those, got {config!r}.{hint}"
     )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from .checks import checked_blocks, checked_identifiers, is_iterable
 
 ATTENTION_ROLES = ("spatial", "temporal", "cross")
-MLP, BLOCKS, MODEL = "mlp", "blocks", "model"
-ROLES = (*ATTENTION_ROLES, MLP, BLOCKS, MODEL)
+MLP, BLOCKS, MODULES = "mlp", "blocks", "modules"
+ROLES = (*ATTENTION_ROLES, MLP, BLOCKS, MODULES)
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,33 @@ class Modules:
     def takes(self, role: str, name: str) -> bool:
         """Whether the policy is for a part of that role and name."""
         return role == self.role and any(re.search(each, name) for each in self.identifiers)
+
+
+@dataclass(frozen=True)
+class NamedModules:
+    """Whole modules of certain names, as a hook wraps them.
+
+    Args:
+        identifiers: regular expressions of which one has to match all of the qualified name (`re.fullmatch`).
+
+    Example:
+        >>> NamedModules((r"^blocks.*attn",)).takes("modules", "blocks.0.attn")
+        True
+    """
+
+    identifiers: tuple[str, ...]
+
+    roles = (MODULES,)
+    names = ()
+    shares_calls = True
+
+    def role_of(self, role: str, name: str) -> tuple[str, str] | None:
+        """`None`: names alone tell."""
+        return None
+
+    def takes(self, role: str, name: str) -> bool:
+        """Whether the policy is for a part of that role and name."""
+        return role == MODULES and any(re.fullmatch(each, name) for each in self.identifiers)
 
 
 Where = Any

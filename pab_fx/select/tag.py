@@ -14,7 +14,7 @@ from torch import fx
 from ..graph.dataflow import activations, shape
 from ..graph.modules import ModuleNames
 from ..policy.policy import Policy, assigned
-from ..policy.where import Attentions, Blocks, FeedForwards
+from ..policy.where import Attentions, Blocks, FeedForwards, NamedModules
 from .attentions import attentions
 from .blocks import ranges_of_blocks
 from .bounds import bounded_alike
@@ -22,7 +22,7 @@ from .feed_forwards import feed_forwards
 from .region import Region
 from .streams import streams
 from .view import View
-from .whole_modules import classes_of, whole_modules
+from .whole_modules import classes_of, named_modules, whole_modules
 
 
 def tag(gm: fx.GraphModule, policies: Sequence[Policy], names: ModuleNames | None = None) -> tuple[Region, ...]:
@@ -60,6 +60,7 @@ def _found(view: View, policies: Sequence[Policy]) -> list[Region]:
     kinds = {type(policy.where) for policy in policies}
     ranges = dict.fromkeys(policy.where for policy in policies if isinstance(policy.where, Blocks))
     found = ranges_of_blocks(view, assign, ranges)
+    found += named_modules(view, assign, [each.where for each in policies if isinstance(each.where, NamedModules)])
     found += [region for are in classes_of(policies) for region in whole_modules(view, assign, are)]
     if Attentions in kinds:
         found += attentions(view, assign)
