@@ -335,8 +335,7 @@ def test_a_range_of_blocks_is_skipped_and_the_others_run(where: Blocks, inside: 
 # ------------------------------------------------------------------------------------- in every way
 
 
-@lowerings
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+@pytest.mark.parametrize(("lowering", "regional"), [("specialize", True), ("cond", False)])
 def test_blocks_with_inductor(lowering: str, regional: bool) -> None:
     model, policy = build(JoinedMMDiT), Policy(Blocks(), Every(3), Taylor(1, of=Residual()))
     expected, plain = Reference(model, policy).trajectory(), trajectory(model)

@@ -169,7 +169,8 @@ def test_an_unknown_role_is_refused_with_the_names_there_are() -> None:
 def test_a_config_of_another_kind_is_refused() -> None:
     for config in ({"spatial_attention_block_skip_range": 2}, "latte", PABConfig):
         with pytest.raises(
-            ValueError, match="config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig, a Policy"
+            ValueError,
+            match="config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig or TaylorSeerCacheConfig",
         ):
             PABBackend(config)  # type: ignore[arg-type]
 

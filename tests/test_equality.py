@@ -69,6 +69,9 @@ VARIANTS = {
     *("HunyuanVideoTransformer3DModel-token_replace", "Kandinsky6Transformer3DModel", "LTX2VideoTransformer3DModel"),
     *("LongCatImageTransformer2DModel", "MiniMaxH3Transformer3DModel", "MotifVideoTransformer3DModel"),
     *("NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel"),
+    *("AllegroTransformer3DModel", "ConsisIDTransformer3DModel", "EasyAnimateTransformer3DModel"),
+    *("QwenImage21Transformer2DModel", "QwenImageControlNetModel", "QwenImageMultiControlNetModel"),
+    *("SanaWMLTX2RefinerTransformer3DModel", "WanTransformer3DModel-i2v"),
     *("WanAnimateTransformer3DModel", "WanVACETransformer3DModel"),
 }
 """Those that take long and whose attentions are much like another's; `.ci/run` runs them apart, and fails for them."""
