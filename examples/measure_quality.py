@@ -1,11 +1,13 @@
 """Quality as numbers: what each preset changes in the clips of the demo's model, and what they still show.
 
     python examples/measure_quality.py --json quality.json --picture docs/quality.png --update docs/quality.md
-    python examples/measure_quality.py --forecasts --captions 24 --update docs/quality.md
+    python examples/measure_quality.py --table forecasts --captions 24 --update docs/quality.md
+    python examples/measure_quality.py --table parts --captions 8 --update docs/quality.md
 
 Each caption is sampled once without PAB and once with each config, from the same noise, with inner="eager". Two runs
-with fewer steps and no PAB are yardsticks. With --forecasts, each config reads its caches as they were kept and as
-forecasts. The metrics are scikit-image's; none has learned weights.
+with fewer steps and no PAB are yardsticks. In the table "forecasts", each config reads its caches as they were kept and
+as forecasts; in the table "parts", attentions, feed-forwards and blocks compute in every n-th step. The metrics are
+scikit-image's; none has learned weights.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,24 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
 
 import pab_fx
-from pab_fx import Attentions, Every, PABConfig, Policy, Taylor
+from pab_fx import Attentions, Blocks, Every, FeedForwards, Hermite, How, Last, PABConfig, Policy, Residual, Taylor
 from pab_fx.demo import CAPTIONS, Caption, ClipPipeline, load_pipeline, recognise
 from pab_fx.demo.run import demo_config
 
 PARTS = ("colour", "direction", "shape")
-ORDERS = (0, 1, 2)
+ORDERS = {"as kept": 0, "forecast, order 1": 1, "forecast, order 2": 2}
+HOWS: dict[str, Callable[[How], How]] = {
+    "as kept": lambda of: of,
+    "order 1": lambda of: Taylor(1, of=of),
+    "order 2": lambda of: Taylor(2, of=of),
+    "Hermite, order 2": lambda of: Hermite(2, of=of),
+}
+"""Of the outputs, or of what is added to the inputs."""
+PARTS_OF_MODEL = {
+    "attentions": (Attentions(), Last()),
+    "feed-forwards": (FeedForwards(), Last()),
+    "blocks": (Blocks(), Residual()),
+}
 console = Console(stderr=True)
 
 
@@ -156,9 +171,22 @@ def forecasts(pipe: ClipPipeline, steps: int) -> list[Way]:
             *(Way(name, replace(config, forecast_order=order), steps) for name, config in configs(pipe, steps).items()),
             Way("every attention, every 3rd step", Policy(Attentions(), Every(3), Taylor(order)), steps),
         ]
-        for order in ORDERS
+        for order in ORDERS.values()
     ]
     return [Way("without PAB", None, steps), *(way for same in zip(*orders, strict=True) for way in same)]
+
+
+def parts(pipe: ClipPipeline, steps: int) -> list[Way]:
+    """Without a cache, and for every part, every interval and every how."""
+    return [
+        Way("without a cache", None, steps),
+        *(
+            Way(f"{name}, 1 step of {n}", Policy(where, Every(n), how(of)), steps)
+            for name, (where, of) in PARTS_OF_MODEL.items()
+            for n in (2, 3, 4, 6)
+            for how in HOWS.values()
+        ),
+    ]
 
 
 def sample(pipe: ClipPipeline, captions: Sequence[Caption], steps: int, batch: int, seed: int, what: str) -> np.ndarray:
@@ -239,18 +267,25 @@ def tables(found: Sequence[Found]) -> str:
     return f"{kept}\n\n{distances}"
 
 
-def forecast_table(found: Sequence[Found]) -> str:
-    """PSNR to the clips without PAB, its mean and the worst clip's: a row for each config, a column for each order."""
+def table_of_hows(found: Sequence[Found], hows: Sequence[str]) -> str:
+    """PSNR to the clips of the first way, the mean and the worst: a row for each config, a column for each how."""
     psnr, number = METRICS[0], len(found[0].clips)
     rows = []
-    for i in range(1, len(found), len(ORDERS)):
-        same = found[i : i + len(ORDERS)]
+    for i in range(1, len(found), len(hows)):
+        same = found[i : i + len(hows)]
         values = [each.metrics[psnr.name] for each in same]
         cells = [f"{np.mean(some):.1f} ({psnr.worst(some, 0.0):.1f})" for some in values]
         right = min(each.right["all three"] for each in same)
-        rows.append((same[0].way.name, f"{same[0].reused['attentions']:.1%}", *cells, f"{right} of {number}"))
-    orders = [f"forecast, order {order}" if order else "as kept" for order in ORDERS]
-    return _table(("PSNR, dB", "attention calls reused", *orders, "all three, at least"), rows)
+        reused = same[0].reused["attentions"] or same[0].reused["feed-forwards"]
+        rows.append((same[0].way.name, f"{reused:.1%}", *cells, f"{right} of {number}"))
+    return _table(("PSNR, dB", "calls reused", *hows, "all three, at least"), rows)
+
+
+TABLES: dict[str, tuple[Callable[[ClipPipeline, int], list[Way]], Callable[[Sequence[Found]], str]]] = {
+    "quality": (ways, tables),
+    "forecasts": (forecasts, partial(table_of_hows, hows=tuple(ORDERS))),
+    "parts": (parts, partial(table_of_hows, hows=tuple(HOWS))),
+}
 
 
 def _cell(metric: Metric, values: Sequence[float]) -> str:
@@ -315,21 +350,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=2_000_000)
-    parser.add_argument("--forecasts", action="store_true", help="each config as kept and as forecasts")
+    parser.add_argument("--table", choices=TABLES, default="quality", help="which ways are compared")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG: the same frames in each way")
     parser.add_argument("--update", type=Path, metavar="FILE", help="a Markdown file whose tables are replaced")
     args = parser.parse_args(arguments)
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(args.captions)]
-    found = measure(forecasts if args.forecasts else ways, captions, args.steps, args.batch, args.seed)
-    written = forecast_table(found) if args.forecasts else tables(found)
+    ways_of, write = TABLES[args.table]
+    found = measure(ways_of, captions, args.steps, args.batch, args.seed)
+    written = write(found)
     print(written)
     if args.json:
         args.json.write_text(json.dumps([each.as_json() for each in found], indent=1) + "\n", encoding="utf-8")
     if args.picture:
         imageio.imwrite(args.picture, picture(found, captions))
     if args.update:
-        update(args.update, "forecasts" if args.forecasts else "quality", written)
+        update(args.update, args.table, written)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_the_command_writes_tables_numbers_and_a_picture(tmp_path: Path, capsys:
 def test_the_command_writes_the_table_of_forecasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.md"
     path.write_text(PAGE)
-    measure_quality.main(["--forecasts", "--captions", "1", "--steps", "8", "--update", str(path)])
+    measure_quality.main(["--table", "forecasts", "--captions", "1", "--steps", "8", "--update", str(path)])
     printed = capsys.readouterr().out.strip()
     assert printed in path.read_text()
     assert len(printed.splitlines()) == 2 + len(PRESETS) + 2
@@ -85,7 +85,7 @@ def test_the_page_has_every_preset_as_kept_and_as_forecasts() -> None:
     written = PAGE[PAGE.index("<!-- forecasts -->") : PAGE.index("<!-- /forecasts -->")]
     rows = re.findall(r"^\| ([\w, -]+?) \|", written, re.MULTILINE)
     assert {"default", *PRESETS, "every attention, every 3rd step"} <= set(rows)
-    assert "measure_quality.py --forecasts" in PAGE
+    assert "measure_quality.py --table forecasts" in PAGE
 
 
 def test_the_page_has_every_preset_and_the_command_that_makes_it() -> None:

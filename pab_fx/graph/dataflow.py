@@ -241,6 +241,12 @@ def backward(
             pending.extend(follow(node))
 
 
+def tells_dtype(node: fx.Node, user: fx.Node) -> bool:
+    """Whether a node is only the example of a dtype to one of its users, `x.type_as(node)`."""
+    is_example = user.op == "call_method" and user.target == "type_as" and user.args[0] is not node
+    return is_example and isinstance(value(node), torch.Tensor)
+
+
 PERMUTATIONS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint"}
 
 

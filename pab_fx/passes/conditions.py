@@ -42,7 +42,7 @@ from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 from .._torch import cond_op, symbol_of, symbols_inside
 from ..graph import effects
 from ..graph.copies import record
-from ..graph.dataflow import activations, is_number, is_sizes, is_tensor, is_tuple, value
+from ..graph.dataflow import activations, is_number, is_sizes, is_tensor, is_tuple, tells_dtype, value
 from ..policy.how import Scalars
 from ..policy.policy import Policy
 from ..select.region import Region
@@ -80,6 +80,7 @@ def insert_conditions(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.Graph
     unused = [node for region in broadcast for node in _use_outputs(gm.graph, region)]
     for region in broadcast:
         _replay_outside(gm.graph, region)
+        _spell_out_dtypes(region)
         _hand_out_copies(gm.graph, region)
     bodies = _bodies(gm.graph, regions, {node for each in reads.values() for node in each.inputs})
     kept: dict[Slot, fx.Node] = {}
@@ -216,6 +217,18 @@ def _replay_outside(graph: fx.Graph, region: Region) -> None:
         with graph.inserting_before(node.next):
             copies[node] = graph.node_copy(node, lambda source: copies.get(source, source))
         node.replace_all_uses_with(copies[node], delete_user_cb=lambda user: user not in inside)
+
+
+def _spell_out_dtypes(region: Region) -> None:
+    """Let nodes outside of a region do without tensors of it that only tell them a dtype.
+
+    %z = type_as(%y, %inside)    ->    %z = to(%y, torch.float16)
+    """
+    inside = set(region.nodes)
+    for node in region.nodes:
+        for user in list(node.users):
+            if user not in inside and node not in region.outputs and tells_dtype(node, user):
+                user.target, user.args = "to", (user.args[0], value(node).dtype)
 
 
 def _hand_out_copies(graph: fx.Graph, region: Region) -> None:

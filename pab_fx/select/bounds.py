@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ..graph import effects
-from ..graph.dataflow import is_tensor, is_tuple, op_name, shape, takes_item, value
+from ..graph.dataflow import is_tensor, is_tuple, op_name, shape, takes_item, tells_dtype, value
 from .region import Region
 
 UNUSED = "none of its tensors is used outside of it"
@@ -130,7 +130,8 @@ def _outputs(
             del inside[node]  # an item of a tuple made outside: operands are tensors
 
     def is_used_outside(node: fx.Node) -> bool:
-        return any(user not in inside or user in replayed for user in node.users)
+        outside = (user for user in node.users if user not in inside or user in replayed)
+        return not all(tells_dtype(node, user) for user in outside)
 
     while True:
         outputs = [node for node in inside if node not in replayed and is_used_outside(node)]
