@@ -31,8 +31,8 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,11 +42,10 @@ from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 from .._torch import cond_op, symbol_of, symbols_inside
 from ..graph import effects
 from ..graph.copies import record
-from ..graph.dataflow import activations, is_number, is_sizes, is_tensor, is_tuple, tells_dtype, value
+from ..graph.dataflow import is_number, is_sizes, is_tensor, is_tuple, tells_dtype, value
 from ..policy.how import Scalars
 from ..policy.policy import Policy
 from ..select.region import Region
-from ..select.streams import Streams, streams
 from .form import (
     COPY,
     MARK,
@@ -60,6 +59,7 @@ from .form import (
     set_slots_returned,
 )
 from .hows import looks_of_slots, traced_how
+from .reads import Reads, reads_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def insert_conditions(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.Graph
         return gm
     output = gm.graph.output_node()
     output.args = ((output.args[0],),)
-    reads = {region: _reads(gm.graph, region) for region in broadcast}
+    reads = {region: reads_of(gm.graph, region) for region in broadcast}
     unused = [node for region in broadcast for node in _use_outputs(gm.graph, region)]
     for region in broadcast:
         _replay_outside(gm.graph, region)
@@ -125,63 +125,6 @@ def _numbered(broadcast: Sequence[Region]) -> list[Conditional]:
 
 
 # ------------------------------------------------------------------------------------------- what a body is
-
-
-@dataclass(frozen=True)
-class _Reads:
-    """What the how of a region reads where it reuses.
-
-    Args:
-        inputs: the activations that the region reads, or its streams are made of, if they are read then; else none.
-        streams: what enters where its outputs leave, if it is that which the how reads.
-        scalars: names of the scalars that are read then.
-        whole: for each output, the number of the slot that it is, as it is; `None` where it is computed.
-    """
-
-    inputs: tuple[fx.Node, ...]
-    streams: Streams | None
-    scalars: frozenset[str]
-    whole: tuple[int | None, ...]
-
-    def is_kept(self, output: fx.Node, region: Region, slot: int) -> bool:
-        """Whether a slot is read as that output, and is nothing else."""
-        return self.whole[region.outputs.index(output)] == slot and self.whole.count(slot) == 1
-
-    def within(self, body: Sequence[fx.Node], region: Region) -> _Reads:
-        """The same, once the region is a body: views among its inputs are the body's own then."""
-        if self.streams is None:
-            return self
-        within = replace(self.streams, inside=frozenset(body))
-        return replace(self, streams=within, inputs=tuple(within.sources(region.outputs)) if self.inputs else ())
-
-    def given(self, region: Region, graph: fx.Graph, at: Callable[[fx.Node], fx.Node]) -> list[fx.Node]:
-        """The inputs that the how is given, made in a graph that has those above as `at` says."""
-        if self.streams is None:
-            return [at(node) for node in self.inputs]
-        return [self.streams.entering(output, graph, at) for output in region.outputs] if self.inputs else []
-
-
-def _reads(graph: fx.Graph, region: Region) -> _Reads:
-    """Trace the reading of a region's slots into a graph that nobody keeps."""
-    how, acts = _policy(region).how, activations(graph)
-    found = streams(region.nodes, region.outputs, acts) if how.reads_streams else None
-    if found is None:
-        inside = set(region.nodes)
-        sources = dict.fromkeys(s for node in region.nodes for s in node.all_input_nodes if s not in inside)
-        inputs = [source for source in sources if source in acts and is_tensor(source)]
-    else:
-        inputs = found.sources(region.outputs)
-    scratch = fx.Graph()
-    slots = [scratch.placeholder("slot") for _ in looks_of_slots(how, region.outputs)]
-    given = [scratch.placeholder("input") for _ in (inputs if found is None else region.outputs)]
-    scalars = Scalars(*map(scratch.placeholder, Scalars._fields))
-    read = traced_how(how, "read", [None] * len(region.outputs), scratch, slots, given, scalars)
-    return _Reads(
-        inputs=tuple(inputs) if any(node.users for node in given) else (),
-        streams=found,
-        scalars=frozenset(name for name in Scalars._fields if getattr(scalars, name).users),
-        whole=tuple(slots.index(node) if node in slots else None for node in read),
-    )
 
 
 def _policy(region: Region) -> Policy:
@@ -343,7 +286,7 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 
 def _made_conditional(
-    gm: fx.GraphModule, region: Region, body: list[fx.Node], reads: _Reads, made: Conditional, kept: dict[Slot, fx.Node]
+    gm: fx.GraphModule, region: Region, body: list[fx.Node], reads: Reads, made: Conditional, kept: dict[Slot, fx.Node]
 ) -> None:
     """Put a `cond` node in the place of a body, and what is in its module's slots then into `kept`."""
     graph, how = gm.graph, _policy(region).how
@@ -437,7 +380,7 @@ def _reader(
     operands: Sequence[fx.Node],
     slots: Sequence[fx.Node],
     scalars: Scalars,
-    reads: _Reads,
+    reads: Reads,
     outputs: Sequence[fx.Node],
     conditional: Conditional,
 ) -> fx.GraphModule:
