@@ -34,7 +34,7 @@ from .policy.config import PABConfig
 from .policy.policy import Policy, assigned
 from .policy.when import Rule, falling_timesteps
 from .report.account import report_of
-from .report.captured import Captured, Plain, frame_of
+from .report.captured import Captured, Plain
 from .report.report import Report
 from .run.call import BroadcastGraph
 from .run.holding import addresses, holder_for
@@ -227,7 +227,7 @@ class PABBackend:
             if not any(region.is_broadcast for region in self.regions):
                 self.notices.warn_of_nothing(regions)
             run = Plain(self._compiler(names)(gm, example_inputs), self.runtime.has_cuda_graphs)
-        self.captured.append(Captured(captured, regions, frame_of(names), id(names.model), run))
+        self.captured.append(Captured(captured, regions, names.frame, id(names.model), run))
         return run
 
     def _is_left_alone(self, example_inputs: Sequence[Any]) -> bool:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from torch import Tensor, nn
+from diffusers import hooks
+from reference import Part, distance, equal
+from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
@@ -24,14 +26,14 @@ from pab_fx import (
     Last,
     Magnitude,
     Policy,
-    Progress,
     Residual,
     Rule,
-    Scalars,
-    Step,
     Steps,
     Taylor,
 )
+from pab_fx.graph.dataflow import activations
+from pab_fx.policy.when import reused_calls
+from pab_fx.select.streams import streams
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -68,6 +70,15 @@ class Block(nn.Module):
         shift, scale, gate = self.modulation(embedding).unsqueeze(1).chunk(3, dim=-1)
         x = x + gate * self.attn(self.norm(x) * (1 + scale) + shift)
         return x + self.ff(self.norm(x))
+
+
+class InPlaceBlock(Block):
+    """Updates the stream in place, but not the tensor that it is given."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x = x + self.attn(self.norm(x) + embedding.unsqueeze(1))
+        x += self.ff(self.norm(x))
+        return x.sub_(0.1 * self.ff(x))
 
 
 class DoubleBlock(nn.Module):
@@ -141,6 +152,21 @@ class PostNormDiT(DiT):
     block = PostNormBlock
 
 
+class InPlaceDiT(DiT):
+    block = InPlaceBlock
+
+
+class BrokenDiT(DiT):
+    """The graph breaks between blocks, which Dynamo captures one by one then."""
+
+    def run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        (x,) = streams
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = block(x, embedding)
+        return (x,)
+
+
 class MMDiT(Denoiser):
     """Two streams, which both leave the blocks."""
 
@@ -198,7 +224,7 @@ class SpaceAndTime(DiT):
         return (x,)
 
 
-MODELS = (DiT, MMDiT, JoinedMMDiT, SpaceAndTime, PostNormDiT)
+MODELS = (DiT, InPlaceDiT, MMDiT, JoinedMMDiT, SpaceAndTime, PostNormDiT)
 models = pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 
 
@@ -223,41 +249,25 @@ class Reference:
     """All blocks of a model under a policy, in plain eager Python."""
 
     def __init__(self, model: Denoiser, policy: Policy) -> None:
-        self.model, self._policy, self.reused = copy.deepcopy(model), policy, 0
-        self._compute = self.model.run
-        self.model.run = self._run  # type: ignore[method-assign]
+        self.model, self._part = copy.deepcopy(model), Part(policy, len(TIMESTEPS))
+        compute = self.model.run
 
-    def _run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
-        rule, how, n, kept = self._policy.when, self._policy.how, self._n, self._kept
-        assert rule is not None
-        entering = self.model.identity(streams)
-        step = Step(n, self._t, len(TIMESTEPS))
-        if kept and rule.decide(step, Progress(n - kept["n"], kept["t"])):
-            self.reused += 1
-            far = Scalars(torch.tensor(float(n - kept["n"])), torch.tensor(float(kept["filled"])))
-            return tuple(each.clone() for each in how.read(kept["slots"], entering, far))
-        outputs = self._compute(streams, embedding)
-        slots = kept.get("slots") or [torch.full_like(each, math.nan) for each in how.slots(outputs)]
-        filled, distance = kept.get("filled", 0), n - kept.get("n", n - 1)
-        far = Scalars(torch.tensor(float(distance)), torch.tensor(float(filled)))
-        updated = [each.clone() for each in how.update(slots, entering, outputs, far)]
-        self._kept = {"n": n, "t": self._t, "filled": filled + 1, "slots": updated}
-        return outputs
+        def run(streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+            entering = self.model.identity(streams)
+            return tuple(self._part(self._n, self._t, entering, lambda: compute(streams, embedding)))
+
+        self.model.run = run  # type: ignore[method-assign]
+
+    @property
+    def reused(self) -> int:
+        return self._part.reused
 
     def trajectory(self, tokens: int = 6) -> list[Tensor]:
-        self._kept: dict[str, Any] = {}
+        self._part.reset()
         found = []
         for self._n, self._t in enumerate(TIMESTEPS):
             found.append(self.model(*inputs(self._n, self._t, tokens)).clone())
         return found
-
-
-def equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    return all(map(torch.equal, found, expected))
-
-
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
 
 
 # ------------------------------------------------------------------------------------- to the bit
@@ -266,6 +276,7 @@ PAIRS: list[tuple[type[Denoiser], Rule, How]] = [
     (DiT, Every(3, warmup=2), Taylor(2, of=Residual())),
     (DiT, Steps((0, 1, 2, 5, 9), of=len(TIMESTEPS)), Last()),
     (DiT, Magnitude((1.0, 1.1, 1.0, 0.99, 1.01, 0.98) * 2 + (1.0,), 0.05), Residual()),
+    (InPlaceDiT, Every(3), Residual()),
     (MMDiT, Every(3), Residual()),
     (MMDiT, Every(2), Hermite(2, of=Residual())),
     (JoinedMMDiT, Every(3), Taylor(1, of=Residual())),
@@ -404,6 +415,56 @@ def test_a_rewritten_program_skips_blocks_too(kind: type[Denoiser]) -> None:
     assert reference.reused > 0
 
 
+def test_blocks_between_which_the_graph_breaks_are_skipped_one_by_one_and_ranges_are_left_alone() -> None:
+    model = build(BrokenDiT)
+    plain = trajectory(model)
+    with pab_fx.enable(model, Policy(Blocks(), Every(2), Residual()), inner="eager") as pab:
+        found, report = trajectory(model), pab.report()
+    expected = Reference(build(DiT), Policy(Blocks(), Every(2), Residual())).trajectory()
+    assert distance(found, expected) < 1e-5  # what the blocks add is summed in another order
+    assert not equal(found, plain)
+    assert report.roles[0].modules == 3
+    with pab_fx.enable(model, Policy(Blocks(1), Every(2), Residual()), inner="eager") as pab:
+        assert equal(trajectory(model), plain)
+        assert {"the blocks are captured one by one" in str(r.left_alone) for r in pab.report().regions} == {True}
+
+
+def test_blocks_are_explained_in_every_form() -> None:
+    policy = Policy(Blocks(), Every(2), Residual())
+    report = pab_fx.explain(build(MMDiT), {}, policy, args=inputs(0, 1000.0), rounds=0)
+    for written in (str(report), report.markdown(), report.html(), report.svg()):
+        assert "blocks" in written
+
+
+# ------------------------------------------------------------------------------------- streams
+
+
+def identity_of(function: Any) -> str:
+    """The operations by which what enters at the output of a small graph is made."""
+    gm = fx.symbolic_trace(function)
+    nodes = [node for node in gm.graph.nodes if node.op.startswith("call")]
+    found = streams(nodes, (), activations(gm.graph))
+    return ", ".join(node.name for node in found.way(nodes[-1])) if nodes[-1] in found.carried else "none"
+
+
+@pytest.mark.parametrize(
+    ("function", "identity"),
+    [
+        (lambda x: x + x.tanh(), "x, add"),
+        (lambda x: x.tanh() + x, "x, add"),
+        (lambda x: x - x.tanh(), "x, sub"),
+        (lambda x: x.tanh() - x, "none"),  # what is subtracted does not go on
+        (lambda x: torch.addcmul(x, x.tanh(), x.sin()), "x, addcmul"),
+        (lambda x: torch.addcmul(x.tanh(), x, x), "none"),
+        (lambda x: (x.t() + x.tanh().t()).type_as(x), "x, t, add, type_as"),
+        (lambda x: torch.cat([x, x + x.sin()]), "x, add, cat"),
+        (lambda x: x.tanh(), "none"),
+    ],
+)
+def test_a_stream_goes_by_sums_views_and_joins(function: Any, identity: str) -> None:
+    assert identity_of(function) == identity
+
+
 # ------------------------------------------------------------------------------------- models of diffusers
 
 FEW = {"CogVideoXTransformer3DModel", "Flux2Transformer2DModel", "Lumina2Transformer2DModel", "WanTransformer3DModel"}
@@ -436,6 +497,27 @@ def test_a_residual_leads_back_to_the_output_where_nothing_changes(name: str) ->
 
 def _tensors(outputs: Any) -> list[Tensor]:
     return [leaf.clone() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+# ------------------------------------------------------------------------------------- rules by lists
+
+
+@pytest.mark.parametrize(("steps", "ratios"), [(12, 12), (12, 28), (20, 12)])
+def test_magnitude_decides_as_the_hooks_do(steps: int, ratios: int) -> None:
+    given = [1.0 + 0.05 * math.sin(3 * i) for i in range(ratios)]
+    config = hooks.MagCacheConfig(threshold=0.12, retention_ratio=0.2, num_inference_steps=steps, mag_ratios=given)
+    entry = zoo.BY_NAME["FluxTransformer2DModel"]
+    model, computed = entry.build(), []
+    head = model.transformer_blocks[0]
+    forward = head.forward
+    head.forward = lambda *args, **kwargs: (computed.append(step), forward(*args, **kwargs))[1]
+    hooks.apply_mag_cache(model, config)
+    for step in range(steps):
+        model(**entry.step(900.0 - step, step))
+    rule = Magnitude(given, threshold=0.12, retention=0.2)
+    plan = reused_calls(rule, range(steps, 0, -1))
+    assert [step for step, reuse in enumerate(plan) if not reuse] == computed
+    assert any(plan)
 
 
 # ------------------------------------------------------------------------------------- what is refused

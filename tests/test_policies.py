@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import Part, distance, equal
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -104,47 +105,34 @@ class Reference:
     """A policy for every attention (or feed-forward) of a model, in plain eager Python."""
 
     def __init__(self, model: Model, policy: Policy, part: str = "attn", of: float = math.inf) -> None:
-        self.model, self._policy, self._of, self.reused = copy.deepcopy(model), policy, of, 0
-        self._kept: dict[Any, dict[str, Any]] = {}
+        self.model, self._calls = copy.deepcopy(model), Counter[Any]()
+        # each call of a module in a step is a part
+        self._parts: defaultdict[Any, Part] = defaultdict(lambda: Part(policy, of))
         for module in {getattr(block, part) for block in self.model.blocks}:
             self._wrap(module)
 
+    @property
+    def reused(self) -> int:
+        return sum(part.reused for part in self._parts.values())
+
     def _wrap(self, module: Any) -> None:
         compute = module.forward
-        module.forward = lambda x: self._called(module, compute, x)
 
-    def _called(self, module: Any, compute: Any, x: Tensor) -> Tensor:
-        part = (module, self._calls[module])  # each call of a module in a step is a part
-        self._calls[module] += 1
-        rule, how, kept, n = self._policy.when, self._policy.how, self._kept.get(part), self._n
-        assert rule is not None
-        if kept and rule.decide(Step(n, self._t, self._of), Progress(n - kept["n"], kept["t"])):
-            self.reused += 1
-            far = Scalars(torch.tensor(float(n - kept["n"])), torch.tensor(float(kept["filled"])))
-            return how.read(kept["slots"], (x,), far)[0].clone()
-        output = compute(x)
-        slots = kept["slots"] if kept else [torch.full_like(each, math.nan) for each in how.slots([output])]
-        filled, distance = (kept["filled"], n - kept["n"]) if kept else (0, 1)
-        far = Scalars(torch.tensor(float(distance)), torch.tensor(float(filled)))
-        updated = [each.clone() for each in how.update(slots, (x,), (output,), far)]
-        self._kept[part] = {"n": n, "t": self._t, "filled": filled + 1, "slots": updated}
-        return output
+        def called(x: Tensor) -> Tensor:
+            part = self._parts[module, self._calls[module]]
+            self._calls[module] += 1
+            return part(self._n, self._t, (x,), lambda: (compute(x),))[0]
+
+        module.forward = called
 
     def trajectory(self, timesteps: Sequence[float] = TIMESTEPS, length: int = 5) -> list[Tensor]:
-        self._kept.clear()
+        for part in self._parts.values():
+            part.reset()
         found = []
         for self._n, self._t in enumerate(timesteps):
-            self._calls: Counter[Any] = Counter()
+            self._calls.clear()
             found.append(self.model(*inputs(self._n, self._t, length)).clone())
         return found
-
-
-def equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
 
 
 # ------------------------------------------------------------------------------------- rules and hows

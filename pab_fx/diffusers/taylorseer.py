@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import diffusers.hooks
 import torch
 
 from ..policy.checks import check_integer, checked_dtype, checked_identifiers
-from ..policy.how import HIGHEST_ORDER, How, Scalars, Tensors
+from ..policy.how import HIGHEST_ORDER, How, Scalars, Taylor, Tensors
 from ..policy.policy import Policy
 from ..policy.when import Progress, Rule, Step
 from ..policy.where import NamedModules
@@ -62,52 +61,16 @@ class Interval(Rule):
         return f"computed in {self.before} calls, then in one of {self.interval}{until}"
 
 
-@dataclass(frozen=True)
-class Factors(How):
-    """The hooks' forecast: `Taylor`, all of whose factors are rounded to one dtype, and summed from zero on.
-
-    Args:
-        order: of the polynomial.
-        dtype: of the factors; `None` for the output's.
-    """
-
-    order: int
-    dtype: torch.dtype | None
-
-    def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
-        """For each output itself, as rounded, in its own dtype; and a difference for each order."""
-        return tuple(
-            torch.empty_like(each, dtype=self.dtype if j else None) for each in outputs for j in range(self.order + 1)
-        )
+class Factors(Taylor):
+    """The hooks' forecast: `Taylor`, whose kept output is rounded to the factors' dtype as well."""
 
     def update(self, slots: Tensors, inputs: Tensors, outputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
-        """The factors; those for which too few calls have computed yet are zero."""
-        kept: list[torch.Tensor] = []
-        for i, output in enumerate(outputs):
-            factors = [output]
-            for j in range(self.order):
-                before = slots[i * (self.order + 1) + j].type_as(output)
-                difference = (factors[j] - before) / scalars.distance
-                factors.append(torch.where(scalars.filled > j, difference, 0.0))
-            if self.dtype is not None:
-                factors = [factor.to(self.dtype) for factor in factors]
-            kept += [factors[0].type_as(output), *factors[1:]]
+        """As `Taylor.update`; what is kept of an output has its own dtype still, which tells that of the forecast."""
+        kept = list(super().update(slots, inputs, outputs, scalars))
+        for i in range(0, len(kept), self.order + 1):
+            rounded = kept[i] if self.dtype is None else kept[i].to(self.dtype).type_as(kept[i])
+            kept[i] = rounded + 0.0  # -0.0 too
         return tuple(kept)
-
-    def read(self, slots: Tensors, inputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
-        """The sums."""
-        found = []
-        for i in range(0, len(slots), self.order + 1):
-            output = torch.zeros_like(slots[i]) + slots[i]
-            for j in range(1, self.order + 1):
-                weight = scalars.distance**j / math.factorial(j)
-                output = output + slots[i + j].type_as(slots[i]) * weight
-            found.append(output)
-        return tuple(found)
-
-    def describe(self) -> str:
-        """How it is read in words."""
-        return f"forecast to order {self.order}"
 
 
 @dataclass(frozen=True)

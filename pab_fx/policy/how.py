@@ -250,7 +250,7 @@ class Taylor(How):
 
 @dataclass(frozen=True)
 class Hermite(Taylor):
-    """As `Taylor`, with scaled Hermite polynomials for the powers (HiCache, arXiv 2508.16984, section 3.3).
+    """As `Taylor`, with scaled Hermite polynomials for the powers (HiCache, arXiv 2508.16984).
 
     Read is `f[0]` and the sum of `f[j] * scale**j * H_j(scale * distance) / j!`, with the physicists' polynomials
     `H_1(x) = 2x`, `H_2(x) = 4x**2 - 2`, and so on. They grow slower than the powers where `scale` is small.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,23 +14,18 @@ import torch
 from .checks import check_integer, is_iterable, is_number
 from .when import Progress, Rule, Step
 
-WITHOUT_COUNT = (
-    "{rule!r} lists {of} steps, and how many steps the generation has is not known: that many are assumed. Pass "
-    "timesteps=, such as scheduler.timesteps."
-)
 
-
-class _Listed(Rule):
+class Listed(Rule):
     """A rule with a list of the steps that reuse, for each number of steps that a generation may have."""
 
     @property
+    @abstractmethod
     def listed(self) -> int:
         """The number of steps that the list is for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reusing(self, of: int) -> tuple[int, ...]:
         """The steps that reuse in a generation of that many steps."""
-        raise NotImplementedError
 
     def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
         """At the steps that are listed."""
@@ -38,11 +34,16 @@ class _Listed(Rule):
 
     def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:
         """As `Rule.mismatch`: the number of steps is asked for, and is not known."""
-        return None if timesteps else WITHOUT_COUNT.format(rule=self, of=self.listed)
+        if timesteps:
+            return None
+        return (
+            f"{self!r} lists {self.listed} steps, and how many steps the generation has is not known: that many are "
+            "assumed. Pass timesteps=, such as scheduler.timesteps."
+        )
 
 
 @dataclass(frozen=True)
-class Steps(_Listed):
+class Steps(Listed):
     """Compute at the listed steps and reuse at all others (cache-dit's step masks, BudCache's lists, arXiv 2606.13496).
 
     A generation of another number of steps computes the same share of them: step `i` of `s` does what step
@@ -88,7 +89,7 @@ class Steps(_Listed):
 
 
 @dataclass(frozen=True)
-class Magnitude(_Listed):
+class Magnitude(Listed):
     """Reuse while what is left out is small, by the known ratios of residuals from step to step (MagCache).
 
     From step `int(retention * steps + 0.5)` on, each step multiplies a product by its ratio and adds the product's

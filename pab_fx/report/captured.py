@@ -10,7 +10,6 @@ from typing import Any
 from torch import fx
 
 from ..compile.variants import ORIGIN
-from ..graph.modules import ModuleNames
 from ..policy.when import Rule
 from ..run.call import BroadcastGraph
 from ..run.holding import addresses
@@ -106,8 +105,3 @@ class Captured:
         graphs = [module.graph for module in modules if isinstance(module, fx.GraphModule)]
         in_step = {node.meta[ORIGIN] for graph in graphs for node in graph.nodes if ORIGIN in node.meta}
         return {node: count for node, count in self._flops.items() if node.meta[ORIGIN] in in_step}
-
-
-def frame_of(names: ModuleNames) -> str:
-    """Qualified name of the module whose frame is compiled, "" for the outermost model, or where none is known."""
-    return names.by_id[id(names.enclosing[-1])][0] if names.enclosing else ""

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-ROLE_COLOURS = {"spatial": "#2f77c8", "temporal": "#8855c4", "cross": "#c77d0a", "mlp": "#2a8f6a"}
+ROLE_COLOURS = {
+    "spatial": "#2f77c8",
+    "temporal": "#8855c4",
+    "cross": "#c77d0a",
+    "mlp": "#2a8f6a",
+    "blocks": "#3c4f8f",
+    "modules": "#a3476b",
+}
 """Dark enough for white text on them, and apart for eyes that see red and green alike."""
 
 PLAIN_COLOUR = "#7a828c"

@@ -65,8 +65,7 @@ def blocks(view: View) -> list[ModuleCall]:
     attends = [call for call, nodes in view.sites.items() if not view.cores.keys().isdisjoint(nodes)]
     numbered = [call for call in attends if call.name.rpartition(".")[2].isdigit()]
     lists = {_list(call) for call in numbered if _has_stream(view, call, by_sums=True)}
-    found = [call for call in numbered if _list(call) in lists] if lists else []
-    found = found or [call for call in numbered if _has_stream(view, call, by_sums=False)]
+    found = [call for call in numbered if (_list(call) in lists if lists else _has_stream(view, call, by_sums=False))]
     least = min((call.name.count(".") for call in found), default=0)
     return [call for call in found if call.name.count(".") == least]
 

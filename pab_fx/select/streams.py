@@ -26,12 +26,14 @@ from ..graph.dataflow import is_tensor, is_tuple, op_name, shape, value
 Source = tuple[fx.Node, int]
 """An operand: the node that reads it, and which of its `all_input_nodes` it is."""
 
-SUMS = {"add", "add_", "__add__", "iadd", "__iadd__", "sub", "sub_", "__sub__", "isub", "__isub__", "addcmul"}
-JOINS = {"cat", "concat", "concatenate", "stack", "pad_sequence"}
+SUMS = {"add", "add_", "__add__", "iadd", "__iadd__"}
+DIFFERENCES = {"sub", "sub_", "__sub__", "isub", "__isub__", "addcmul", "addcmul_"}
+"""What adds to its first operand only."""
 FRESH = {"new_zeros", "new_empty", "new_full", "new_ones", "zeros", "empty", "full", "ones", "zeros_like", "empty_like"}
 """What makes a tensor, for others to be written into."""
-SAME = {*effects.VIEWS, *effects.MAYBE_VIEWS, "clone", "_to_copy", "getitem"}
-"""What hands on its first operand, in another form."""
+JOINS = {"cat", "concat", "concatenate", "stack", "pad_sequence"}
+SAME = {*JOINS, *effects.VIEWS, *effects.MAYBE_VIEWS, "clone", "_to_copy", "getitem"}
+"""What hands on its operands, in another form."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def streams(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], acts: Collecti
     inside = frozenset(nodes)
     carried: dict[fx.Node, Source | None] = {}
     written: dict[fx.Node, list[fx.Node]] = {}
+    spoiled: set[fx.Node] = set()  # into which something else is written as well
 
     def carries(source: fx.Node) -> bool:
         return source in carried or (source in acts and source not in inside)
@@ -106,11 +109,15 @@ def streams(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], acts: Collecti
         if found is not None:
             carried[node] = None if found < 0 else (node, found)
         for target in effects.updated(node):
-            if op_name(target) in FRESH and target in inside:
-                written.setdefault(target, []).append(node)
+            if op_name(target) not in FRESH or target not in inside:
+                continue
+            written.setdefault(target, []).append(node)
+            if all(carries(each) for each in node.all_input_nodes if is_tensor(each) and each is not target):
                 carried[target] = None
-            if not all(map(carries, filter(is_tensor, node.all_input_nodes))):
-                carried.pop(target, None)
+            else:
+                spoiled.add(target)
+        for target in spoiled:
+            carried.pop(target, None)
     for output in outputs:
         if output not in carried:
             like = _alike(output, nodes, inside, acts)
@@ -127,17 +134,14 @@ def _operand(source: Source) -> fx.Node:
 def _carried(node: fx.Node, carries: Callable[[fx.Node], bool], inside: Collection[fx.Node]) -> int | None:
     """Which operand of a sum a stream comes by, -1 for a node that hands its operands on, `None` if none comes."""
     sources, name = node.all_input_nodes, op_name(node)
-    if name in SUMS:
-        fit = [i for i, each in enumerate(sources) if carries(each) and shape(each) == shape(node)]
-        if name == "addcmul":
-            fit = [i for i in fit if i == 0]
+    if name in SUMS | DIFFERENCES:
+        augends = sources if name in SUMS else sources[:1]
+        fit = [i for i, each in enumerate(augends) if carries(each) and shape(each) == shape(node)]
         return next((i for i in fit if sources[i] in inside), fit[0] if fit else None)
-    tensors = [source for source in sources if is_tensor(source) or is_tuple(source)]
-    if name in JOINS:
-        return -1 if tensors and all(map(carries, tensors)) else None
     if effects.updated(node) or not (name in SAME or effects.is_view(node) or effects.returns_operand(node)):
         return None
-    return -1 if len(tensors) == 1 and carries(tensors[0]) else None
+    tensors = [source for source in sources if is_tensor(source) or is_tuple(source)]
+    return -1 if tensors and all(map(carries, tensors)) else None
 
 
 def _alike(
