@@ -13,6 +13,7 @@ from .enable import PAB, disable, enable, report
 from .explain import explain
 from .export.export import export
 from .export.rewrite import rewrite
+from .magnitudes import magnitude_ratios
 from .passes.specialize import specialize
 from .policy.config import LayerBroadcast, MLPBroadcast, PABConfig
 from .policy.files import load_policies, save_policies
@@ -54,6 +55,7 @@ __all__ = [
     "explain",
     "export",
     "load_policies",
+    "magnitude_ratios",
     "pab_backend",
     "report",
     "rewrite",

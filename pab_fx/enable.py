@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, PyramidAttentionBroadcastConfig
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ._torch import is_compiled_call, recompiles_of_its_own
 from .backend import PABBackend, backend_that_captured
 from .diffusers import listen
+from .diffusers.configs import HOOKS_CONFIGS
 from .diffusers.hooks import is_offloaded_by_layer, other_cache, prepare_split_hooks
-from .diffusers.taylorseer import TaylorSeerCacheConfig
 from .graph.modules import repeated_blocks
 from .policy.checks import checked_flag
 from .report.report import Report
@@ -190,8 +190,8 @@ def enable(
 ) -> PAB:
     """Compile a model in place so that it broadcasts attention.
 
-    The model keeps its class, parameters, `config` and `save_pretrained`; only its call is compiled. If
-    diffusers' hooks for PAB or TaylorSeer are on, they are taken off and, with `config=None`, their config is used.
+    The model keeps its class, parameters, `config` and `save_pretrained`; only its call is compiled. If diffusers'
+    hooks for PAB, TaylorSeer or MagCache are on, they are taken off and, with `config=None`, their config is used.
 
     Args:
         model: a transformer, or a pipeline that holds one as `transformer`, `transformer_2` or `unet`.
@@ -306,7 +306,7 @@ def denoisers(model: Any) -> list[Any]:
 def _hooks_config(model: Any) -> Any:
     """The config of diffusers' hooks on a model, `None` if they are off."""
     config = getattr(model, "_cache_config", None)
-    if config is not None and not isinstance(config, (PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig)):
+    if config is not None and not isinstance(config, HOOKS_CONFIGS):
         raise ValueError(
             f"{type(model).__name__} has another cache of diffusers enabled ({type(config).__name__}): "
             "call its disable_cache() first."

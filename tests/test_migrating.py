@@ -141,6 +141,22 @@ def test_taylorseer_before_and_after_make_the_same_picture() -> None:
     assert not torch.equal(hooked, expected)
 
 
+def test_magcache_before_and_after_make_the_same_picture() -> None:
+    after, before = run_block("magcache, after"), prompted.flux()
+    expected = latents(before, num_inference_steps=28)
+    config = diffusers.MagCacheConfig(mag_ratios=after["FLUX_MAG_RATIOS"], num_inference_steps=28)
+    before.transformer.enable_cache(config)
+    hooked = latents(before, num_inference_steps=28)
+    assert torch.equal(latents(after["pipe"], num_inference_steps=28), hooked)
+    assert after["pab"].report().reused > 0
+    assert not torch.equal(hooked, expected)
+    after["pab"].disable()
+    measured = run_block("magcache, measured", pipe=after["pipe"], pab_fx=pab_fx, diffusers=diffusers)
+    latents(after["pipe"], num_inference_steps=28)
+    assert len(measured["ratios"]) == 28
+    assert measured["pab"].report().reused > 0
+
+
 def test_branches_of_guidance_are_kept_apart() -> None:
     """The hooks give the second branch what the first has computed; with a hooked model for each, all is well."""
     entry = pipelines.BY_NAME["WanPipeline"]

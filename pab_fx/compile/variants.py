@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,12 +101,10 @@ def _carried_over(regions: Sequence[Region], gm: fx.GraphModule) -> list[Region]
     def there(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
         return tuple(copies[node.meta[ORIGIN]] for node in nodes if node.meta[ORIGIN] in copies)
 
-    if any(node.meta[ORIGIN] not in copies for region in regions if region.is_broadcast for node in region.outputs):
+    broadcast = [region for region in regions if region.is_broadcast]
+    if any(node.meta[ORIGIN] not in copies for region in broadcast for node in region.yielded):
         return None
-    return [
-        replace(region, nodes=there(region.nodes), outputs=there(region.outputs), replayed=there(region.replayed))
-        for region in regions
-    ]
+    return [region.carried_over(there) for region in regions]
 
 
 def likely_unchanging(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module) -> frozenset[int]:

@@ -14,15 +14,19 @@ from ..policy.policy import Policy, checked_together
 from ..policy.when import SkipRange
 from ..policy.where import ATTENTION_ROLES, Modules
 from .hooks import is_attention
+from .magcache import MagCacheConfig, policies_of_magcache
 from .taylorseer import TaylorSeerCacheConfig, policies_of_taylorseer
+
+HOOKS_CONFIGS = (PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig, MagCacheConfig)
+"""Configs of diffusers' hooks that become policies."""
 
 
 def policies_of(config: Any) -> tuple[Policy, ...]:
     """A config as policies; `PABConfig()` for `None`.
 
     Args:
-        config: a `PABConfig`, diffusers' `PyramidAttentionBroadcastConfig` or `TaylorSeerCacheConfig`, a `Policy`, or
-            several of these.
+        config: a `PABConfig`, a config of diffusers (`PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`,
+            `MagCacheConfig`), a `Policy`, or several of these.
 
     Raises:
         ValueError: for anything else, with what was probably meant.
@@ -41,6 +45,8 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
         return _of_hooks(config)
     if isinstance(config, TaylorSeerCacheConfig):
         return policies_of_taylorseer(config)
+    if isinstance(config, MagCacheConfig):
+        return policies_of_magcache(config)
     if isinstance(config, Iterable) and not isinstance(config, (str, bytes, Mapping)):
         policies = tuple(policy for each in config if each is not None for policy in policies_of(each))
         if policies:
@@ -53,8 +59,8 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
     elif isinstance(config, type):
         hint = f" That is the class: write {config.__name__}(...)."
     raise ValueError(
-        "config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig or TaylorSeerCacheConfig, a Policy, or "
-        f"a list of those, got {config!r}.{hint}"
+        "config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig or "
+        f"MagCacheConfig, a Policy, or a list of those, got {config!r}.{hint}"
     )
 
 

@@ -63,7 +63,7 @@ def export(
             takes them. The timestep is the one called `timestep`, `timesteps` or `t`: a tensor of any shape, of which
             the largest element counts.
         config: a `PABConfig` (default: spatial attention every 2nd step), diffusers'
-            `PyramidAttentionBroadcastConfig` or `TaylorSeerCacheConfig`, a `Policy`, or a list of these.
+            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig` or `MagCacheConfig`, a `Policy`, or a list.
         args: its positional arguments.
         timesteps: of a whole generation, one for each call, on the scale of the config's windows:
             `scheduler.timesteps`. The program then takes the timestep of a step from them. Without them the model's

@@ -33,7 +33,7 @@ def rewrite(
             changed. Its timestep is the input called `timestep`, a number or a tensor of any shape, of
             which the largest element counts; unless `config` has a `current_timestep_callback`.
         config: a `PABConfig` (default: spatial attention every 2nd step), diffusers'
-            `PyramidAttentionBroadcastConfig` or `TaylorSeerCacheConfig`, a `Policy`, or a list of these.
+            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig` or `MagCacheConfig`, a `Policy`, or a list.
         model: the model that `gm` was traced from, for its modules' `is_cross_attention` flags.
 
     Returns:

@@ -101,7 +101,7 @@ def _numbered(broadcast: Sequence[Region]) -> list[Conditional]:
     found = []
     for index, region in enumerate(broadcast):
         module = modules[region.module_id]
-        slots = range(len(looks_of_slots(_policy(region).how, region.outputs)))
+        slots = range(len(looks_of_slots(_policy(region).how, region.kept)))
         found.append(
             Conditional(
                 index=index,
@@ -290,14 +290,15 @@ def _made_conditional(
 ) -> None:
     """Put a `cond` node in the place of a body, and what is in its module's slots then into `kept`."""
     graph, how = gm.graph, _policy(region).how
-    looks = looks_of_slots(how, region.outputs)
+    looks = looks_of_slots(how, region.kept)
     slots = _slot_inputs(gm, made, looks, kept)
     scalars = Scalars(*(_scalar_input(gm, made.index, name, region.outputs[0]) for name in Scalars._fields))
     place = {"nn_module_stack": region.outputs[-1].meta.get("nn_module_stack", {})}  # `regional` keeps them together
     end = body[-1].next
     with graph.inserting_before(end):
         inputs = reads.given(region, graph, lambda node: node)
-        updated = traced_how(how, "update", looks, graph, slots, inputs, region.outputs, scalars, meta=place)
+        yielded = _yielded(graph, region)
+        updated = traced_how(how, "update", looks, graph, slots, inputs, yielded, scalars, meta=place)
         given = {*slots, *scalars, *reads.inputs}
         values = [
             node
@@ -325,6 +326,14 @@ def _made_conditional(
     for node in scalars:
         if not node.users:
             graph.erase_node(node)
+
+
+def _yielded(graph: fx.Graph, region: Region) -> list[fx.Node]:
+    """What the how is given as outputs, made where a graph inserts nodes now."""
+    if region.passing is None:
+        return list(region.outputs)
+    part = region.passing.part
+    return [region.passing.leaving if part is None else graph.node_copy(part)]
 
 
 def _slot_inputs(
@@ -392,12 +401,15 @@ def _reader(
         given[operand].meta = {key: each for key, each in operand.meta.items() if key != MARK}
     taken = Scalars(*(given.get(node) for node in scalars))
     own = [given[slot] for slot in slots]
-    looks = list(map(value, outputs[: conditional.outputs]))
+    looks = list(map(value, region.kept))
     inputs = reads.given(region, graph, given.__getitem__)
-    found = [*traced_how(_policy(region).how, "read", looks, graph, own, inputs, taken)]
+    read = traced_how(_policy(region).how, "read", looks, graph, own, inputs, taken)
+    found = reads.outputs(region, graph, read, given.__getitem__)
     found += [own[conditional.items.index(i)] for i in range(len(found), len(outputs))]
     graph.output(tuple(_apart(n) if n.op == "placeholder" or n in found[:i] else n for i, n in enumerate(found)))
-    return fx.GraphModule(nn.Module(), graph, class_name=f"pab_read_{conditional.index}")
+    return fx.GraphModule(
+        region.nodes[0].graph.owning_module or nn.Module(), graph, class_name=f"pab_read_{conditional.index}"
+    )
 
 
 def _replaced(

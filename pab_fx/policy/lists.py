@@ -157,15 +157,24 @@ def _reusing_by_magnitude(rule: Magnitude, of: int) -> tuple[int, ...]:
     """In float32, as the hooks accumulate: a threshold may lie on either side of a rounding."""
     given = torch.tensor(rule.ratios)
     ratios = given if of == rule.listed else given[_nearest(rule.listed, of)]
-    retained = int(rule.retention * of + 0.5)
+    return steps_of_small_change(ratios, rule.threshold, rule.max_skips, rule.retention)
+
+
+def steps_of_small_change(ratios: torch.Tensor, threshold: float, max_skips: int, retention: float) -> tuple[int, ...]:
+    """The steps that reuse by `Magnitude`'s rule, with a ratio for each; accumulated in the ratios' dtype.
+
+    Example:
+        >>> steps_of_small_change(torch.tensor([1.0, 1.0, 1.0, 0.5]), 0.1, max_skips=3, retention=0.25)
+        (1, 2)
+    """
     product: Any
     error: Any
     product, error, skips = 1.0, 0.0, 0
     reusing = []
-    for n in range(retained, of):
+    for n in range(int(retention * len(ratios) + 0.5), len(ratios)):
         product, skips = product * ratios[n], skips + 1
         error = error + abs(1.0 - product)
-        if n and error <= rule.threshold and skips <= rule.max_skips:
+        if n and error <= threshold and skips <= max_skips:
             reusing.append(n)
         else:
             product, error, skips = 1.0, 0.0, 0

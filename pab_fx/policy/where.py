@@ -135,6 +135,7 @@ class Blocks:
 
     roles = (BLOCKS,)
     names = ()
+    lists = ()
     shares_calls = False
 
     def __post_init__(self) -> None:
@@ -156,6 +157,24 @@ class Blocks:
     def takes(self, role: str, name: str) -> bool:
         """Whether the policy is for a part of that role and name."""
         return role == BLOCKS and name.rpartition(":")[2] == self.label
+
+
+@dataclass(frozen=True)
+class PassedBlocks(Blocks):
+    """All blocks, as hooks skip them: they hand on what they are given.
+
+    A residual is added where the first block begins, to the stream that becomes the output of the model. Other streams
+    pass by, and what lies between two blocks runs in every step.
+
+    Args:
+        lists: names of the model's lists of blocks; those found by dataflow count in a model that has none of these.
+
+    Example:
+        >>> PassedBlocks(lists=("transformer_blocks",)).takes("blocks", "blocks")
+        True
+    """
+
+    lists: tuple[str, ...] = ()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

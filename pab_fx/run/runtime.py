@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..policy.when import Rule, falling_timesteps
 from .clock import PipelineClock, SeenTimesteps, request_of, running_pipeline
 from .holding import Holder
 from .running import TiedParameters
-from .state import StateStore
+from .state import Cell, StateStore
 
 Assigned = Callable[[str, str], "Rule | None"]
 """The rule for a role and a qualified name, `None` to leave that part alone."""
@@ -36,6 +36,7 @@ class Runtime:
     Attributes:
         roots: models that are known to be whole.
         rule_of: rules that take the place of the captured ones.
+        at_end: called with what a request has, before it is given back at the end of a pipeline's call.
         counts: calls of each role, by whether they reused.
         calls: calls of graphs that broadcast.
         computed_once: how often what does not change was computed.
@@ -55,6 +56,7 @@ class Runtime:
         self.timesteps, self.callback, self.holder, self.warn_once = timesteps, callback, holder, warn_once
         self.checks_invariants, self.has_cuda_graphs = checks_invariants, has_cuda_graphs
         self.rule_of: Assigned | None = None
+        self.at_end: Callable[[Iterable[Cell]], object] = lambda cells: None
         self.roots: Any = ()
         self.clear()
 
@@ -124,7 +126,9 @@ class Runtime:
         """A pipeline's call is over: give back what its request keeps."""
         if pipeline in self._clocks:
             self.clock(pipeline).end()
-            self.store(request_of(pipeline)).reset()
+            store = self.store(request_of(pipeline))
+            self.at_end(cell for _, _, cell in store.cells())
+            store.reset()
 
     def unread(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor to pass where a slot is demanded but not read; it goes with what holds it."""

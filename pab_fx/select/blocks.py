@@ -33,12 +33,14 @@ def ranges_of_blocks(view: View, assign: Assign, wanted: Iterable[Blocks]) -> li
     Raises:
         ValueError: for ranges that overlap.
     """
-    found = blocks(view)
     frame = view.names.frame
-    are_alone = any(call.module is outer for call in found for outer in view.names.enclosing)
     regions: list[Region] = []
     taken: dict[ModuleCall, Blocks] = {}
-    for where in wanted if found else ():
+    for where in wanted:
+        found = blocks(view, where)
+        are_alone = any(call.module is outer for call in found for outer in view.names.enclosing)
+        if not found:
+            continue
         name = f"{frame}:{where.label}".removeprefix(":")
         chosen = found[where.first : where.last]
         for call in chosen:
@@ -55,13 +57,16 @@ def ranges_of_blocks(view: View, assign: Assign, wanted: Iterable[Blocks]) -> li
     return regions
 
 
-def blocks(view: View) -> list[ModuleCall]:
+def blocks(view: View, where: Blocks) -> list[ModuleCall]:
     """The calls of repeated blocks in the order in which they run.
 
     A block is a numbered module in which something attends, of a list of which one adds to a stream that goes through
     it; or, if there is no such list, one that yields a tensor like one that it is given. Of nested ones, and of those
-    in parts of the model, the outermost count.
+    in parts of the model, the outermost count. Where lists are asked for by name, theirs count, if there are any.
     """
+    listed = [call for call in view.sites if where.lists and _list(call) in where.lists]
+    if listed:
+        return [call for call in listed if call.name.rpartition(".")[2].isdigit()]
     attends = [call for call, nodes in view.sites.items() if not view.cores.keys().isdisjoint(nodes)]
     numbered = [call for call in attends if call.name.rpartition(".")[2].isdigit()]
     lists = {_list(call) for call in numbered if _has_stream(view, call, by_sums=True)}
@@ -81,6 +86,12 @@ def _has_stream(view: View, call: ModuleCall, by_sums: bool) -> bool:
     leaving = [node for node in nodes if is_tensor(node) and not inside.issuperset(node.users)]
     found = streams(nodes, () if by_sums else leaving, view.acts).carried
     return any(node in found for node in leaving)
+
+
+def between_blocks(view: View, where: Blocks, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Those of a region's nodes that are in none of its blocks."""
+    own = {node for call in blocks(view, where) for node in view.sites[call]}
+    return [node for node in nodes if node not in own]
 
 
 def _interrupted(view: View, calls: Iterable[ModuleCall], nodes: Iterable[fx.Node]) -> str | None:

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import fx
 
 from ..policy.policy import Policy
+from .streams import Source
 
 Assign = Callable[..., tuple[str, "Policy | None", str]]
 """Role, policy (`None` to leave alone) and reason for a role, a name and a reason that the graph tells."""
+
+
+@dataclass(frozen=True)
+class Passing:
+    """How a stream passes blocks that hand on what they are given.
+
+    Args:
+        between: what lies between the blocks.
+        entering: where the first block reads the stream.
+        leaving: where the stream leaves the last block.
+        part: a view outside that takes the stream out of that, where others are joined with it.
+    """
+
+    between: frozenset[fx.Node]
+    entering: Source
+    leaving: fx.Node
+    part: fx.Node | None
+
+    def carried_over(self, there: Callable[[Sequence[fx.Node]], tuple[fx.Node, ...]]) -> Passing:
+        """The same in a copy of the graph; see `Region.carried_over`."""
+        reader, i = self.entering
+        (reader, leaving), part = there((reader, self.leaving)), there((self.part,) if self.part else ())
+        return Passing(frozenset(there(tuple(self.between))), (reader, i), leaving, *(part or (None,)))
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,7 @@ class Region:
         assign: role, policy and reason for a name: where the frame is one of several blocks of a class, each of
             them may run this graph, and has a role of its own.
         relative: the name within that block, `None` where the frame is the model's own.
+        passing: how a stream passes, where what is kept is read at the beginning of the region; see `passing`.
     """
 
     name: str
@@ -47,6 +72,7 @@ class Region:
     note: str | None = None
     assign: Any = None
     relative: str | None = None
+    passing: Passing | None = None
 
     @classmethod
     def of(
@@ -63,6 +89,28 @@ class Region:
         by_name = partial(_assigned, assign, role, why)
         role, policy, why = by_name(name)
         return cls(name, module_id, role, policy, why, tuple(nodes), unsafe=unsafe, assign=by_name)
+
+    @property
+    def kept(self) -> tuple[fx.Node, ...]:
+        """What the how is given as outputs, or what looks like it."""
+        return self.outputs if self.passing is None else (self.passing.part or self.passing.leaving,)
+
+    @property
+    def yielded(self) -> tuple[fx.Node, ...]:
+        """The outputs, and a view that takes out of one what is kept."""
+        part = None if self.passing is None else self.passing.part
+        return self.outputs if part is None else (*self.outputs, part)
+
+    def carried_over(self, there: Callable[[Sequence[fx.Node]], tuple[fx.Node, ...]]) -> Region:
+        """The region in a copy of its graph, which has the nodes of these that `there` yields, and all of `yielded`."""
+        nodes, outputs, replayed = map(there, (self.nodes, self.outputs, self.replayed))
+        return replace(
+            self,
+            nodes=nodes,
+            outputs=outputs,
+            replayed=replayed,
+            passing=self.passing and self.passing.carried_over(there),
+        )
 
     @property
     def is_broadcast(self) -> bool:

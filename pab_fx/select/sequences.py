@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
-from typing import Any
 
 import torch
 from torch import fx
 
-from .._torch import size_hint
-from ..graph.dataflow import PERMUTATIONS, Core, backward, is_projection, is_tuple, op_name, permutation, shape, value
+from ..graph.dataflow import PERMUTATIONS, Core, backward, is_projection, op_name, permutation, shape, value
+from ..graph.parts import JOINS, joined, taken
 
 
 def reads_another_sequence(core: Core, acts: set[fx.Node], cores: dict[fx.Node, Core]) -> bool:
@@ -59,7 +57,7 @@ def _origins(nodes: set[fx.Node], acts: set[fx.Node], cores: dict[fx.Node, Core]
         step = pending.pop()
         if step not in seen:
             seen.add(step)
-            pending.extend(_token_sources(*step, acts, cores))
+            pending.extend(token_sources(*step, acts, cores))
     inputs = {node for node, _ in seen if node.op == "placeholder" and node in acts}
     sizes = {node: shape(node) for node in inputs}
     return {node for node, size in sizes.items() if (size is None or len(size) > 1) and "timestep" not in node.name}
@@ -68,76 +66,39 @@ def _origins(nodes: set[fx.Node], acts: set[fx.Node], cores: dict[fx.Node, Core]
 LENDS_DTYPE_OR_SHAPE = {"type_as", "view_as", "expand_as", "reshape_as", "to"}
 
 
-def _token_sources(
+def token_sources(
     node: fx.Node, span: Span | None, acts: set[fx.Node], cores: dict[fx.Node, Core]
 ) -> list[tuple[fx.Node, Span | None]]:
     """What holds the tokens in `span` of a node (all of them for `None`), and where in it."""
     name = op_name(node) if node.op.startswith("call") else node.op
     if node in cores:
         return [(cores[node].query, span)]
-    if name in ("cat", "concat", "concatenate") and span is not None:
+    if name in JOINS and span is not None:
         return _concatenated(node, span)
     sources = [source for source in node.all_input_nodes if source in acts and not _is_broadcast(source, node)]
     if name.startswith("new_") or name.endswith("_like"):
         return []
     if name in LENDS_DTYPE_OR_SHAPE:
         sources = sources[:1]
-    taken = _taken(node, span)
-    if taken is not None:
-        return [(sources[0], taken)] if sources else []
+    part = taken(node)
+    if part is not None:
+        return [(sources[0], _within(span, *part.span))] if sources else []
     return [(source, _span_before(node, source, span)) for source in sources]
 
 
 def _concatenated(node: fx.Node, span: Span) -> list[tuple[fx.Node, Span | None]]:
     """The operands of a concatenation that the span lies in."""
-    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-    rank = len(shape(node) or ())
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    along = int(given) % rank if rank else 0  # type: ignore[arg-type]
-    if span[0] != along or any(shape(part) is None for part in parts):
-        return [(part, span if span[0] != along else None) for part in parts]
+    along, low, high = span
+    parts = joined(node)
+    if not parts or parts[0][1].along != along:
+        return [(source, span if parts else None) for source in node.all_input_nodes]
     found: list[tuple[fx.Node, Span | None]] = []
-    start = 0
-    for part in parts:
-        extent = shape(part)[along]  # type: ignore[index]
-        low, high = max(span[1] - start, 0), min(span[2] - start, extent)
-        if low < high:
-            found.append((part, (along, low, high)))
-        start += extent
+    for part, at in parts:
+        _, start, stop = at.span
+        first, last = max(low, start) - start, min(high, stop) - start
+        if first < last:
+            found.append((part, (along, first, last)))
     return found
-
-
-def _taken(node: fx.Node, span: Span | None) -> Span | None:
-    """The span of its source that a node takes out of it: a slice, or one part of a split; else `None`."""
-    if node.target is not operator.getitem:
-        return None
-    source = node.all_input_nodes[0]
-    if is_tuple(source):
-        whole = source.all_input_nodes[0] if source.all_input_nodes else source
-        parts, index = value(source), node.args[1]
-        if not parts or not isinstance(index, int) or shape(whole) is None or shape(node) is None:
-            return None
-        before, after = shape(whole) or (), shape(node) or ()
-        changed = [d for d, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
-        if len(before) != len(after) or len(changed) != 1:
-            return None
-        start = sum(size_hint(part.shape[changed[0]]) for part in parts[:index])
-        return _within(span, changed[0], start, start + after[changed[0]])
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    size = shape(source)
-    if size is None or not all(_is_constant_slice(item) for item in index):
-        return None
-    cut = [(d, item.indices(size[d])) for d, item in enumerate(index) if item != slice(None)]
-    if len(cut) != 1 or cut[0][1][2] != 1:
-        return None
-    dim, (start, stop, _) = cut[0]
-    return _within(span, dim, start, stop)
-
-
-def _is_constant_slice(item: Any) -> bool:
-    return isinstance(item, slice) and all(
-        isinstance(edge, (int, type(None))) for edge in (item.start, item.stop, item.step)
-    )
 
 
 def _within(span: Span | None, dim: int, start: int, stop: int) -> Span:

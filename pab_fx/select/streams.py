@@ -8,8 +8,9 @@ sums, views, casts and concatenations against the dataflow:
     %j : cat(%text, %y)                  ->       from %text and %x, by the nodes on the way without what they add:
     %z : add(%j, attention(%j))                       %j : cat(%text, %x)
 
-Where no sum leads back (a block that ends in a norm, or joins by a projection), it is the first tensor of the same
-shape and dtype that enters. No graph is changed here.
+What is taken out of a sequence again, as it was joined into it, is followed to what was joined. Where no sum leads back
+(a block that ends in a norm, or joins by a projection), it is the first tensor of the same shape and dtype that enters.
+No graph is changed here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch import fx
 
 from ..graph import effects
-from ..graph.dataflow import is_tensor, is_tuple, op_name, shape, value
+from ..graph.dataflow import is_tensor, is_tuple, op_name, value
+from ..graph.parts import JOINS, joined, sizes, taken
 
 Source = tuple[fx.Node, int]
 """An operand: the node that reads it, and which of its `all_input_nodes` it is."""
@@ -31,8 +33,8 @@ DIFFERENCES = {"sub", "sub_", "__sub__", "isub", "__isub__", "addcmul", "addcmul
 """What adds to its first operand only."""
 FRESH = {"new_zeros", "new_empty", "new_full", "new_ones", "zeros", "empty", "full", "ones", "zeros_like", "empty_like"}
 """What makes a tensor, for others to be written into."""
-JOINS = {"cat", "concat", "concatenate", "stack", "pad_sequence"}
-SAME = {*JOINS, *effects.VIEWS, *effects.MAYBE_VIEWS, "clone", "_to_copy", "getitem"}
+CONCATENATIONS = {*JOINS, "stack", "pad_sequence"}
+SAME = {*CONCATENATIONS, *effects.VIEWS, *effects.MAYBE_VIEWS, "clone", "_to_copy", "getitem"}
 """What hands on its operands, in another form."""
 
 
@@ -59,7 +61,7 @@ class Streams:
                 found.add(node)
                 source = self.carried.get(node)
                 if source is not None:
-                    pending.append(_operand(source))
+                    pending.append(operand(source))
                 elif node in self.inside:
                     pending += (*node.all_input_nodes, *self.written.get(node, ()))
         return sorted(found)
@@ -68,19 +70,28 @@ class Streams:
         """What that is made of: nodes from outside."""
         return list(dict.fromkeys(n for output in outputs for n in self.way(output) if n not in self.inside))
 
-    def entering(self, output: fx.Node, graph: fx.Graph, given: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    def entering(
+        self,
+        output: fx.Node,
+        graph: fx.Graph,
+        given: Callable[[fx.Node], fx.Node],
+        instead: Mapping[fx.Node, fx.Node] | None = None,
+    ) -> fx.Node:
         """Make in a graph, where it inserts nodes now, what enters at an output.
 
         Args:
             output: a node that a stream comes by.
             graph: the nodes' own, or another one.
             given: a node from outside, as that graph has it.
+            instead: nodes on the way, and what goes on in their place.
         """
-        made: dict[fx.Node, fx.Node] = {}
+        made: dict[fx.Node, fx.Node] = dict(instead or {})
         for node in self.way(output):
             source = self.carried.get(node)
+            if node in made:
+                continue
             if source is not None:
-                made[node] = made[_operand(source)]
+                made[node] = made[operand(source)]
             elif node in self.inside:
                 made[node] = graph.node_copy(node, made.__getitem__)
             else:
@@ -88,13 +99,19 @@ class Streams:
         return made[output]
 
 
-def streams(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], acts: Collection[fx.Node]) -> Streams:
+def streams(
+    nodes: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    acts: Collection[fx.Node],
+    between: Collection[fx.Node] = (),
+) -> Streams:
     """The streams through a region.
 
     Args:
         nodes: the region's, in graph order.
         outputs: those that leave it; one that no sum leads back from has what looks like it.
         acts: the tensors of the graph that depend on data of the call.
+        between: those of the nodes that streams go through as they are computed, whatever they add.
     """
     inside = frozenset(nodes)
     carried: dict[fx.Node, Source | None] = {}
@@ -105,9 +122,14 @@ def streams(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], acts: Collecti
         return source in carried or (source in acts and source not in inside)
 
     for node in nodes:
+        if node in between:
+            own = [each for each in node.all_input_nodes if each in inside and (is_tensor(each) or is_tuple(each))]
+            if not effects.updated(node) and all(each in carried for each in own):
+                carried[node] = None
+            continue
         found = _carried(node, carries, inside)
         if found is not None:
-            carried[node] = None if found < 0 else (node, found)
+            carried[node] = taken_back(node, carried) if found < 0 else (node, found)
         for target in effects.updated(node):
             if op_name(target) not in FRESH or target not in inside:
                 continue
@@ -126,9 +148,41 @@ def streams(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], acts: Collecti
     return Streams(inside, carried, written)
 
 
-def _operand(source: Source) -> fx.Node:
+def operand(source: Source) -> fx.Node:
+    """The node that is read there."""
     reader, i = source
     return reader.all_input_nodes[i]
+
+
+def taken_back(node: fx.Node, carried: Mapping[fx.Node, Source | None]) -> Source | None:
+    """Where a node takes out of a sequence what was joined into it, that operand of the join; else `None`.
+
+    %j : cat(%text, %x)
+    %z : add(%j, attention(%j))    # a stream comes by the sum
+    %o : getitem(%z, 7:)           ->    %x, if %text has 7 tokens
+    """
+    part = taken(node)
+    if part is None:
+        return None
+    whole = part.of
+    while carried.get(whole) is not None or (whole in carried and _keeps_values(whole)):
+        source = carried[whole]
+        before = whole.all_input_nodes[0] if source is None else operand(source)
+        if _look(before) != _look(whole):
+            return None
+        whole = before
+    parts = joined(whole) if whole in carried else []
+    found = next((each for each, at in parts if at.is_at(part)), None)
+    return None if found is None else (whole, whole.all_input_nodes.index(found))
+
+
+def _keeps_values(node: fx.Node) -> bool:
+    return op_name(node) in ("clone", "contiguous", "to", "_to_copy") or effects.returns_operand(node)
+
+
+def _look(node: fx.Node) -> object:
+    recorded = value(node)
+    return (sizes(node), recorded.dtype) if isinstance(recorded, torch.Tensor) else node
 
 
 def _carried(node: fx.Node, carries: Callable[[fx.Node], bool], inside: Collection[fx.Node]) -> int | None:
@@ -136,7 +190,7 @@ def _carried(node: fx.Node, carries: Callable[[fx.Node], bool], inside: Collecti
     sources, name = node.all_input_nodes, op_name(node)
     if name in SUMS | DIFFERENCES:
         augends = sources if name in SUMS else sources[:1]
-        fit = [i for i, each in enumerate(augends) if carries(each) and shape(each) == shape(node)]
+        fit = [i for i, each in enumerate(augends) if carries(each) and sizes(each) == sizes(node)]
         return next((i for i in fit if sources[i] in inside), fit[0] if fit else None)
     if effects.updated(node) or not (name in SAME or effects.is_view(node) or effects.returns_operand(node)):
         return None
@@ -154,6 +208,6 @@ def _alike(
             given = value(source)
             if source in inside or source not in acts or not isinstance(given, torch.Tensor):
                 continue
-            if isinstance(look, torch.Tensor) and shape(source) == shape(output) and given.dtype == look.dtype:
+            if isinstance(look, torch.Tensor) and sizes(source) == sizes(output) and given.dtype == look.dtype:
                 return node, i
     return None

@@ -5,20 +5,21 @@ Each part becomes a `Region`; what of it is kept, and whether that is safe, is f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from torch import fx
 
-from ..graph.dataflow import activations, shape
+from ..graph.dataflow import shape
 from ..graph.modules import ModuleNames
 from ..policy.policy import Policy, assigned
-from ..policy.where import Attentions, Blocks, FeedForwards, NamedModules
+from ..policy.where import Attentions, Blocks, FeedForwards, NamedModules, PassedBlocks
 from .attentions import attentions
-from .blocks import ranges_of_blocks
+from .blocks import between_blocks, ranges_of_blocks
 from .bounds import bounded_alike
 from .feed_forwards import feed_forwards
+from .passing import passing
 from .region import Region
 from .streams import streams
 from .view import View
@@ -37,13 +38,13 @@ def tag(gm: fx.GraphModule, policies: Sequence[Policy], names: ModuleNames | Non
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     taken: set[fx.Node] = set()
     calls: dict[str, list[Region]] = {}
-    for region in map(partial(_for_all_blocks, names=names), _found(View(gm.graph, names), policies)):
+    view = View(gm.graph, names)
+    for region in map(partial(_for_all_blocks, names=names), _found(view, policies)):
         if taken.isdisjoint(region.nodes):
             taken.update(region.nodes)
             calls.setdefault(region.module_id, []).append(region)
     parts = [part for alike in calls.values() for part in _parts(sorted(alike, key=lambda each: each.nodes[0]))]
-    acts = activations(gm.graph)
-    regions = [_with_streams_checked(region, acts) for part in parts for region in bounded_alike(gm.graph, part)]
+    regions = [_with_streams(view, region) for part in parts for region in bounded_alike(gm.graph, part)]
     return tuple(sorted(regions, key=lambda region: position[region.nodes[0]]))
 
 
@@ -69,11 +70,16 @@ def _found(view: View, policies: Sequence[Policy]) -> list[Region]:
     return found
 
 
-def _with_streams_checked(region: Region, acts: Collection[fx.Node]) -> Region:
+def _with_streams(view: View, region: Region) -> Region:
     """The region, unsafe if its how reads what enters where an output leaves, and nothing does."""
     if region.policy is None or not region.is_broadcast or not region.policy.how.reads_streams:
         return region
-    found = streams(region.nodes, region.outputs, acts)
+    where = region.policy.where
+    if isinstance(where, PassedBlocks):
+        way = passing(view, region, between_blocks(view, where, region.nodes))
+        if way is not None:
+            return replace(region, passing=way)
+    found = streams(region.nodes, region.outputs, view.acts)
     missing = [output for output in region.outputs if output not in found.carried]
     if missing:
         looks = f"{missing[0].name}, {list(shape(missing[0]) or ())}"
