@@ -56,7 +56,7 @@ def _magcache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) 
 
     The hooks fail with Latte, whose spatial and temporal blocks have streams of different shapes.
     """
-    ratios, threshold = FLUX_MAG_RATIOS.tolist(), 0.24
+    ratios, threshold = tuple(FLUX_MAG_RATIOS.tolist()), 0.24
     hooks = MagCacheConfig(threshold=threshold, num_inference_steps=steps, mag_ratios=ratios)
     return Cache(Policy(Blocks(), Magnitude(ratios, threshold), Residual()), None if model.name == "latte" else hooks)
 

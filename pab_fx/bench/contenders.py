@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
-import itertools
-import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.fx.node import map_aggregate
 
-from .._torch import lookup_backend
 from ..enable import enable
+from .apart import CountingCompiler, give_own_code, sharing_weights
 from .caches import Cache, Plan
-
-
-class CountingCompiler:
-    """An inner compiler that counts its graphs. As a backend, what it compiles is shared with no other contender."""
-
-    def __init__(self, inner: str) -> None:
-        self._compile = lookup_backend(inner)
-        self.graphs = 0
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile one graph."""
-        self.graphs += 1
-        compiled: Callable[..., Any] = self._compile(gm, list(example_inputs))
-        return compiled
 
 
 @dataclass(frozen=True)
@@ -262,30 +244,6 @@ def outputs_of(model: nn.Module, names: Collection[str], inputs: Mapping[str, An
         for handle in handles:
             handle.remove()
     return found
-
-
-def sharing_weights(model: nn.Module) -> Any:
-    """A copy of a model with modules of its own and the same parameters and buffers."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
-def give_own_code(model: nn.Module) -> None:
-    """Let a model run a copy of its class's code."""
-    cls = type(model)
-    model.__class__ = type(cls.__name__, (cls,), {"forward": _copy_of_code(cls.forward), "__module__": cls.__module__})
-
-
-def _copy_of_code(function: Any) -> Any:
-    """A function, and those that it wraps, with code objects of their own."""
-    cells = [
-        types.CellType(_copy_of_code(cell.cell_contents)) if inspect.isfunction(cell.cell_contents) else cell
-        for cell in function.__closure__ or ()
-    ]
-    code = function.__code__.replace()
-    copied = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
 
 
 SETUPS: Mapping[str, Callable[[Setting], Contender]] = {

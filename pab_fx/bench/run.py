@@ -10,8 +10,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ._torch import quiet_recompile_limit
+from .apart import CountingCompiler
 from .caches import CACHES, Plan
-from .contenders import NEED_HOOKS, CountingCompiler, Setting
+from .contenders import NEED_HOOKS, Setting
 from .measure import Clock, Trajectory
 from .models import BenchModel, model_of, timesteps_of
 from .race import Race, Say
