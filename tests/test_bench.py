@@ -21,10 +21,19 @@ from typer.testing import CliRunner
 from pab_fx import PABConfig
 from pab_fx.bench import BenchError, Settings, run_bench, run_model
 from pab_fx.bench._torch import cold_compiler, peak_of_live_bytes
+from pab_fx.bench.caches import CACHES, Plan
 from pab_fx.bench.chart import save_chart
-from pab_fx.bench.contenders import COLUMNS, SETUPS, Broadcasting, Contender, LowerBound, Plan, Setting, contender
+from pab_fx.bench.contenders import (
+    COLUMNS,
+    SETUPS,
+    Broadcasting,
+    Contender,
+    LowerBound,
+    Setting,
+    contender,
+)
 from pab_fx.bench.measure import Clock, Spread, Trajectory, by_kind, distance, ratios
-from pab_fx.bench.models import NAMES, SIZES, BenchModel, diffusers_config, model_of, timesteps_of
+from pab_fx.bench.models import NAMES, SIZES, BenchModel, model_of, timesteps_of
 from pab_fx.bench.results import BenchResult, ModelResult, markdown_of
 from pab_fx.bench.settings import columns_of, config_of
 from pab_fx.cli import app
@@ -35,10 +44,10 @@ SHORT = ("compile", "pab_fx specialize")
 times = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9)
 
 
-def setting_of(model: BenchModel, steps: int = 8, inner: str = "eager") -> tuple[Setting, Trajectory]:
+def setting_of(model: BenchModel, steps: int = 8, policy: str = "pab") -> tuple[Setting, Trajectory]:
     clock, network, timesteps = Clock(), model.build(CPU), timesteps_of(steps)
-    config, inputs = diffusers_config(model.pab, clock), model.inputs(timesteps, CPU)
-    setting = Setting(network, config, timesteps, Plan.of(network, config, timesteps), inputs, inner)
+    cache, inputs = CACHES[policy](model, None, steps, clock), model.inputs(timesteps, CPU)
+    setting = Setting(network, cache, timesteps, Plan.of(network, cache.config, timesteps), inputs, "eager")
     return setting, Trajectory(timesteps, inputs, clock, CPU)
 
 
@@ -94,7 +103,8 @@ def test_ratios_are_of_the_same_round(wan: ModelResult) -> None:
     assert columns["compile"].of_bound == Spread.of([a / b for a, b in zip(compiled, bound, strict=True)])
     for name in ("compile", "lower bound"):
         assert columns[name].speedup == Spread.of([a / b for a, b in zip(compiled, columns[name].seconds, strict=True)])
-    assert columns["hooks + compile"].of_bound is None
+    both = columns["hooks + compile"].seconds
+    assert columns["compile"].over_hooks == Spread.of([a / b for a, b in zip(both, compiled, strict=True)])
 
 
 def test_numbers_are_json_and_come_back(result: BenchResult) -> None:
@@ -164,7 +174,7 @@ def test_outputs_that_are_not_the_hooks_are_refused(monkeypatch: pytest.MonkeyPa
             return lambda **inputs: (self.call(**inputs)[0] * 1.01,)
 
     monkeypatch.setitem(SETUPS, "pab_fx specialize", Wrong)
-    with pytest.raises(BenchError, match=r"outputs of pab_fx specialize are 1\.0e-02 from those of the hooks"):
+    with pytest.raises(BenchError, match=r"outputs of pab_fx specialize are 1\.0e-02 from the reference's"):
         run_bench(dataclasses.replace(QUICK, columns=("pab_fx specialize",)))
 
 
@@ -201,6 +211,8 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_noted() -> None:
         (["--columns", "hooks,fast"], "unknown column 'fast'"),
         (["--config", "spatial=two"], "like spatial=2,temporal=3"),
         (["--config", "cross=0"], "must be an integer >= 1"),
+        (["--policy", "teacache"], "pab, blocks, taylorseer, magcache"),
+        (["--policy", "blocks", "--config", "latte"], "one of PAB, and the policy is blocks"),
         (["--device", "tpu"], "cpu or cuda"),
         (["--chart", "chart.gif"], ".png, .svg or .pdf"),
         (["--json", "no/such/folder/result.json"], "no folder"),
@@ -327,6 +339,21 @@ def test_a_generation_starts_afresh_and_leaves_nothing(column: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.outputs, second.outputs, strict=True))
     if isinstance(runs, Broadcasting):
         assert all(role.cache_bytes == 0 for role in runs.handle.report().roles)
+
+
+@pytest.mark.parametrize("policy", ["blocks", "taylorseer", "magcache"])
+def test_other_policies_are_raced_at_the_decisions_of_their_hooks(policy: str) -> None:
+    """Which `run_model` checks, as it does that outputs are equal."""
+    columns = ("hooks", "compile", "pab_fx specialize", "lower bound", "hooks + compile")
+    (model,) = run_bench(dataclasses.replace(QUICK, models=("flux",), rounds=1, policy=policy, columns=columns)).models
+    hooked = CACHES[policy](model_of("flux", "quick"), None, 8, Clock()).hooks is not None
+    assert [each.column for each in model.columns] == [each for each in columns if hooked or "hooks" not in each]
+    assert model.policy == policy
+    assert {each.late_captures for each in model.columns if "hooks" not in each.column} == {0}
+    broadcast = model.column("pab_fx specialize")
+    assert broadcast is not None
+    assert (broadcast.captures, broadcast.graphs) == (1, 2)
+    assert (broadcast.over_hooks is not None) == hooked
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import prompted
+
+import pab_fx
+from pab_fx.bench.models import model_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -94,3 +98,20 @@ def test_prompt_and_seed_reach_the_pipeline(tmp_path: Path) -> None:
     ]
     same = [np.array_equal(images[0], image) for image in images]
     assert same == [True, False, False]
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "flux"])
+def test_bytes_are_counted_as_they_are_kept(name: str) -> None:
+    """On the meta device without running a step, against what the caches hold in a run."""
+    measure, model, cpu = importlib.import_module("measure_kept"), model_of(name, "quick"), torch.device("cpu")
+    gm = measure.captured(model.build(measure.META), model.inputs((700.0,), measure.META)[0])
+    network, (inputs,) = model.build(cpu), model.inputs((700.0,), cpu)
+    for config in measure.configs_of(model).values():
+        timestep = {"current_timestep_callback": lambda: 700.0} if config is model.pab else {}
+        config = dataclasses.replace(config, **timestep)
+        with pab_fx.enable(network, config, inner="eager", step_invariants=False) as pab, torch.no_grad():
+            held = []
+            for _ in range(3):
+                network(**inputs)
+                held.append(sum(role.cache_bytes for role in pab.report().roles))
+        assert max(held) == sum(tensor.nbytes for tensor in measure.kept(gm, config)) > 0

@@ -1,6 +1,6 @@
 """The benchmark: `python -m pab_fx bench`, or `run_bench(Settings(...))`.
 
-`models` says what is timed, `contenders` what is compared, `measure` how; `race` runs one model, `run` all of them.
+`models` and `caches` say what is timed, `contenders` what is compared, `measure` how; `race` runs one model, `run` all.
 """
 
 from .heap import keep_freed_memory

@@ -32,19 +32,13 @@ def cold_compiler() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def recompile_limit(entries: int) -> Iterator[None]:
-    """Let Dynamo compile each code object that many times, and reach the limit without a page of warnings.
-
-    `recompile_limit` and `convert_frame` seen in 2.9 to 2.15.
-    """
-    from torch._dynamo import config
-
+def quiet_recompile_limit() -> Iterator[None]:
+    """Let Dynamo reach its recompile limit without a page of warnings. `convert_frame` seen in 2.9 to 2.15."""
     logger = logging.getLogger("torch._dynamo.convert_frame")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with config.patch(recompile_limit=entries):
-            yield
+        yield
     finally:
         logger.setLevel(level)
 

@@ -2,83 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
-from torch import fx, nn
+from torch import nn
 from torch.fx.node import map_aggregate
 
-from .._torch import lookup_backend
-from ..diffusers.configs import policies_of
-from ..diffusers.hooks import is_attention
 from ..enable import enable
-from ..policy.policy import assigned
-from ..policy.when import Rule, reused_calls
-from ..policy.where import ATTENTION_ROLES
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which attentions reuse in which step: the schedule of one generation, per role.
-
-    Args:
-        modules: qualified names of the attentions of each role that occurs.
-        reuses: for each of these roles, whether it reuses, step by step.
-    """
-
-    modules: Mapping[str, tuple[str, ...]]
-    reuses: Mapping[str, tuple[bool, ...]]
-
-    @classmethod
-    def of(cls, model: nn.Module, config: PyramidAttentionBroadcastConfig, timesteps: Sequence[float]) -> Plan:
-        """The plan of a model under diffusers' config."""
-        modules: dict[str, tuple[str, ...]] = {}
-        policies, rules = policies_of(config), dict[str, Rule]()
-        for name, module in model.named_modules():
-            if is_attention(type(module)):
-                kind = "cross" if getattr(module, "is_cross_attention", False) else "spatial"
-                role, policy, _ = assigned(policies, kind, name)
-                if policy is not None and policy.when is not None:
-                    modules[role] = (*modules.get(role, ()), name)
-                    rules[role] = policy.when
-        return cls(modules, {role: reused_calls(rules[role], timesteps) for role in ATTENTION_ROLES if role in rules})
-
-    @property
-    def steps(self) -> tuple[frozenset[str], ...]:
-        """The roles that reuse, for each step."""
-        flags = zip(*self.reuses.values(), strict=True)
-        return tuple(frozenset(itertools.compress(self.reuses, step)) for step in flags)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """For each step "computing" if no role reuses, "reusing" if all do, else "partly"."""
-        names = {0: "computing", len(self.reuses): "reusing"}
-        return tuple(names.get(len(roles), "partly") for roles in self.steps)
-
-    @property
-    def reused(self) -> int:
-        """Calls of attentions that are answered from a cache in a generation."""
-        return sum(len(self.modules[role]) * sum(steps) for role, steps in self.reuses.items())
-
-
-class CountingCompiler:
-    """An inner compiler that counts its graphs. As a backend, what it compiles is shared with no other contender."""
-
-    def __init__(self, inner: str) -> None:
-        self._compile = lookup_backend(inner)
-        self.graphs = 0
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile one graph."""
-        self.graphs += 1
-        compiled: Callable[..., Any] = self._compile(gm, list(example_inputs))
-        return compiled
+from .apart import CountingCompiler, give_own_code, sharing_weights
+from .caches import Cache, Plan
 
 
 @dataclass(frozen=True)
@@ -87,16 +23,16 @@ class Setting:
 
     Args:
         model: whose weights all contenders share.
-        config: of diffusers' hooks; `pab_fx` is given the same object.
+        cache: the step cache.
         timesteps: of a generation.
-        plan: what `config` reuses there.
+        plan: what the cache reuses there.
         inputs: of each step.
         inner: the compiler.
         tell_timesteps: whether `pab_fx` knows the generation's timesteps, as it does under a pipeline.
     """
 
     model: nn.Module
-    config: PyramidAttentionBroadcastConfig
+    cache: Cache
     timesteps: tuple[float, ...]
     plan: Plan
     inputs: Sequence[Mapping[str, Any]]
@@ -118,10 +54,12 @@ class Contender:
         self.call: Callable[..., Any] = self.compiled(self.model) if is_compiled else self.model
 
     def compiled(self, model: nn.Module) -> Callable[..., Any]:
-        """A model compiled by this contender's own compiler, behind a function that no other compiled model has.
+        """A model compiled by this contender's own compiler, which shares nothing with other compiled models.
 
-        Dynamo looks for code that fits among all that was compiled by an equal backend.
+        Dynamo looks for code that fits among all that was compiled by an equal backend. It counts recompiles by the
+        model's code, and gives a code up that it cannot trace, as hooks may make it.
         """
+        give_own_code(model)
         compiled: Callable[..., Any] = torch.compile(model, backend=lambda gm, inputs: self.compiler(gm, inputs))
         return compiled
 
@@ -137,7 +75,7 @@ class Contender:
 
     @property
     def reused(self) -> int:
-        """Calls of attentions that were answered from a cache so far."""
+        """Calls of parts that were answered from a cache so far."""
         return 0
 
     @property
@@ -151,23 +89,35 @@ class Hooked(Contender):
 
     def __init__(self, setting: Setting, is_compiled: bool = False) -> None:
         super().__init__(setting, is_compiled)
-        apply_pyramid_attention_broadcast(self.model, setting.config)
-        self._registries: list[Any] = [m._diffusers_hook for m in self.model.modules() if hasattr(m, "_diffusers_hook")]
-        self._hooks: list[Any] = [each.hooks["pyramid_attention_broadcast"] for each in self._registries]
+        self.model.enable_cache(setting.cache.hooks)
+        found = [getattr(module, "_diffusers_hook", None) for module in self.model.modules()]
+        self._hooks = [
+            (MARKS[name], hook)
+            for registry in found
+            for name, hook in getattr(registry, "hooks", {}).items()
+            if name in MARKS
+        ]
         self._reused = 0
-        self._kept: list[int | None] = [None] * len(self._hooks)
+        self._marks: list[Any] = [None] * len(self._hooks)
+
+    def at(self, step: int) -> Callable[..., Any]:
+        """In a cache context, as pipelines call it: some hooks keep their state by its name."""
+        return self._in_context
+
+    def _in_context(self, **inputs: Any) -> Any:
+        with self.model.cache_context("bench"):
+            return self.call(**inputs)
 
     def after_step(self) -> None:
-        """A hook that reuses leaves the very tensor that it had; one that computes makes the new one beside the old."""
-        kept: list[int | None] = [_identity(hook.state.cache) for hook in self._hooks]
-        self._reused += sum(new == old for new, old in zip(kept, self._kept, strict=True))
-        self._kept = kept
+        """Count the hooks whose mark is what it was."""
+        marks = [mark(hook, before) for (mark, hook), before in zip(self._hooks, self._marks, strict=True)]
+        self._reused += sum(new is before for new, before in zip(marks, self._marks, strict=True))
+        self._marks = marks
 
     def reset(self) -> None:
         """As a pipeline does at its end."""
-        for registry in self._registries:
-            registry.reset_stateful_hooks(recurse=False)
-        self._kept = [None] * len(self._hooks)
+        self.model._reset_stateful_cache()
+        self._marks = [None] * len(self._hooks)
 
     @property
     def reused(self) -> int:
@@ -175,9 +125,27 @@ class Hooked(Contender):
         return self._reused
 
 
-def _identity(cache: Any) -> int:
-    """A tuple may be made anew of the same tensors."""
-    return id(cache[0] if isinstance(cache, (tuple, list)) else cache)
+def _cache_of_attention(hook: Any, before: Any) -> Any:
+    cache = hook.state.cache
+    return cache[0] if isinstance(cache, (tuple, list)) else cache  # a tuple may be made anew of the same tensors
+
+
+def _last_update(hook: Any, before: Any) -> Any:
+    (state,) = hook.state_manager._state_cache.values()
+    return before if state.last_update_step < state.current_step else object()
+
+
+def _decision(hook: Any, before: Any) -> Any:
+    (state,) = hook.state_manager._state_cache.values()
+    return object() if state.should_compute else before
+
+
+MARKS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "pyramid_attention_broadcast": _cache_of_attention,
+    "taylorseer_cache": _last_update,
+    "mag_cache_leader_block_hook": _decision,
+}
+"""By the name of a hook, for it and its mark before: an object that is another one after a step that computed."""
 
 
 class Broadcasting(Contender):
@@ -186,7 +154,7 @@ class Broadcasting(Contender):
     def __init__(self, setting: Setting, **options: Any) -> None:
         super().__init__(setting)
         timesteps = setting.timesteps if setting.tell_timesteps else None
-        self.handle = enable(self.model, setting.config, inner=self.compiler, timesteps=timesteps, **options)
+        self.handle = enable(self.model, setting.cache.config, inner=self.compiler, timesteps=timesteps, **options)
 
     def reset(self) -> None:
         """As a pipeline does at its end."""
@@ -199,7 +167,7 @@ class Broadcasting(Contender):
 
 
 class Constant(nn.Module):
-    """In place of an attention: returns what it is given to return, and computes nothing.
+    """In place of a module: returns what it is given to return, and computes nothing.
 
     Args:
         outputs: a tensor or a tuple of tensors.
@@ -218,7 +186,7 @@ class Constant(nn.Module):
 
 
 class LowerBound(Contender):
-    """What no reuse of attention can beat: the compiled model, and, where roles reuse, with constants in their place.
+    """What no reuse can beat: the compiled model, and, where roles reuse, with constants in place of their modules.
 
     One variant for each set of reusing roles that occurs, chosen per step by the plan.
     """
@@ -227,8 +195,8 @@ class LowerBound(Contender):
         super().__init__(setting)
         plan = setting.plan
         names = {name for role in plan.reuses for name in plan.modules[role]}
-        self._constants = attention_outputs(self.model, names, setting.inputs[0])
-        self._steps, self._modules = plan.steps, plan.modules
+        self._constants = outputs_of(self.model, names, setting.inputs[0])
+        self._plan = plan
         self._calls = {roles: self.compiled(self.without(roles)) for roles in dict.fromkeys(plan.steps)}
         self._reused = 0
 
@@ -237,17 +205,17 @@ class LowerBound(Contender):
         self._calls[frozenset()] = compiled
 
     def without(self, roles: Collection[str]) -> nn.Module:
-        """The model without the attentions of these roles."""
+        """The model without the parts of these roles."""
         model = sharing_weights(self.model)
-        for name in (name for role in roles for name in self._modules[role]):
+        for name in (name for role in roles for name in self._plan.modules[role]):
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, self._constants[name])
         return model
 
     def at(self, step: int) -> Callable[..., Any]:
         """The variant for a step."""
-        roles = self._steps[step]
-        self._reused += sum(len(self._modules[role]) for role in roles)
+        roles = self._plan.steps[step]
+        self._reused += sum(self._plan.parts[role] for role in roles)
         return self._calls[roles]
 
     @property
@@ -261,7 +229,7 @@ class LowerBound(Contender):
         return sum(tensor.nbytes for constant in self._constants.values() for tensor in constant.buffers())
 
 
-def attention_outputs(model: nn.Module, names: Collection[str], inputs: Mapping[str, Any]) -> dict[str, Constant]:
+def outputs_of(model: nn.Module, names: Collection[str], inputs: Mapping[str, Any]) -> dict[str, Constant]:
     """What the modules of these names return in one step, as constants."""
     found: dict[str, Constant] = {}
 
@@ -278,12 +246,6 @@ def attention_outputs(model: nn.Module, names: Collection[str], inputs: Mapping[
     return found
 
 
-def sharing_weights(model: nn.Module) -> Any:
-    """A copy of a model with modules of its own and the same parameters and buffers."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
 SETUPS: Mapping[str, Callable[[Setting], Contender]] = {
     "eager": Contender,
     "hooks": Hooked,
@@ -295,7 +257,7 @@ SETUPS: Mapping[str, Callable[[Setting], Contender]] = {
     "lower bound": LowerBound,
     "hooks + compile": lambda setting: Hooked(setting, is_compiled=True),
 }
-"""What sets each column up, in the order in which they run. The last one exhausts Dynamo's recompile limit."""
+"""What sets each column up, in the order in which they run."""
 
 COLUMNS = tuple(SETUPS)
 HOOKS_AND_COMPILE = COLUMNS[-1]
@@ -304,6 +266,15 @@ SHORT_NAMES = dict(zip(_SHORT, COLUMNS, strict=True))
 """As on the command line."""
 
 
+NEED_HOOKS = ("hooks", HOOKS_AND_COMPILE)
+"""The columns that are left out where no hooks do the same."""
+
+
 def contender(column: str, setting: Setting) -> Contender:
     """Set a column up; nothing is compiled before its first step."""
     return SETUPS[column](setting)
+
+
+def reference(setting: Setting) -> Contender:
+    """Whose outputs all others are to have: the hooks, or where none do the same `pab_fx` without a compiler."""
+    return Hooked(setting) if setting.cache.hooks else Broadcasting(dataclasses.replace(setting, inner="eager"))

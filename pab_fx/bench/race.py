@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ._torch import captured_frames, cold_compiler, default_recompile_limit
-from .contenders import HOOKS_AND_COMPILE, Contender, LowerBound, Setting, contender
+from .contenders import HOOKS_AND_COMPILE, Contender, LowerBound, Setting, contender, reference
 from .measure import Generation, Spread, Trajectory, by_kind, distance, ratios
 from .results import ColumnResult
 from .settings import Settings
@@ -58,7 +58,7 @@ class Race:
         self.entrants: dict[str, Entrant] = {}
         self.notes: list[str] = []
         self._start = time.monotonic()
-        self.reference = trajectory.run(contender("hooks", setting), watch=True).outputs
+        self.reference = trajectory.run(reference(setting), watch=True).outputs
 
     def seconds(self, column: str) -> tuple[float, ...]:
         """Of each round of a column; none if it does not run."""
@@ -97,8 +97,6 @@ class Race:
     def take_turns(self, columns: Sequence[str]) -> None:
         """The timed rounds of the given columns, each of which runs once in each."""
         running = [self.entrants[column] for column in columns if column in self.entrants]
-        for entrant in running:
-            entrant.rounds.clear()
         longest = 0.0
         for turn in range(self.settings.rounds if running else 0):
             if turn and self.left() < longest:
@@ -147,34 +145,38 @@ class Race:
             return
         self.tolerance = max(self.tolerance, 3 * distance(entrant.cold.outputs, eager.cold.outputs))
         if self.tolerance > distance(eager.cold.outputs, self.reference):
-            self.notes.append("rounding changes outputs as much as reuse does: that they are the hooks' is not shown")
+            self.notes.append(
+                "rounding changes outputs as much as reuse does: that they are those of the reference is not shown"
+            )
 
     def _check(self, entrant: Entrant) -> None:
-        """Refuse a contender that reuses something else than the schedule says, or whose outputs are not the hooks'."""
+        """Refuse a contender that reuses not what the schedule says, or whose outputs are not the reference's."""
         entrant.reused = entrant.contender.reused
         broadcasts = entrant.column not in PLAIN
         expected = self.setting.plan.reused if broadcasts else 0
         if entrant.reused != expected:
             raise BenchError(
-                f"{entrant.column} reused {entrant.reused} attentions in a generation; the schedule says {expected}."
+                f"{entrant.column} reused {entrant.reused} parts in a generation; the schedule says {expected}."
             )
         found = distance(entrant.cold.outputs, self.reference)
         if broadcasts and entrant.column != "lower bound" and not found <= self.tolerance:
             raise BenchError(
-                f"the outputs of {entrant.column} are {found:.1e} from those of the hooks, which is more than "
+                f"the outputs of {entrant.column} are {found:.1e} from the reference's, which is more than "
                 f"rounding ({self.tolerance:.0e})."
             )
 
-    def result(self, column: str, compiled: Sequence[float], bound: Sequence[float]) -> ColumnResult:
-        """What was seen of a column, against the rounds of `compile` and of the lower bound, if there are any."""
+    def result(self, column: str) -> ColumnResult:
+        """What was seen of a column, against others in the same rounds, if they run."""
         entrant = self.entrants[column]
         seconds = entrant.seconds
+        compiled, both, bound = map(self.seconds, ("compile", HOOKS_AND_COMPILE, "lower bound"))
         is_cold = column not in ("eager", "hooks", "lower bound")  # the bound runs what `compile` has compiled
         return ColumnResult(
             column=column,
             seconds=seconds,
             generation=Spread.of(seconds),
             speedup=Spread.of(ratios(compiled, seconds)) if compiled else None,
+            over_hooks=Spread.of(ratios(both, seconds)) if both else None,
             of_bound=Spread.of(ratios(seconds, bound)) if bound else None,
             step_seconds=by_kind(self.setting.plan.kinds, [each.steps for each in entrant.rounds]),
             cold_start=entrant.cold.seconds - Spread.of(seconds).median if is_cold else None,

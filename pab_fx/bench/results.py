@@ -29,6 +29,7 @@ class ColumnResult:
         seconds: of each round's generation.
         generation: seconds of a generation.
         speedup: over `compile` in the same round; `None` without that column.
+        over_hooks: speed-up over "hooks + compile" in the same round; `None` without that column.
         of_bound: time as a multiple of the lower bound's in the same round; `None` without that column.
         step_seconds: of a step, by what the schedule reuses in it: "computing" (nothing), "partly", "reusing" (all).
         cold_start: seconds of the first generation, with empty caches, less the median one; `None` if nothing compiles.
@@ -36,14 +37,16 @@ class ColumnResult:
         graphs: graphs that the inner compiler was given.
         late_captures: those of `captures` after the first generation.
         peak_bytes: held at once in a generation, less the weights.
-        distance: relative L2 distance of all outputs from those of the hooks; `None` for the bound, whose mean nothing.
-        reused: calls of attentions that were answered from a cache in a generation.
+        distance: relative L2 distance of all outputs from those of the hooks, or where none do the same of `pab_fx` run
+            eagerly; `None` for the bound, whose outputs mean nothing.
+        reused: calls of parts that were answered from a cache in a generation.
     """
 
     column: str
     seconds: tuple[float, ...]
     generation: Spread
     speedup: Spread | None
+    over_hooks: Spread | None
     of_bound: Spread | None
     step_seconds: Mapping[str, float]
     cold_start: float | None
@@ -66,10 +69,11 @@ class ModelResult:
         parameters: how many numbers its weights are.
         dtype: of its weights.
         steps: of a generation.
-        broadcast: what the config says, for people.
+        policy: its name.
+        broadcast: what it says, for people.
         kinds: how many steps are "computing", "partly" and "reusing".
         columns: in the order in which they ran.
-        tolerance: how far from the hooks' outputs was taken for rounding.
+        tolerance: how far from the reference's outputs was taken for rounding.
         notes: what was left out, and why.
     """
 
@@ -79,6 +83,7 @@ class ModelResult:
     parameters: int
     dtype: str
     steps: int
+    policy: str
     broadcast: str
     kinds: Mapping[str, int]
     columns: tuple[ColumnResult, ...]
@@ -130,10 +135,11 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
 
 
-TIMES = ("", "generation, s", "over compile", "of the bound")
+TIMES = ("", "generation, s", "over compile", "over hooks + compile", "of the bound")
 COSTS = ("computing, ms", "partly, ms", "reusing, ms", "cold start, s", "captured", "compiled", "MiB", "distance")
 
 NARROW = {
+    "over hooks + compile": "over hooks\n+ compile",
     "computing, ms": "comput-\ning, ms",
     "partly, ms": "partly,\nms",
     "reusing, ms": "reusing,\nms",
@@ -146,9 +152,9 @@ NARROW = {
 
 
 def rows_of(result: ModelResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of a model's table; a kind of step that does not occur has no column."""
+    """Header and rows of a model's table; what no row says has no column."""
     header, rows = TIMES + COSTS, [_row(column) for column in result.columns]
-    shown = [i for i, name in enumerate(header) if name != "partly, ms" or any(row[i] for row in rows)]
+    shown = [i for i, name in enumerate(header) if not name or any(row[i] for row in rows)]
     return tuple(header[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
 
 
@@ -159,6 +165,7 @@ def _row(column: ColumnResult) -> tuple[str, ...]:
         column.column,
         f"{column.generation.median:.2f}",
         _spread(column.speedup, 2),
+        _spread(column.over_hooks, 2),
         _spread(column.of_bound, 3),
         *("" if seconds is None else f"{1000 * seconds:.0f}" for seconds in steps),
         "" if column.cold_start is None else f"{column.cold_start:.1f}",
@@ -188,8 +195,9 @@ def caption_of(result: ModelResult) -> str:
 def tables_of(result: ModelResult) -> list[Table]:
     """The table of a model for a terminal, in two parts, since a terminal is narrow."""
     header, rows = rows_of(result)
+    times = sum(name in TIMES for name in header)
     tables = []
-    for part in (slice(1, len(TIMES)), slice(len(TIMES), None)):
+    for part in (slice(1, times), slice(times, None)):
         heads = (Column(NARROW.get(name, name), justify="right", no_wrap=True) for name in header[part])
         table = Table(Column(min_width=10), *heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for row in rows:

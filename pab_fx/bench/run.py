@@ -1,4 +1,4 @@
-"""Run the benchmark: model by model, all columns in turns, the one that spoils the others at the end."""
+"""Run the benchmark: model by model, all columns in turns."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections import Counter
 from functools import partial
 
 import torch
-from diffusers import PyramidAttentionBroadcastConfig
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..diffusers.configs import ranges_of
-from ..policy.when import SkipRange
-from ._torch import default_recompile_limit, recompile_limit
-from .contenders import HOOKS_AND_COMPILE, CountingCompiler, Plan, Setting
+from ._torch import quiet_recompile_limit
+from .apart import CountingCompiler
+from .caches import CACHES, Plan
+from .contenders import NEED_HOOKS, Setting
 from .measure import Clock, Trajectory
-from .models import BenchModel, diffusers_config, model_of, timesteps_of
+from .models import BenchModel, model_of, timesteps_of
 from .race import Race, Say
-from .results import BenchResult, ColumnResult, ModelResult, machine_of, versions
+from .results import BenchResult, ModelResult, machine_of, versions
 from .settings import Settings
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -37,7 +36,7 @@ def run_bench(settings: Settings, say: Say = lambda text: None) -> BenchResult:
         say: is told what happens.
 
     Raises:
-        BenchError: if outputs are not the hooks', or something else is reused than the schedule says.
+        BenchError: if outputs are not the reference's, or something else is reused than the schedule says.
     """
     device = torch.device(settings.device)
     results = []
@@ -58,23 +57,26 @@ def run_model(model: BenchModel, settings: Settings, say: Say) -> ModelResult:
 
     Raises:
         BenchError: as `run_bench`.
-        ValueError: if the config reuses nothing in this model in so many steps.
+        ValueError: if the policy reuses nothing in this model in so many steps.
     """
     torch.compiler.reset()
     device, clock = torch.device(settings.device), Clock()
     say("building")
     network = model.build(device)
     timesteps = timesteps_of(settings.steps or model.steps)
-    config = diffusers_config(settings.pab or model.pab, clock)
-    plan = Plan.of(network, config, timesteps)
+    cache = CACHES[settings.policy](model, settings.pab, len(timesteps), clock)
+    plan = Plan.of(network, cache.config, timesteps)
     if not plan.reused:
-        raise ValueError(f"{model.name}: the config reuses nothing in {len(timesteps)} steps.")
+        raise ValueError(f"{model.name}: the policy reuses nothing in {len(timesteps)} steps.")
     inputs = model.inputs(timesteps, device)
-    setting = Setting(network, config, timesteps, plan, inputs, settings.inner, settings.tell_timesteps)
+    setting = Setting(network, cache, timesteps, plan, inputs, settings.inner, settings.tell_timesteps)
     trajectory = Trajectory(timesteps, inputs, clock, device)
     warm_up(settings.inner, device)
     race = Race(setting, trajectory, settings, TOLERANCES[model.dtype], say)
-    columns = [*run_alike(race), *run_hooks_and_compile(race)]
+    columns = [column for column in settings.columns if cache.hooks or column not in NEED_HOOKS]
+    with quiet_recompile_limit():
+        race.enter(columns)
+        race.take_turns(columns)
     return ModelResult(
         model=model.name,
         title=model.title,
@@ -82,39 +84,13 @@ def run_model(model: BenchModel, settings: Settings, say: Say) -> ModelResult:
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         steps=len(timesteps),
-        broadcast=describe(config, plan),
+        policy=settings.policy,
+        broadcast=plan.said,
         kinds=dict(Counter(plan.kinds)),
-        columns=tuple(columns),
+        columns=tuple(race.result(column) for column in columns if column in race.entrants),
         tolerance=race.tolerance,
         notes=tuple(race.notes),
     )
-
-
-def run_alike(race: Race) -> list[ColumnResult]:
-    """All columns but the last. Dynamo counts what they compile together; the limit is not what is measured here."""
-    columns = [column for column in race.settings.columns if column != HOOKS_AND_COMPILE]
-    with recompile_limit(64):
-        race.enter(columns)
-        race.take_turns(columns)
-    columns = [column for column in columns if column in race.entrants]
-    compiled, bound = (race.seconds(column) for column in ("compile", "lower bound"))
-    return [race.result(column, compiled, bound) for column in columns]
-
-
-def run_hooks_and_compile(race: Race) -> list[ColumnResult]:
-    """Hooks under `torch.compile`, in turns with `compile` alone, which runs on as it was compiled.
-
-    The limit is Dynamo's own, on top of what the others have compiled: these hooks have it for themselves.
-    """
-    if HOOKS_AND_COMPILE not in race.settings.columns:
-        return []
-    both = [column for column in ("compile",) if column in race.entrants] + [HOOKS_AND_COMPILE]
-    with recompile_limit(default_recompile_limit() + sum(each.captures for each in race.entrants.values())):
-        race.enter([HOOKS_AND_COMPILE])
-        race.take_turns(both)
-    if HOOKS_AND_COMPILE not in race.entrants:
-        return []
-    return [race.result(HOOKS_AND_COMPILE, race.seconds("compile"), ())]
 
 
 def warm_up(inner: str, device: torch.device) -> None:
@@ -125,10 +101,3 @@ def warm_up(inner: str, device: torch.device) -> None:
 
     with torch.no_grad():
         torch.compile(attention, backend=CountingCompiler(inner))(torch.ones(1, 2, 4, 8, device=device))
-
-
-def describe(config: PyramidAttentionBroadcastConfig, plan: Plan) -> str:
-    """What a config broadcasts in a model, for people."""
-    windows = {role: getattr(config, f"{role}_attention_timestep_skip_range") for role in plan.reuses}
-    rules = {role: SkipRange(ranges_of(config)[role], *window) for role, window in windows.items()}
-    return ", ".join(f"{role} {rule.describe().removeprefix('computed ')}" for role, rule in rules.items())

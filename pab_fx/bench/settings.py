@@ -8,6 +8,7 @@ import torch
 
 from ..policy.config import PRESETS, PABConfig
 from ..policy.where import ATTENTION_ROLES
+from .caches import CACHES
 from .contenders import COLUMNS, SHORT_NAMES
 from .models import NAMES, model_of
 
@@ -23,7 +24,8 @@ class Settings:
         size: "cpu", "cuda" or "quick".
         rounds: timed generations of each column.
         steps: of a generation; `None` for those of each model.
-        pab: what is broadcast; `None` for what each model has.
+        policy: name of the step cache.
+        pab: ranges of the policy "pab"; `None` for those of each model.
         inner: the compiler.
         tell_timesteps: whether `pab_fx` knows the timesteps, as it does under a pipeline.
         minutes: how long a model may take: columns and rounds that do not fit are left out; `None` for no limit.
@@ -39,6 +41,7 @@ class Settings:
     size: str = "cpu"
     rounds: int = 5
     steps: int | None = None
+    policy: str = "pab"
     pab: PABConfig | None = None
     inner: str = "inductor"
     tell_timesteps: bool = True
@@ -51,6 +54,10 @@ class Settings:
         for column in self.columns:
             if column not in COLUMNS:
                 raise ValueError(f"unknown column {column!r}; the columns are {', '.join(COLUMNS)}.")
+        if self.policy not in CACHES:
+            raise ValueError(f"unknown policy {self.policy!r}; the policies are {', '.join(CACHES)}.")
+        if self.pab is not None and self.policy != "pab":
+            raise ValueError(f"a config is one of PAB, and the policy is {self.policy}.")
         for name, number in (("rounds", self.rounds), ("steps", 1 if self.steps is None else self.steps)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}.")

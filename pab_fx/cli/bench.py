@@ -23,8 +23,10 @@ def bench(
             "both (hooks + compile). All."
         ),
     ] = None,
+    policy: Annotated[str, typer.Option(help="The step cache: pab, blocks, taylorseer or magcache.")] = "pab",
     config: Annotated[
-        str | None, typer.Option(help="cogvideox, latte, open-sora, or like spatial=2,cross=6 (also window=100:800).")
+        str | None,
+        typer.Option(help="Of pab: cogvideox, latte, open-sora, or like spatial=2,cross=6 (also window=100:800)."),
     ] = None,
     inner: Annotated[str, typer.Option(help="The compiler of all columns: inductor, eager, ...")] = "inductor",
     plan: Annotated[bool, typer.Option(help="Tell pab_fx the timesteps, as a pipeline's scheduler does.")] = True,
@@ -60,6 +62,7 @@ def bench(
             size="quick" if quick else device,
             rounds=rounds,
             steps=steps,
+            policy=policy,
             pab=None if config is None else config_of(config),
             inner=inner,
             tell_timesteps=plan,

@@ -1,0 +1,52 @@
+"""What keeps contenders apart: they share weights, but no modules, no compiler and no code that Dynamo counts."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from .._torch import lookup_backend
+
+
+class CountingCompiler:
+    """An inner compiler that counts its graphs. As a backend, what it compiles is shared with no other contender."""
+
+    def __init__(self, inner: str) -> None:
+        self._compile = lookup_backend(inner)
+        self.graphs = 0
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one graph."""
+        self.graphs += 1
+        compiled: Callable[..., Any] = self._compile(gm, list(example_inputs))
+        return compiled
+
+
+def sharing_weights(model: nn.Module) -> Any:
+    """A copy of a model with modules of its own and the same parameters and buffers."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def give_own_code(model: nn.Module) -> None:
+    """Let a model run a copy of its class's code."""
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (cls,), {"forward": _copy_of_code(cls.forward), "__module__": cls.__module__})
+
+
+def _copy_of_code(function: Any) -> Any:
+    """A function, and those that it wraps, with code objects of their own."""
+    cells = [
+        types.CellType(_copy_of_code(cell.cell_contents)) if inspect.isfunction(cell.cell_contents) else cell
+        for cell in function.__closure__ or ()
+    ]
+    code = function.__code__.replace()
+    copied = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied

@@ -1,0 +1,143 @@
+"""The step caches that are timed: what `pab_fx` is given, what diffusers' hooks are given, and what both reuse."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+from torch import nn
+
+from ..diffusers.configs import policies_of
+from ..diffusers.hooks import is_attention
+from ..diffusers.taylorseer import LITE
+from ..policy.config import PABConfig
+from ..policy.how import Residual, Taylor
+from ..policy.lists import Magnitude
+from ..policy.policy import Policy, assigned
+from ..policy.when import Every, reused_calls
+from ..policy.where import BLOCKS, MODULES, ROLES, Blocks, NamedModules
+from .models import BenchModel, diffusers_config
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A step cache in the words of both.
+
+    Args:
+        config: for `pab_fx.enable`.
+        hooks: the config of diffusers' hooks that do the same, `None` if none do.
+    """
+
+    config: Any
+    hooks: Any = None
+
+
+def _pab(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
+    config = diffusers_config(pab or model.pab, clock)
+    return Cache(config, config)
+
+
+def _blocks(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
+    return Cache(Policy(Blocks(), Every(3), Taylor(2, of=Residual())))
+
+
+def _taylorseer(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
+    """Lite mode: blocks are skipped, and the last projection's output is forecast."""
+    config = TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=model.dtype, use_lite_mode=True)
+    return Cache(config, config)
+
+
+def _magcache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
+    """The ratios are Flux's for every model: with random weights none are right, and they only decide.
+
+    The hooks fail with Latte, whose spatial and temporal blocks have streams of different shapes.
+    """
+    ratios, threshold = tuple(FLUX_MAG_RATIOS.tolist()), 0.24
+    hooks = MagCacheConfig(threshold=threshold, num_inference_steps=steps, mag_ratios=ratios)
+    return Cache(Policy(Blocks(), Magnitude(ratios, threshold), Residual()), None if model.name == "latte" else hooks)
+
+
+CACHES: Mapping[str, Callable[[BenchModel, PABConfig | None, int, Any], Cache]] = {
+    "pab": _pab,
+    "blocks": _blocks,
+    "taylorseer": _taylorseer,
+    "magcache": _magcache,
+}
+"""By name on the command line, made for a model, ranges of PAB (`None`: the model's), steps, and a clock."""
+
+
+EVERY_BLOCK = NamedModules(LITE["skipped"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which parts of a model reuse in which step: the schedule of one generation, per role.
+
+    Args:
+        modules: qualified names of the modules that a role's parts are made of.
+        parts: how many parts that is: each module, or all blocks together.
+        reuses: for each of these roles, whether it reuses, step by step.
+        said: that in words.
+    """
+
+    modules: Mapping[str, tuple[str, ...]]
+    parts: Mapping[str, int]
+    reuses: Mapping[str, tuple[bool, ...]]
+    said: str
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Any, timesteps: Sequence[float]) -> Plan:
+        """The plan of a model under a config of `CACHES`."""
+        policies = policies_of(config)
+        modules: dict[str, list[str]] = {}
+        governing: dict[str, list[Policy]] = {}
+        for kind, part, name in _candidates(model, policies[0].where):
+            role, policy, _ = assigned(policies, kind, part)
+            if policy is not None:
+                modules.setdefault(role, []).append(name)
+                governing.setdefault(role, []).append(policy)
+        roles = {role: dict.fromkeys(governing[role]) for role in ROLES if role in governing}
+        rules = {role: next(iter(policies)).when for role, policies in roles.items()}
+        return cls(
+            {role: tuple(names) for role, names in modules.items()},
+            {role: 1 if role == BLOCKS else len(names) for role, names in modules.items()},
+            {role: reused_calls(rule, timesteps) for role, rule in rules.items() if rule},
+            ", ".join(f"{role} {' or '.join(map(_said, policies))}" for role, policies in roles.items()),
+        )
+
+    @property
+    def steps(self) -> tuple[frozenset[str], ...]:
+        """The roles that reuse, for each step."""
+        flags = zip(*self.reuses.values(), strict=True)
+        return tuple(frozenset(itertools.compress(self.reuses, step)) for step in flags)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """For each step "computing" if no role reuses, "reusing" if all do, else "partly"."""
+        names = {0: "computing", len(self.reuses): "reusing"}
+        return tuple(names.get(len(roles), "partly") for roles in self.steps)
+
+    @property
+    def reused(self) -> int:
+        """Calls of parts that are answered from a cache in a generation."""
+        return sum(self.parts[role] * sum(steps) for role, steps in self.reuses.items())
+
+
+def _said(policy: Policy) -> str:
+    return policy.describe().removeprefix("computed ")
+
+
+def _candidates(model: nn.Module, where: Any) -> Iterator[tuple[str, str, str]]:
+    """Kind and name of a part that policies like this one may be for, and the name of its module, or of one of them."""
+    for name, module in model.named_modules():
+        if isinstance(where, Blocks):
+            if EVERY_BLOCK.takes(MODULES, name):
+                yield BLOCKS, BLOCKS, name
+        elif isinstance(where, NamedModules):
+            yield MODULES, name, name
+        elif is_attention(type(module)):
+            yield "cross" if getattr(module, "is_cross_attention", False) else "spatial", name, name
