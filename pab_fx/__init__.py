@@ -21,7 +21,7 @@ from .policy.how import Hermite, How, Last, Residual, Scalars, Taylor
 from .policy.lists import Magnitude, Steps
 from .policy.policy import Policy
 from .policy.when import AfterTimesteps, Every, Progress, Rule, SkipRange, Step
-from .policy.where import Attentions, Blocks, FeedForwards
+from .policy.where import Attentions, Blocks, FeedForwards, Model
 from .run.contexts import cache_context
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "LayerBroadcast",
     "MLPBroadcast",
     "Magnitude",
+    "Model",
     "PABBackend",
     "PABConfig",
     "Policy",

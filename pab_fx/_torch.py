@@ -421,12 +421,14 @@ class CompiledFrame:
         modules: all modules among its local variables.
         ends: whether the frame is a module's `forward` (or `__call__`, or what follows a graph break), and the
             graph runs to its end, not to a graph break.
+        begins: whether it is not what follows a graph break.
     """
 
     module: nn.Module | None
     first: Any
     modules: tuple[nn.Module, ...]
     ends: bool
+    begins: bool = True
 
 
 def compiled_frame() -> CompiledFrame:
@@ -445,9 +447,11 @@ def compiled_frame() -> CompiledFrame:
     reason = output.compile_subgraph_reason
     code = output.root_tx.f_code
     # a helper that broke in the middle runs once a call; one that did not may run any number of times
-    is_call = code.co_name in ("forward", "__call__") or code.co_name.startswith("torch_dynamo_resume_in_")
+    begins = not code.co_name.startswith("torch_dynamo_resume_in_")
+    is_call = code.co_name in ("forward", "__call__") or not begins
     first = next((local.get(name) for name in _argument_names(code)), None)
-    return CompiledFrame(_running(code, local), first, modules, is_call and not (reason and reason.graph_break))
+    ends = is_call and not (reason and reason.graph_break)
+    return CompiledFrame(_running(code, local), first, modules, ends, begins)
 
 
 def _running(code: CodeType, local: Mapping[str, Any] | FrameType) -> nn.Module | None:

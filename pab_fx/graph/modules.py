@@ -43,19 +43,24 @@ class ModuleNames:
         by_id: `id(module)` to (qualified name, module), for the outermost model.
         enclosing: the modules around the traced frame, outermost first, the frame's own module last.
         ends: whether the graph runs to the end of that module's call, not to a graph break.
+        begins: whether it begins where that call does.
         aliases: for a module that has several names, each further one to the first.
     """
 
     by_id: Mapping[int, tuple[str, nn.Module]] = field(default_factory=dict)
     enclosing: tuple[nn.Module, ...] = ()
     ends: bool = True
+    begins: bool = True
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, enclosing: Iterable[nn.Module] = (), ends: bool = True) -> ModuleNames:
+    def of(
+        cls, model: nn.Module, enclosing: Iterable[nn.Module] = (), ends: bool = True, begins: bool = True
+    ) -> ModuleNames:
         """The names of `model`'s modules, for a frame that runs inside of `enclosing` (outermost first)."""
         by_id = {id(module): (name, module) for name, module in model.named_modules()}
-        return cls(by_id, tuple(module for module in enclosing if id(module) in by_id), ends, _aliases(model))
+        around = tuple(module for module in enclosing if id(module) in by_id)
+        return cls(by_id, around, ends, begins, _aliases(model))
 
     @classmethod
     def of_graph(cls, gm: fx.GraphModule) -> ModuleNames:

@@ -16,10 +16,10 @@ from .how import Hermite, How, Last, Residual, Taylor
 from .lists import Magnitude, Steps
 from .policy import Policy
 from .when import AfterTimesteps, Every, SkipRange
-from .where import Attentions, Blocks, FeedForwards
+from .where import Attentions, Blocks, FeedForwards, Model
 
 KINDS: Mapping[str, tuple[type, ...]] = {
-    "where": (Attentions, FeedForwards, Blocks),
+    "where": (Attentions, FeedForwards, Blocks, Model),
     "when": (SkipRange, AfterTimesteps, Every, Steps, Magnitude),
     "how": (Last, Residual, Taylor, Hermite),
 }

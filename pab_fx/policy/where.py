@@ -15,8 +15,8 @@ from typing import Any
 from .checks import checked_blocks, checked_identifiers, is_iterable
 
 ATTENTION_ROLES = ("spatial", "temporal", "cross")
-MLP, BLOCKS, MODULES = "mlp", "blocks", "modules"
-ROLES = (*ATTENTION_ROLES, MLP, BLOCKS, MODULES)
+MLP, BLOCKS, MODEL, MODULES = "mlp", "blocks", "model", "modules"
+ROLES = (*ATTENTION_ROLES, MLP, BLOCKS, MODEL, MODULES)
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,31 @@ class PassedBlocks(Blocks):
     """
 
     lists: tuple[str, ...] = ()  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The whole call of the model: its stream goes from the sample that it is given to the prediction.
+
+    A step that reuses runs nothing of the model. With `Residual` the prediction has to have the sample's shape; a model
+    that predicts a variance too has no residual and is left alone.
+
+    Example:
+        >>> Model().takes("model", "model")
+        True
+    """
+
+    roles = (MODEL,)
+    names = ()
+    shares_calls = False
+
+    def role_of(self, role: str, name: str) -> tuple[str, str] | None:
+        """`None`: the graph alone tells."""
+        return None
+
+    def takes(self, role: str, name: str) -> bool:
+        """Whether the policy is for a part of that role and name."""
+        return role == MODEL
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ ROLE_COLOURS = {
     "cross": "#c77d0a",
     "mlp": "#2a8f6a",
     "blocks": "#3c4f8f",
+    "model": "#5b5f66",
     "modules": "#a3476b",
 }
 """Dark enough for white text on them, and apart for eyes that see red and green alike."""

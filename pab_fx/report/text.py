@@ -15,7 +15,7 @@ from .strips import COMPUTE, PARTLY, REUSE, SOURCES, ruler
 COLOURS = {COMPUTE: "white on grey37", PARTLY: "black on yellow", REUSE: "black on green"}
 ROLE_COLOURS = {
     **{"spatial": "cyan", "temporal": "magenta", "cross": "yellow", "mlp": "blue"},
-    **{"blocks": "bright_blue", "modules": "bright_magenta"},
+    **{"blocks": "bright_blue", "model": "white", "modules": "bright_magenta"},
 }
 WIDE = 40
 """From so many steps on, the letters of a strip stand without spaces between them."""

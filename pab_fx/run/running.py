@@ -43,14 +43,14 @@ def module_names(roots: Sequence[nn.Module], example_inputs: Sequence[Any]) -> M
         # a function: around a model, or of a module that is being called (an attention's processor)
         model = _most_read(frame.modules, example_inputs)
         if not callers or not (model is None or _around(model, callers)):
-            return ModuleNames.of(model) if model is not None else ModuleNames()
+            return ModuleNames.of(model, begins=frame.begins) if model is not None else ModuleNames()
         own = callers[0]
         # the continuation of a processor may be left with the attention as its first argument
         ends = ends and any(frame.first is each for each in (own, getattr(own, "processor", own)))
     around = _around(own, callers)
     outermost = around[-1] if around else own
     model = next((m for m in [own, *around] if any(m is root for root in roots)), outermost)
-    return ModuleNames.of(model, dict.fromkeys([*reversed(around), own]), ends)
+    return ModuleNames.of(model, dict.fromkeys([*reversed(around), own]), ends, frame.begins)
 
 
 def _around(own: nn.Module, callers: Sequence[nn.Module]) -> list[nn.Module]:

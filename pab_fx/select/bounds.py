@@ -16,6 +16,7 @@ from torch import fx
 
 from ..graph import effects
 from ..graph.dataflow import is_tensor, is_tuple, op_name, shape, takes_item, tells_dtype, value
+from ..policy.where import MODEL
 from .region import Region
 
 UNUSED = "none of its tensors is used outside of it"
@@ -82,7 +83,7 @@ def _bounded(graph: fx.Graph, region: Region) -> Region:
     unsafe = _unsafe(graph, region.nodes)
     if unsafe:
         return replace(region, unsafe=unsafe)
-    nodes, outputs, replayed = _outputs(region.nodes)
+    nodes, outputs, replayed = _outputs(region.nodes, shrinks=region.role != MODEL)
     note, policy = None, region.policy
     inside = set(nodes)
     if any(not inside.issuperset(effects.later_updates(graph, output)) for output in outputs):
@@ -110,7 +111,7 @@ def _with_own_contexts(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> tuple[fx.
 
 
 def _outputs(
-    nodes: Iterable[fx.Node],
+    nodes: Iterable[fx.Node], shrinks: bool = True
 ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """Shrink a region to where its outputs are tensors that share no storage: its nodes, outputs, replayed nodes.
 
@@ -120,7 +121,8 @@ def _outputs(
 
     Views, sizes and items of tuples are cheap to take again from what is kept. So is a product with a number, such as
     the `hidden_states / attn.rescale_output_factor` at the end of diffusers' attentions: outside, a compiler fuses it
-    with what follows, and inside, it would make one more tensor of what the last projection yields.
+    with what follows, and inside, it would make one more tensor of what the last projection yields. A region that
+    `shrinks` not, a whole model whose prediction has to look like its sample, ends in a view all the same.
     """
     inside = dict.fromkeys(nodes)
     replayed: dict[fx.Node, None] = {}
@@ -135,8 +137,8 @@ def _outputs(
 
     while True:
         outputs = [node for node in inside if node not in replayed and is_used_outside(node)]
-        outer = next((node for node in outputs if not is_tensor(node) or effects.is_view(node)), None)
-        outer = outer or next((node for node in outputs if _is_rescaled(node, inside)), None)
+        outer = next((node for node in outputs if not is_tensor(node) or _shares(node, outputs, shrinks)), None)
+        outer = outer or next((node for node in outputs if shrinks and _is_rescaled(node, inside)), None)
         if outer is None:
             return tuple(inside), tuple(outputs), tuple(replayed)
         items = [user for user in outer.users if user not in inside]
@@ -146,6 +148,11 @@ def _outputs(
             replayed[outer] = None
         else:
             del inside[outer]
+
+
+def _shares(node: fx.Node, outputs: Iterable[fx.Node], shrinks: bool) -> bool:
+    """Whether a node is a view; of a region that does not shrink, a view that is not the only one of its tensor."""
+    return effects.is_view(node) and (shrinks or any(o is not node and effects.may_alias(o, node) for o in outputs))
 
 
 def _is_rescaled(node: fx.Node, inside: Container[fx.Node]) -> bool:

@@ -46,7 +46,7 @@ class Region:
     Args:
         name: qualified name of the part; for one that is no module, of its core node.
         module_id: of the module; the same for those of its calls in this graph that share a cache, see `tag`.
-        role: "spatial", "temporal", "cross", "mlp", "blocks" or "modules".
+        role: "spatial", "temporal", "cross", "mlp", "blocks", "model" or "modules".
         policy: when it reuses and how; `None` if the policies leave it alone.
         why: why it has that role.
         nodes: the region's nodes in graph order.

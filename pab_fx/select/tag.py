@@ -14,7 +14,7 @@ from torch import fx
 from ..graph.dataflow import shape
 from ..graph.modules import ModuleNames
 from ..policy.policy import Policy, assigned
-from ..policy.where import Attentions, Blocks, FeedForwards, NamedModules, PassedBlocks
+from ..policy.where import Attentions, Blocks, FeedForwards, Model, NamedModules, PassedBlocks
 from .attentions import attentions
 from .blocks import between_blocks, ranges_of_blocks
 from .bounds import bounded_alike
@@ -23,6 +23,7 @@ from .passing import passing
 from .region import Region
 from .streams import streams
 from .view import View
+from .whole_model import whole_model
 from .whole_modules import classes_of, named_modules, whole_modules
 
 
@@ -60,7 +61,8 @@ def _found(view: View, policies: Sequence[Policy]) -> list[Region]:
     assign = partial(assigned, tuple(policies))
     kinds = {type(policy.where) for policy in policies}
     ranges = dict.fromkeys(policy.where for policy in policies if isinstance(policy.where, Blocks))
-    found = ranges_of_blocks(view, assign, ranges)
+    found = whole_model(view, assign) if Model in kinds else []
+    found += ranges_of_blocks(view, assign, ranges)
     found += named_modules(view, assign, [each.where for each in policies if isinstance(each.where, NamedModules)])
     found += [region for are in classes_of(policies) for region in whole_modules(view, assign, are)]
     if Attentions in kinds:
