@@ -19,6 +19,7 @@ from .attentions import attentions
 from .blocks import ranges_of_blocks
 from .bounds import bounded_alike
 from .feed_forwards import feed_forwards
+from .gates import with_gate
 from .region import Region
 from .streams import streams
 from .view import View
@@ -37,8 +38,13 @@ def tag(gm: fx.GraphModule, policies: Sequence[Policy], names: ModuleNames | Non
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     taken: set[fx.Node] = set()
     calls: dict[str, list[Region]] = {}
-    for region in map(partial(_for_all_blocks, names=names), _found(View(gm.graph, names), policies)):
+    view = View(gm.graph, names)
+    found = [_for_all_blocks(region, names) for region in _found(view, policies)]
+    owned = {node for region in found for node in region.nodes}
+    for region in found:
         if taken.isdisjoint(region.nodes):
+            region = with_gate(region, view, owned)
+            owned.update(region.nodes)
             taken.update(region.nodes)
             calls.setdefault(region.module_id, []).append(region)
     parts = [part for alike in calls.values() for part in _parts(sorted(alike, key=lambda each: each.nodes[0]))]
