@@ -76,7 +76,8 @@ def _spec(output: fx.Node) -> object:
 
 def _bounded(graph: fx.Graph, region: Region) -> Region:
     """The region with its outputs, or with the reason why it cannot be broadcast."""
-    if region.policy is None or region.unsafe:
+    policy = region.policy
+    if policy is None or region.unsafe:
         return region
     region = replace(region, nodes=_with_own_contexts(graph, region.nodes))
     unsafe = _unsafe(graph, region.nodes)
@@ -85,7 +86,7 @@ def _bounded(graph: fx.Graph, region: Region) -> Region:
     nodes, outputs, replayed = _outputs(region.nodes)
     note, inside = region.note, set(nodes)
     if any(not inside.issuperset(effects.later_updates(graph, output)) for output in outputs):
-        updates = UPDATES_KEPT if region.policy.how.keeps_updates else UPDATES_NOT_KEPT
+        updates = UPDATES_KEPT if policy.how.keeps_updates else UPDATES_NOT_KEPT
         note = f"{note}; {updates}" if note else updates
     return replace(region, nodes=nodes, outputs=outputs, replayed=replayed, note=note)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from ..graph.dataflow import Core, activations, attention_cores
-from ..graph.modules import ModuleCall, ModuleNames, call_sites
+from ..graph.modules import ModuleCall, ModuleNames, call_sites, entries_around, list_of
 from .frames import video_axes
 
 BREAKS_INSIDE = (
@@ -44,6 +44,30 @@ class View:
     def sites(self) -> dict[ModuleCall, list[fx.Node]]:
         """The calls of modules with their nodes."""
         return call_sites(self.graph, self.names)
+
+    @cached_property
+    def entries(self) -> dict[ModuleCall, list[fx.Node]]:
+        """Entries of lists with their nodes, in the order in which they run.
+
+        Those are calls of modules with a number for a name. Where an entry is no call but holds what is called
+        (`layers.0`, of `layers.0.0` and `layers.0.1`), it is what runs of it until the next entry's turn.
+        """
+        found = {call: nodes for call, nodes in self.sites.items() if call.name.rpartition(".")[2].isdigit()}
+        called = {call.name for call in self.sites}
+        running: dict[str, ModuleCall] = {}
+        for node in [node for node in self.graph.nodes if node.op.startswith("call")]:
+            around = {entry for call in self.names.stack(node) for entry in entries_around(call.name)}
+            for entry in around - called:
+                container = list_of(entry)
+                if container not in running or running[container].name != entry:
+                    running[container] = ModuleCall(f"{entry} {node.name}", entry, entry, None)
+                found.setdefault(running[container], []).append(node)
+        return dict(sorted(found.items(), key=lambda item: item[1][0]))
+
+    @cached_property
+    def attending_lists(self) -> set[str]:
+        """The lists of which an entry attends."""
+        return {list_of(call.name) for call, nodes in self.entries.items() if not self.cores.keys().isdisjoint(nodes)}
 
     @cached_property
     def video_axes(self) -> dict[fx.Node, Any]:
