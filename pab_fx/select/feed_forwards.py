@@ -26,7 +26,8 @@ def feed_forwards(view: View, assign: Assign) -> list[Region]:
             continue
         if shape(nodes[projections[0]].all_input_nodes[0]) != shape(nodes[projections[-1]]):
             continue
-        why = f"projects, bends and projects back beside the attention of block {block_index(call.name)}"
+        beside = "the attention of block" if block_index(parent.name) is not None else "attentions, in entry"
+        why = f"projects, bends and projects back beside {beside} {block_index(call.name)}"
         regions.append(Region.of(call.name, call.module_id, assign, MLP, why, nodes))
     return regions
 
