@@ -108,6 +108,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, str]]] = {
 }
 """A model, how many blocks it has, and what its attentions, feed-forwards and blocks as a whole are called."""
 PARTS = {"attn": Attentions(), "ff": FeedForwards(), "blocks": Blocks()}
+FURTHER = [(name, part) for name in ("lists, norms last", "x-transformers, wrapped") for part in ("attn", "ff")]
+QUICK = [(name, part) for name in MODELS for part in PARTS if (name, part) not in FURTHER]
 
 
 def build(name: str) -> Denoiser:
@@ -151,8 +153,7 @@ def wrapped(compute: Callable[..., Any], part: Part, now: Sequence[Any]) -> Call
     return forward
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "part"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in FURTHER)])
 def test_parts_of_a_plain_model_do_what_the_policy_says(name: str, part: str) -> None:
     model, (_, blocks, names) = build(name), MODELS[name]
     expected, backend = reference(model, part, names[part]), PABBackend(policy(part), inner="eager")
