@@ -185,7 +185,7 @@ class PABBackend:
                 )
         found = [(region, *assigned(policies, region.role, region.name)) for region in self.regions]
         for region, role, policy, _ in found:
-            if policy is not None and not (region.unsafe or (region.policy and region.policy.how == policy.how)):
+            if policy is not None and not (region.unsafe or (region.policy and _are_kept_alike(region.policy, policy))):
                 raise ValueError(
                     f"{region.name} ({role}) was captured to be {_captured(region)}, and the new config has it "
                     f"{policy.describe()}: that has to be captured anew, by disable() and enable()."
@@ -333,6 +333,10 @@ class PABBackend:
         if left:
             self.regions[:known] = [region for region in self.regions[:known] if region.name not in left]
         return list(left)
+
+
+def _are_kept_alike(one: Policy, other: Policy) -> bool:
+    return one.how == other.how and one.where.gated == other.where.gated
 
 
 def _captured(region: Region) -> str:

@@ -566,7 +566,7 @@ def test_policies_come_back_from_a_file_as_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", '[{"where": 1, "when": null}]', '[{"where": {"kind": "Model"}, "when": null}]', '[{"when": null}]'],
+    ["", "{}", '[{"where": 1, "when": null}]', '[{"where": {"kind": "Planet"}, "when": null}]', '[{"when": null}]'],
 )
 def test_a_file_without_policies_is_refused_by_name(text: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"

@@ -201,6 +201,27 @@ def call_sites(graph: fx.Graph, names: ModuleNames) -> dict[ModuleCall, list[fx.
     return sites
 
 
+def entries_around(name: str) -> list[str]:
+    """The entries of lists that a module is, or is part of: those of its qualified name that end in a number.
+
+    Example:
+        >>> entries_around("encoder.layers.0.1.norm")
+        ['encoder.layers.0', 'encoder.layers.0.1']
+    """
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
+
+
+def list_of(entry: str) -> str:
+    """The qualified name of the list that an entry is in.
+
+    Example:
+        >>> list_of("encoder.layers.0")
+        'encoder.layers'
+    """
+    return entry.rpartition(".")[0]
+
+
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model that are worth compiling once for all: those of a class that occurs several times.
 

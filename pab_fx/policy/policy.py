@@ -60,7 +60,9 @@ class Policy:
 
     def describe(self) -> str:
         """When and how in words."""
-        said = ("left alone",) if self.when is None else (self.when.describe(), self.how.describe())
+        if self.when is None:
+            return "left alone"
+        said = (self.when.describe(), self.how.describe(), "with its gate" if self.where.gated else "")
         return ", ".join(filter(None, said))
 
 

@@ -2,7 +2,8 @@
 
 The graph gives each part a role and a qualified name. `role_of` may give it another role, by its name; `takes` tells
 whether the policy is for it. `shares_calls` tells whether all calls of a module in a step are one part with one cache,
-as where hooks count them; otherwise each call is a part of its own.
+as where hooks count them; otherwise each call is a part of its own. `gated` tells whether a part has the product with
+its gate, which follows it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import checked_blocks, checked_identifiers, is_iterable
+from .checks import checked_blocks, checked_flag, checked_identifiers, is_iterable
 
 ATTENTION_ROLES = ("spatial", "temporal", "cross")
 MLP, BLOCKS, MODEL, MODULES = "mlp", "blocks", "model", "modules"
@@ -31,9 +32,12 @@ class Attentions:
         names: regular expressions (`re.search`) of which one has to match the qualified name; none for every name.
         identifiers: regular expressions; an attention whose name one of them matches has the first of `roles`, whatever
             the dataflow says.
+        gated: keep the product with the gate, `gate * attention(...)`, as VideoSys does for Open-Sora and Latte: then
+            a step that reuses has the gate of the step that computed. Otherwise it multiplies what was kept by its own
+            gate, as with diffusers' hooks. An attention without a gate is kept as it is.
 
     Raises:
-        ValueError: for an unknown role, bad expressions, or identifiers without a role.
+        ValueError: for an unknown role, bad expressions, identifiers without a role, or `gated` that is no bool.
 
     Example:
         >>> Attentions("spatial").takes("spatial", "blocks.0.attn1")
@@ -45,6 +49,7 @@ class Attentions:
     roles: tuple[str, ...] | None = None
     names: tuple[str, ...] = ()
     identifiers: tuple[str, ...] = ()
+    gated: bool = False
 
     shares_calls = False
 
@@ -63,6 +68,7 @@ class Attentions:
         object.__setattr__(self, "identifiers", checked_identifiers("Attentions: identifiers", self.identifiers))
         if self.identifiers and not self.roles:
             raise ValueError("Attentions: identifiers say which attentions have a role, so give that role.")
+        checked_flag("Attentions: gated", self.gated)
 
     def role_of(self, role: str, name: str) -> tuple[str, str] | None:
         """The role of an attention of that name and why, where an identifier says it; else `None`."""
@@ -97,7 +103,7 @@ class FeedForwards:
 
     roles = (MLP,)
     names = ()
-    shares_calls = False
+    shares_calls = gated = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", checked_blocks("FeedForwards: a block index", self.blocks))
@@ -136,7 +142,7 @@ class Blocks:
     roles = (BLOCKS,)
     names = ()
     lists = ()
-    shares_calls = False
+    shares_calls = gated = False
 
     def __post_init__(self) -> None:
         for name, given in (("first", self.first), ("last", self.last)):
@@ -191,7 +197,7 @@ class Model:
 
     roles = (MODEL,)
     names = ()
-    shares_calls = False
+    shares_calls = gated = False
 
     def role_of(self, role: str, name: str) -> tuple[str, str] | None:
         """`None`: the graph alone tells."""
@@ -227,7 +233,7 @@ class Modules:
 
     roles = None
     names = ()
-    shares_calls = True
+    shares_calls, gated = True, False
 
     def role_of(self, role: str, name: str) -> tuple[str, str] | None:
         """The role of a module of that kind and name, whatever else tells it; `None` if the policy is not for it."""
@@ -257,7 +263,7 @@ class NamedModules:
 
     roles = (MODULES,)
     names = ()
-    shares_calls = True
+    shares_calls, gated = True, False
 
     def role_of(self, role: str, name: str) -> tuple[str, str] | None:
         """`None`: names alone tell."""

@@ -15,7 +15,7 @@ from torch import fx
 
 from ..graph import effects
 from ..graph.dataflow import is_projection, is_tensor
-from ..graph.modules import ModuleCall
+from ..graph.modules import ModuleCall, list_of
 from ..policy.where import BLOCKS, Blocks
 from .region import Assign, Region
 from .streams import streams
@@ -58,30 +58,28 @@ def ranges_of_blocks(view: View, assign: Assign, wanted: Iterable[Blocks]) -> li
 
 
 def blocks(view: View, where: Blocks) -> list[ModuleCall]:
-    """The calls of repeated blocks in the order in which they run.
+    """The repeated blocks in the order in which they run, entries of lists.
 
-    A block is a numbered module in which something attends, of a list of which one adds to a stream that goes through
-    it; or, if there is no such list, one that yields a tensor like one that it is given. Of nested ones, and of those
-    in parts of the model, the outermost count. Where lists are asked for by name, theirs count, if there are any.
+    Of their list an entry attends and adds to a stream that goes through it. If there is no such list, an entry counts
+    that yields a tensor like one that it is given, of a list of which one attends. Of nested ones, and of those in
+    parts of the model, the outermost count. Where lists are asked for by name, theirs count, if there are any.
     """
-    listed = [call for call in view.sites if where.lists and _list(call) in where.lists]
+    listed = [call for call in view.entries if where.lists and list_of(call.name) in where.lists]
     if listed:
-        return [call for call in listed if call.name.rpartition(".")[2].isdigit()]
-    attends = [call for call, nodes in view.sites.items() if not view.cores.keys().isdisjoint(nodes)]
-    numbered = [call for call in attends if call.name.rpartition(".")[2].isdigit()]
-    lists = {_list(call) for call in numbered if _has_stream(view, call, by_sums=True)}
-    found = [call for call in numbered if (_list(call) in lists if lists else _has_stream(view, call, by_sums=False))]
+        return listed
+    numbered = [call for call in view.entries if list_of(call.name) in view.attending_lists]
+    attend = [call for call in numbered if not view.cores.keys().isdisjoint(view.entries[call])]
+    lists = {list_of(call.name) for call in attend if _has_stream(view, call, by_sums=True)}
+    found = [
+        call for call in numbered if (list_of(call.name) in lists if lists else _has_stream(view, call, by_sums=False))
+    ]
     least = min((call.name.count(".") for call in found), default=0)
     return [call for call in found if call.name.count(".") == least]
 
 
-def _list(call: ModuleCall) -> str:
-    return call.name.rpartition(".")[0]
-
-
 def _has_stream(view: View, call: ModuleCall, by_sums: bool) -> bool:
     """Whether something that enters a module's call leaves it again, with what is added to it."""
-    nodes = view.sites[call]
+    nodes = view.entries[call]
     inside = set(nodes)
     leaving = [node for node in nodes if is_tensor(node) and not inside.issuperset(node.users)]
     found = streams(nodes, () if by_sums else leaving, view.acts).carried
@@ -90,20 +88,20 @@ def _has_stream(view: View, call: ModuleCall, by_sums: bool) -> bool:
 
 def between_blocks(view: View, where: Blocks, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """Those of a region's nodes that are in none of its blocks."""
-    own = {node for call in blocks(view, where) for node in view.sites[call]}
+    own = {node for call in blocks(view, where) for node in view.entries[call]}
     return [node for node in nodes if node not in own]
 
 
 def _interrupted(view: View, calls: Iterable[ModuleCall], nodes: Iterable[fx.Node]) -> str | None:
     """Why no stream goes through all of these blocks, as in a U-Net; `None` if one may."""
-    own = {node for call in calls for node in view.sites[call]}
+    own = {node for call in calls for node in view.entries[call]}
     between = next((node for node in nodes if node not in own and is_projection(node, view.acts)), None)
     return None if between is None else f"no stream goes through all blocks: {between.name} lies between two of them"
 
 
 def _between(view: View, calls: Iterable[ModuleCall]) -> list[fx.Node]:
     """What these calls compute, and what is both downstream of one and upstream of one."""
-    own = {node for call in calls for node in view.sites[call]}
+    own = {node for call in calls for node in view.entries[call]}
     nodes = [node for node in view.graph.nodes if node.op.startswith("call")]
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:  # what updates a tensor in place is upstream of what reads it afterwards

@@ -44,7 +44,7 @@ def bounded_alike(graph: fx.Graph, calls: list[Region]) -> list[Region]:
     if not kept or not alike or any(region.unsafe for region in bounded):
         return [replace(region, unsafe=region.unsafe or NOT_ALIKE) for region in bounded]
     # what one call keeps, the next one reads before it is updated
-    if any(region.note and region.policy is not None and region.policy.how.keeps_updates for region in bounded):
+    if any(UPDATES_KEPT in (region.note or "") for region in bounded):
         return [replace(region, unsafe=UPDATED_LATER) for region in bounded]
     if any(place not in at for at in places for place in kept):
         return [replace(region, unsafe=NOT_ALIKE) for region in bounded]
@@ -77,17 +77,18 @@ def _spec(output: fx.Node) -> object:
 
 def _bounded(graph: fx.Graph, region: Region) -> Region:
     """The region with its outputs, or with the reason why it cannot be broadcast."""
-    if region.policy is None or region.unsafe:
+    policy = region.policy
+    if policy is None or region.unsafe:
         return region
     region = replace(region, nodes=_with_own_contexts(graph, region.nodes))
     unsafe = _unsafe(graph, region.nodes)
     if unsafe:
         return replace(region, unsafe=unsafe)
     nodes, outputs, replayed = _outputs(region.nodes, shrinks=region.role != MODEL)
-    note, policy = None, region.policy
-    inside = set(nodes)
+    note, inside = region.note, set(nodes)
     if any(not inside.issuperset(effects.later_updates(graph, output)) for output in outputs):
-        note = UPDATES_KEPT if policy is not None and policy.how.keeps_updates else UPDATES_NOT_KEPT
+        updates = UPDATES_KEPT if policy.how.keeps_updates else UPDATES_NOT_KEPT
+        note = f"{note}; {updates}" if note else updates
     return replace(region, nodes=nodes, outputs=outputs, replayed=replayed, note=note)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..graph.dataflow import is_nonlinear, is_projection, shape
+from ..graph.modules import ModuleCall, entries_around, list_of
 from ..policy.where import MLP, block_index
 from .region import Assign, Region
 from .view import View
@@ -19,13 +20,19 @@ def feed_forwards(view: View, assign: Assign) -> list[Region]:
         if call in attends or parent is None or parent not in attends:
             continue
         projections = [i for i, node in enumerate(nodes) if is_projection(node, view.acts)]
-        block = block_index(parent.name)
-        if block is None or len(projections) < 2:
+        if len(projections) < 2 or not _is_in_block(call, parent, view):
             continue
         if not any(is_nonlinear(node) for node in nodes[projections[0] : projections[-1]]):
             continue
         if shape(nodes[projections[0]].all_input_nodes[0]) != shape(nodes[projections[-1]]):
             continue
-        why = f"projects, bends and projects back beside the attention of block {block_index(call.name)}"
+        beside = "the attention of block" if block_index(parent.name) is not None else "attentions, in entry"
+        why = f"projects, bends and projects back beside {beside} {block_index(call.name)}"
         regions.append(Region.of(call.name, call.module_id, assign, MLP, why, nodes))
     return regions
+
+
+def _is_in_block(call: ModuleCall, parent: ModuleCall, view: View) -> bool:
+    """Whether the module around a call is in a numbered block, or the call is in an entry of a list of attentions."""
+    own = (list_of(entry) for entry in entries_around(call.name))
+    return block_index(parent.name) is not None or not view.attending_lists.isdisjoint(own)

@@ -90,6 +90,15 @@ class Region:
         role, policy, why = by_name(name)
         return cls(name, module_id, role, policy, why, tuple(nodes), unsafe=unsafe, assign=by_name)
 
+    def holds(self, other: Region) -> bool:
+        """Whether another region lies in this one."""
+        return len(self.nodes) > len(other.nodes) and set(self.nodes).issuperset(other.nodes)
+
+    def overlaps(self, smaller: Region) -> bool:
+        """Whether a smaller region lies partly in this one."""
+        is_smaller = len(self.nodes) > len(smaller.nodes)
+        return is_smaller and not self.holds(smaller) and not set(self.nodes).isdisjoint(smaller.nodes)
+
     @property
     def kept(self) -> tuple[fx.Node, ...]:
         """What the how is given as outputs, or what looks like it."""
@@ -120,3 +129,12 @@ class Region:
 
 def _assigned(assign: Assign, role: str, why: str, name: str) -> tuple[str, Policy | None, str]:
     return assign(role, name, why)
+
+
+def enclosing(regions: Sequence[Region]) -> list[int | None]:
+    """For each of these regions the position of the smallest one that it lies in, `None` if it lies in none."""
+    found: list[int | None] = []
+    for region in regions:
+        around = [i for i, other in enumerate(regions) if other.holds(region)]
+        found.append(min(around, key=lambda i: len(regions[i].nodes), default=None))
+    return found

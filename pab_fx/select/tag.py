@@ -8,19 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import fx
 
 from ..graph.dataflow import shape
 from ..graph.modules import ModuleNames
 from ..policy.policy import Policy, assigned
-from ..policy.where import Attentions, Blocks, FeedForwards, Model, NamedModules, PassedBlocks
+from ..policy.where import BLOCKS, MODEL, Attentions, Blocks, FeedForwards, Model, NamedModules, PassedBlocks
 from .attentions import attentions
 from .blocks import between_blocks, ranges_of_blocks
 from .bounds import bounded_alike
 from .feed_forwards import feed_forwards
+from .gates import with_gate
 from .passing import passing
-from .region import Region
+from .region import Region, enclosing
 from .streams import streams
 from .view import View
 from .whole_model import whole_model
@@ -37,16 +39,46 @@ def tag(gm: fx.GraphModule, policies: Sequence[Policy], names: ModuleNames | Non
     """
     names = names or ModuleNames()
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    taken: set[fx.Node] = set()
-    calls: dict[str, list[Region]] = {}
     view = View(gm.graph, names)
-    for region in map(partial(_for_all_blocks, names=names), _found(view, policies)):
-        if taken.isdisjoint(region.nodes):
-            taken.update(region.nodes)
-            calls.setdefault(region.module_id, []).append(region)
+    found = [_for_all_blocks(region, names) for region in _found(view, policies)]
+    calls: dict[str, list[Region]] = {}
+    for level in (
+        (MODEL,),
+        (BLOCKS,),
+        None,
+    ):  # regions of one level do not overlap; they lie in those of the ones above
+        alike = [region for region in found if (region.role in level if level else region.role not in (MODEL, BLOCKS))]
+        owned, taken = {node for region in alike for node in region.nodes}, set[fx.Node]()
+        for region in alike:
+            if taken.isdisjoint(region.nodes):
+                region = with_gate(region, view, owned)
+                owned.update(region.nodes)
+                taken.update(region.nodes)
+                calls.setdefault(region.module_id, []).append(region)
     parts = [part for alike in calls.values() for part in _parts(sorted(alike, key=lambda each: each.nodes[0]))]
     regions = [_with_streams(view, region) for part in parts for region in bounded_alike(gm.graph, part)]
-    return tuple(sorted(regions, key=lambda region: position[region.nodes[0]]))
+    regions = _nested(regions)
+    return tuple(sorted(regions, key=lambda region: (position[region.nodes[0]], -len(region.nodes))))
+
+
+def _nested(regions: list[Region]) -> list[Region]:
+    """The regions; unsafe is one that lies partly in another, or whose module is called in one and outside of it."""
+    broadcast = [region for region in regions if region.is_broadcast]
+    around = dict(zip(broadcast, enclosing(broadcast), strict=True))
+    outer: dict[str, set[Any]] = {}
+    for region, i in around.items():
+        outer.setdefault(region.module_id, set()).add(i)
+    checked = []
+    for region in regions:
+        partly = next((other for other in broadcast if region.is_broadcast and other.overlaps(region)), None)
+        if partly is not None:
+            region = replace(region, unsafe=f"it lies partly in another region ({partly.name})")
+        elif len(outer.get(region.module_id, ())) > 1:
+            region = replace(
+                region, unsafe="only some of its module's calls lie in another region, and they share a cache"
+            )
+        checked.append(region)
+    return checked
 
 
 def _parts(calls: list[Region]) -> list[list[Region]]:

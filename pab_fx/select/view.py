@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import fx
 
-from ..graph.dataflow import Core, activations, attention_cores
-from ..graph.modules import ModuleCall, ModuleNames, call_sites
+from ..graph.dataflow import Core, activations, attention_cores, op_name
+from ..graph.modules import ModuleCall, ModuleNames, call_sites, entries_around, list_of
 from .frames import video_axes
+from .streams import SUMS
 
 BREAKS_INSIDE = (
     "the graph breaks inside of it, and this part does not yield its output; "
@@ -46,9 +47,52 @@ class View:
         return call_sites(self.graph, self.names)
 
     @cached_property
+    def entries(self) -> dict[ModuleCall, list[fx.Node]]:
+        """Entries of lists with their nodes, in the order in which they run.
+
+        Those are calls of modules with a number for a name. Where an entry is no call but holds what is called
+        (`layers.0`, of `layers.0.0` and `layers.0.1`), it is what runs of it until the next entry's turn, and the sum
+        of what that yields and what it is given.
+        """
+        found = {call: nodes for call, nodes in self.sites.items() if call.name.rpartition(".")[2].isdigit()}
+        called = {call.name for call in self.sites}
+        running: dict[str, ModuleCall] = {}
+        for node in [node for node in self.graph.nodes if node.op.startswith("call")]:
+            around = {entry for call in self.names.stack(node) for entry in entries_around(call.name)}
+            for entry in around - called:
+                container = list_of(entry)
+                if container not in running or running[container].name != entry:
+                    running[container] = ModuleCall(f"{entry} {node.name}", entry, entry, None)
+                found.setdefault(running[container], []).append(node)
+        for call in [call for call in found if call not in self.sites]:
+            found[call] += _up_to_residual(found[call])
+        return dict(sorted(found.items(), key=lambda item: item[1][0]))
+
+    @cached_property
+    def attending_lists(self) -> set[str]:
+        """The lists of which an entry attends."""
+        return {list_of(call.name) for call, nodes in self.entries.items() if not self.cores.keys().isdisjoint(nodes)}
+
+    @cached_property
     def video_axes(self) -> dict[fx.Node, Any]:
         """Which axes of a tensor are those of a video."""
         return video_axes(self.graph, self.acts)
+
+
+def _up_to_residual(nodes: list[fx.Node]) -> list[fx.Node]:
+    """What alone follows nodes up to a sum with something that they read; nothing if there is no such sum."""
+    inside, following = set(nodes), list[fx.Node]()
+    leaving = [node for node in nodes if not inside.issuperset(node.users)]
+    given = {source for node in nodes for source in node.all_input_nodes if source not in inside}
+    node = leaving[-1] if len(leaving) == 1 else None
+    while node is not None and len(node.users) == 1:
+        (node,) = node.users
+        following.append(node)
+        if op_name(node) in SUMS and not given.isdisjoint(node.all_input_nodes):
+            return following
+        if len(node.all_input_nodes) > 1:
+            break
+    return []
 
 
 def uncallable(call: ModuleCall, names: ModuleNames) -> str | None:
