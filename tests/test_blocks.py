@@ -525,6 +525,16 @@ def test_a_rewritten_program_skips_blocks_too(kind: type[Denoiser]) -> None:
     assert reference.reused > 0
 
 
+@pytest.mark.parametrize("options", [{"timesteps": TIMESTEPS}, {"contexts": ("cond", "uncond")}], ids=str)
+def test_an_exported_program_skips_blocks_too(options: dict[str, Any]) -> None:
+    model = build(DiT)
+    reference = Reference(model, FORECAST)
+    program = pab_fx.export(model, dict(zip(NAMES, inputs(0, 1000.0), strict=True)), FORECAST, **options).module()
+    more = {"pab_context": torch.tensor(1)} if "contexts" in options else {}
+    for timesteps in (TIMESTEPS, TIMESTEPS[:5], TIMESTEPS):
+        check_generation(lambda *args: program(**dict(zip(NAMES, args, strict=True)), **more), reference, timesteps)
+
+
 def test_blocks_between_which_the_graph_breaks_are_skipped_one_by_one_and_ranges_are_left_alone() -> None:
     model = build(BrokenDiT)
     plain = trajectory(model)
@@ -537,6 +547,42 @@ def test_blocks_between_which_the_graph_breaks_are_skipped_one_by_one_and_ranges
     with pab_fx.enable(model, Policy(Blocks(1), Every(2), Residual()), inner="eager") as pab:
         assert equal(trajectory(model), plain)
         assert {"the blocks are captured one by one" in str(r.left_alone) for r in pab.report().regions} == {True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [Blocks(1, -1), Blocks()], ids=str)
+@lowerings
+def test_ranges_of_blocks_that_are_compiled_one_by_one_equal_the_whole(where: Blocks, lowering: str) -> None:
+    """At two resolutions, of one graph of symbolic sizes; the range has a block of each of two lists."""
+    model, found = build(JoinedMMDiT), []
+    policy = Policy(where, Every(3), Taylor(1, of=Residual()))
+    for by_block in (False, True):
+        torch.compiler.reset()
+        options: dict[str, Any] = {"lowering": lowering, "regional": by_block}
+        with pab_fx.enable(model, policy, inner="eager", dynamic=True, **options) as pab:
+            found.append([each for tokens in (6, 8) for each in trajectory(model, tokens=tokens)])
+            report = pab.report()
+            assert report.reused > 0
+            assert not report.warnings
+            assert len(pab.backend.captured) == 1
+    assert equal(*found)
+    assert not equal(found[0], [each for tokens in (6, 8) for each in trajectory(model, tokens=tokens)])
+
+
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
+def test_blocks_that_the_user_compiles_are_skipped_one_by_one_and_ranges_are_left_alone(dynamic: bool | None) -> None:
+    for where in (Blocks(), Blocks(1)):
+        torch.compiler.reset()
+        model, policy = build(DiT), Policy(where, Every(2), Residual())
+        reference, backend = Reference(model, policy), pab_fx.PABBackend(policy, inner="eager")
+        for block in model.blocks:
+            block.compile(backend=backend, dynamic=dynamic)
+        for tokens in (6, 8) if dynamic else (6,):
+            expected, plain = reference.trajectory(tokens=tokens), trajectory(reference.plain, tokens=tokens)
+            found = trajectory(model, tokens=tokens)
+            assert distance(found, expected if where == Blocks() else plain) < 1e-5
+            assert not equal(expected, plain)
+        assert (backend.report().reused > 0) is (where == Blocks())
 
 
 def test_blocks_are_explained_in_every_form() -> None:
