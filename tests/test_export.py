@@ -69,7 +69,7 @@ def is_scaled(entry: zoo.Entry) -> bool:
     return entry.timestep_name != "timestep" or float(entry.timestep(950)["timestep"].amax()) != 950
 
 
-BLOCKS = Policy(Blocks(), Every(3), Taylor(1, of=Residual()))
+WHOLE_BLOCKS = Policy(Blocks(), Every(3), Taylor(1, of=Residual()))
 
 
 def exported(entry: zoo.Entry, model: nn.Module, policy: Any = None, **options: Any) -> torch.export.ExportedProgram:
@@ -103,7 +103,7 @@ def skipping(entry: zoo.Entry, model: nn.Module, timesteps: Sequence[float], fir
     """What the model makes of one generation in which blocks are skipped as a whole."""
     if not timesteps:
         return []
-    with pab_fx.enable(model, BLOCKS, inner="eager", timesteps=timesteps):
+    with pab_fx.enable(model, WHOLE_BLOCKS, inner="eager", timesteps=timesteps):
         return generation(entry, model, timesteps, first)
 
 
@@ -166,7 +166,7 @@ def test_blocks_of_an_exported_model_are_skipped_as_a_whole(name: str) -> None:
     """DiT's patches lie by columns where they enter the blocks, and by rows where they leave."""
     entry = zoo.BY_NAME[name]
     model, rounding = entry.build(), ROUNDING if name.startswith("DiT") else 0
-    assert_broadcasts(entry, model, exported(entry, model, BLOCKS).module(), rounding, skipping)
+    assert_broadcasts(entry, model, exported(entry, model, WHOLE_BLOCKS).module(), rounding, skipping)
 
 
 def test_a_program_is_saved_and_loaded() -> None:
@@ -465,7 +465,9 @@ def package_of(name: str, policy: Any = None) -> Path:
     return packaged(exported(entry, entry.build(), policy))
 
 
-oracles = pytest.mark.parametrize(("policy", "oracle"), [(None, hooked), (BLOCKS, skipping)], ids=["hooks", "blocks"])
+oracles = pytest.mark.parametrize(
+    ("policy", "oracle"), [(None, hooked), (WHOLE_BLOCKS, skipping)], ids=["hooks", "blocks"]
+)
 
 
 def packaged(program: torch.export.ExportedProgram) -> Path:
