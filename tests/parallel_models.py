@@ -9,7 +9,7 @@ import diffusers
 import torch
 from zoo import Draw, Entry, Kwargs, packed, wan
 
-from pab_fx import PABConfig
+from pab_fx import Blocks, Every, PABConfig, Policy, Residual, Taylor
 
 TIMESTEPS = (900, 760, 700, 600, 500, 400, 300, 200, 50)
 CONFIG = PABConfig(
@@ -18,6 +18,7 @@ CONFIG = PABConfig(
     spatial_attention_timestep_skip_range=(100, 800),
     cross_attention_timestep_skip_range=(100, 800),
 )
+BLOCKS = Policy(Blocks(), Every(3, warmup=2), Taylor(1, of=Residual()))
 
 
 @dataclass

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import zoo
 from diffusers import ContextParallelConfig
 from diffusers.models import attention_dispatch
-from parallel_models import CONFIG, MODELS, TIMESTEPS, StepSeen
+from parallel_models import BLOCKS, CONFIG, MODELS, TIMESTEPS, StepSeen
 from torch.distributed.device_mesh import init_device_mesh
 
 import pab_fx
@@ -31,12 +31,14 @@ class Model:
     Args:
         name: in `MODELS`.
         forecast_order: of the config.
+        blocks: whether blocks are skipped as a whole, in place of what the config says.
         changes: other options of `pab_fx.enable`.
     """
 
-    def __init__(self, name: str, forecast_order: int = 0, **changes: Any) -> None:
+    def __init__(self, name: str, forecast_order: int = 0, blocks: bool = False, **changes: Any) -> None:
         self.entry, self.clock = MODELS[name], zoo.Clock()
-        self.config = dataclasses.replace(CONFIG, current_timestep_callback=self.clock, forecast_order=forecast_order)
+        config = dataclasses.replace(CONFIG, current_timestep_callback=self.clock, forecast_order=forecast_order)
+        self.config = BLOCKS if blocks else config
         self.model: Any = self.entry.build()
         self.options = changes
         self.backend: Any = None
@@ -88,7 +90,7 @@ def sequence(
     Args:
         ring, ulysses: degrees of diffusers' context parallelism.
         through_backend: compile by `torch.compile(model, backend=PABBackend(...))` in place of `enable`.
-        options: of `PABBackend`, and `forecast_order` of its config.
+        options: of `PABBackend`, and `forecast_order` and `blocks` of `Model`.
     """
     options["inner"] = inner
     if ring > 1:

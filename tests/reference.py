@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pab_fx import Policy, Progress, Scalars, Step
 
@@ -32,18 +34,66 @@ class Part:
 
     def __call__(self, n: int, t: float, inputs: Tensors, compute: Callable[[], Tensors]) -> Tensors:
         """The outputs of step `n` at timestep `t`."""
-        rule, how, kept = self._policy.when, self._policy.how, self._kept
+        found = self.read(n, t, inputs)
+        return self.keep(n, t, inputs, compute()) if found is None else found
+
+    def read(self, n: int, t: float, inputs: Tensors) -> Tensors | None:
+        """The outputs of a step that reuses, `None` if the step has to compute."""
+        rule, kept = self._policy.when, self._kept
         assert rule is not None
-        filled, distance = kept.get("filled", 0), n - kept.get("n", n - 1)
-        far = Scalars(torch.tensor(float(distance)), torch.tensor(float(filled)))
-        if kept and rule.decide(Step(n, t, self._of), Progress(distance, kept["t"])):
-            self.reused += 1
-            return [each.clone() for each in how.read(kept["slots"], inputs, far)]
-        outputs = compute()
+        if not kept or not rule.decide(Step(n, t, self._of), Progress(n - kept["n"], kept["t"])):
+            return None
+        self.reused += 1
+        return [each.clone() for each in self._policy.how.read(kept["slots"], inputs, self._scalars(n))]
+
+    def keep(self, n: int, t: float, inputs: Tensors, outputs: Tensors) -> Tensors:
+        """Keep what the outputs of a step that computed leave for later ones; the outputs."""
+        how, kept = self._policy.how, self._kept
         slots = kept.get("slots") or [torch.full_like(each, math.nan) for each in how.slots(outputs)]
-        updated = [each.clone() for each in how.update(slots, inputs, outputs, far)]
-        self._kept = {"n": n, "t": t, "filled": filled + 1, "slots": updated}
+        updated = [each.clone() for each in how.update(slots, inputs, outputs, self._scalars(n))]
+        self._kept = {"n": n, "t": t, "filled": kept.get("filled", 0) + 1, "slots": updated}
         return outputs
+
+    def _scalars(self, n: int) -> Scalars:
+        distance, filled = n - self._kept.get("n", n - 1), self._kept.get("filled", 0)
+        return Scalars(torch.tensor(float(distance)), torch.tensor(float(filled)))
+
+
+def skip_blocks(model: nn.Module, part: Part, step: Callable[[], tuple[int, float]]) -> None:
+    """Let all blocks of a model of diffusers do together what a part does, by other forwards; they have no PAB then.
+
+    Args:
+        model: its blocks are in lists, take streams by the names in `STREAMS`, and yield them in any order.
+        part: what they are together.
+        step: number and timestep of the current step.
+    """
+    blocks = [block for each in model.children() if isinstance(each, nn.ModuleList) for block in each]
+    blocks = [block for block in blocks if "Block" in type(block).__name__]
+    state: dict[str, Any] = {"order": {}}
+
+    def forward(i: int, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        named = inspect.signature(type(blocks[i]).forward).bind(blocks[i], *args, **kwargs).arguments
+        streams = {named[name].shape: named[name] for name in STREAMS if name in named}
+        if i == 0:
+            state["entering"] = streams
+            state["read"] = None
+            if state["order"]:
+                state["read"] = part.read(*step(), [streams[shape] for shape in state["order"][len(blocks) - 1]])
+        if state["read"] is not None:
+            found = state["read"] if i == len(blocks) - 1 else [streams[shape] for shape in state["order"][i]]
+            return tuple(found) if state["is_tuple"] else found[0]
+        computed = compute(*args, **kwargs)
+        outputs = computed if isinstance(computed, tuple) else (computed,)
+        state["order"][i], state["is_tuple"] = [each.shape for each in outputs], isinstance(computed, tuple)
+        if i == len(blocks) - 1:
+            part.keep(*step(), [state["entering"][each.shape] for each in outputs], outputs)
+        return computed
+
+    for i, block in enumerate(blocks):
+        block.forward = functools.partial(forward, i, block.forward)  # type: ignore[method-assign]
+
+
+STREAMS = ("hidden_states", "encoder_hidden_states")
 
 
 def equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 TIMESTEPS = tuple(float(t) for t in range(1000, 0, -80))
 WIDTH = 8
+NAMES = ("hidden_states", "timestep", "text")
+FORECAST = Policy(Blocks(), Every(3, warmup=2), Taylor(2, of=Residual()))
 lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
 
 
@@ -148,6 +151,22 @@ class DiT(Denoiser):
         return (x,)
 
 
+class TurningBlock(Block):
+    """What leaves it lies by rows, however the stream was given: as the first operand of the sum."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.ff(self.norm(super().forward(x, embedding))) + x
+
+
+class TurnedDiT(DiT):
+    """The stream that enters lies by columns, as that of a patch embedding."""
+
+    block = TurningBlock
+
+    def lead(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        return (image.mT.contiguous().mT,)
+
+
 class PostNormDiT(DiT):
     block = PostNormBlock
 
@@ -234,22 +253,25 @@ def build(kind: type[Denoiser]) -> Denoiser:
         return kind().eval().requires_grad_(False)
 
 
-def inputs(step: int, t: float, tokens: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    step: int, t: float, tokens: int = 6, batch: int = 2, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """Latents that go a smooth way, as those of a sampler do, and a text."""
-    start, end = torch.randn(2, 2, tokens, 4, generator=torch.Generator().manual_seed(tokens))
-    text = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(99))
-    return start * math.cos(step / 30) + 0.5 * end * math.sin(step / 20), torch.tensor([t, t]), text
+    start, end = torch.randn(2, batch, tokens, 4, generator=torch.Generator().manual_seed(tokens))
+    text = torch.randn(batch, 3, 4, generator=torch.Generator().manual_seed(99))
+    latents = start * math.cos(step / 30) + 0.5 * end * math.sin(step / 20)
+    return latents.to(dtype), torch.full((batch,), t, dtype=dtype), text.to(dtype)
 
 
-def trajectory(model: Any, timesteps: Sequence[float] = TIMESTEPS, tokens: int = 6) -> list[Tensor]:
-    return [model(*inputs(step, t, tokens)).clone() for step, t in enumerate(timesteps)]
+def trajectory(model: Any, timesteps: Sequence[float] = TIMESTEPS, **shape: Any) -> list[Tensor]:
+    return [model(*inputs(step, t, **shape)).clone() for step, t in enumerate(timesteps)]
 
 
 class Reference:
     """All blocks of a model under a policy, in plain eager Python."""
 
     def __init__(self, model: Denoiser, policy: Policy) -> None:
-        self.model, self._part = copy.deepcopy(model), Part(policy, len(TIMESTEPS))
+        self.plain, self.model, self._part = copy.deepcopy(model), copy.deepcopy(model), Part(policy, len(TIMESTEPS))
         compute = self.model.run
 
         def run(streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
@@ -262,11 +284,12 @@ class Reference:
     def reused(self) -> int:
         return self._part.reused
 
-    def trajectory(self, tokens: int = 6) -> list[Tensor]:
+    def trajectory(self, timesteps: Sequence[float] = TIMESTEPS, **shape: Any) -> list[Tensor]:
+        """One generation."""
         self._part.reset()
         found = []
-        for self._n, self._t in enumerate(TIMESTEPS):
-            found.append(self.model(*inputs(self._n, self._t, tokens)).clone())
+        for self._n, self._t in enumerate(timesteps):
+            found.append(self.model(*inputs(self._n, self._t, **shape)).clone())
         return found
 
 
@@ -356,13 +379,26 @@ def test_blocks_with_inductor(lowering: str, regional: bool) -> None:
     assert distance(expected, plain) > 1e-4
 
 
+def test_a_stream_may_lie_otherwise_in_memory_where_it_enters_than_where_it_leaves() -> None:
+    """Both branches of a condition are to yield the same strides."""
+    model = build(TurnedDiT)
+    reference = Reference(model, FORECAST)
+    with pab_fx.enable(model, FORECAST, inner="aot_eager", lowering="cond") as pab:
+        assert distance(trajectory(model), reference.trajectory()) < 1e-5
+        assert pab.report().reused == reference.reused > 0
+    program = pab_fx.export(model, dict(zip(NAMES, inputs(0, 1000.0), strict=True)), FORECAST).module()
+    found = trajectory(lambda *args: program(**dict(zip(NAMES, args, strict=True))))
+    assert distance(found, reference.trajectory()) < 1e-5
+    assert distance(found, trajectory(reference.plain)) > 1e-4
+
+
 @lowerings
 def test_blocks_with_dynamic_shapes(lowering: str) -> None:
     model, policy = build(JoinedMMDiT), Policy(Blocks(), Every(3), Taylor(1, of=Residual()))
     reference = Reference(model, policy)
     with pab_fx.enable(model, policy, inner="eager", lowering=lowering, dynamic=True) as pab:
         for tokens in (6, 8, 10):
-            assert distance(trajectory(model, tokens=tokens), reference.trajectory(tokens)) < 1e-5
+            assert distance(trajectory(model, tokens=tokens), reference.trajectory(tokens=tokens)) < 1e-5
         assert len(pab.backend.captured) == 1
         assert pab.report().reused > 0
 
@@ -380,6 +416,80 @@ def test_contexts_and_sessions_do_not_mix(lowering: str, inner: Any) -> None:
                     found[i].append(model(*inputs(step, t)).clone())
         assert all(equal(each, expected) for each in found)
         assert pab.report().reused > 0
+
+
+def check_generation(model: Any, reference: Reference, timesteps: Sequence[float] = TIMESTEPS, **shape: Any) -> None:
+    """The next generation is the reference's, to the bit, and reuses."""
+    before, plain = reference.reused, trajectory(reference.plain, timesteps, **shape)
+    expected = reference.trajectory(timesteps, **shape)
+    assert equal(trajectory(model, timesteps, **shape), expected), (timesteps, shape)
+    assert reference.reused > before
+    assert not equal(expected, plain)
+
+
+@pytest.mark.parametrize(
+    ("lowering", "inner"),
+    [("specialize", "replaying"), pytest.param("cond", "eager", marks=pytest.mark.slow)],
+    indirect=["inner"],
+)
+def test_sizes_and_dtypes_may_change_between_generations_and_within_one(lowering: str, inner: Any) -> None:
+    model = build(DiT)
+    reference = Reference(model, FORECAST)
+    with pab_fx.enable(model, FORECAST, inner=inner, lowering=lowering) as pab:
+        check_generation(model, reference)
+        trajectory(model, TIMESTEPS[:4])  # in the middle of which others come, at a lower timestep
+        check_generation(model, reference, TIMESTEPS[4:], batch=3, tokens=8)
+        check_generation(model, reference)
+        for part in (model, reference.model, reference.plain):
+            part.double()
+        check_generation(model, reference, dtype=torch.float64)
+        assert pab.report().reused > 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "lowering", "inner"), [(2, "specialize", "replaying"), (3, "cond", "eager")], indirect=["inner"]
+)
+def test_a_generation_that_was_cut_off_leaves_nothing_to_the_next(steps: int, lowering: str, inner: Any) -> None:
+    """After a step that computed, and after one that reused."""
+    model = build(DiT)
+    reference = Reference(model, FORECAST)
+    with pab_fx.enable(model, FORECAST, inner=inner, lowering=lowering) as pab:
+        trajectory(model, TIMESTEPS[:steps])
+        check_generation(model, reference)
+        trajectory(model, TIMESTEPS[:steps])
+        with pytest.raises(Exception, match="reduction dim"):
+            model(torch.ones(1, 5, 9), *inputs(0, 100.0)[1:])
+        check_generation(model, reference, TIMESTEPS[steps:])
+        assert pab.report().reused > 0
+
+
+@pytest.mark.parametrize("inner", ["replaying"], indirect=True)
+def test_threads_in_sessions_of_their_own_do_not_mix(inner: Any) -> None:
+    """Step by step in turns, as `torch.compile` serves one call at a time."""
+    model, sizes = build(DiT), (6, 8)
+    references = [Reference(model, FORECAST) for _ in sizes]
+    found: list[list[Tensor]] = [[] for _ in sizes]
+    with pab_fx.enable(model, FORECAST, inner=inner, dynamic=True) as pab:
+        sessions, turn = [pab.session() for _ in sizes], threading.Barrier(len(sizes))
+        lock = threading.Lock()
+
+        def serve(i: int) -> None:
+            for step, t in enumerate(TIMESTEPS[i:]):
+                turn.wait(60)
+                with torch.no_grad(), lock, sessions[i]:
+                    found[i].append(model(*inputs(step, t, tokens=sizes[i])).clone())
+            for _ in range(i):
+                turn.wait(60)
+
+        threads = [threading.Thread(target=serve, args=(i,)) for i in range(len(sizes))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert pab.report().reused > 0
+    for i, (reference, tokens) in enumerate(zip(references, sizes, strict=True)):
+        assert equal(found[i], reference.trajectory(TIMESTEPS[i:], tokens=tokens))
+        assert not equal(found[i], trajectory(model, TIMESTEPS[i:], tokens=tokens))
 
 
 @lowerings
@@ -415,6 +525,16 @@ def test_a_rewritten_program_skips_blocks_too(kind: type[Denoiser]) -> None:
     assert reference.reused > 0
 
 
+@pytest.mark.parametrize("options", [{"timesteps": TIMESTEPS}, {"contexts": ("cond", "uncond")}], ids=str)
+def test_an_exported_program_skips_blocks_too(options: dict[str, Any]) -> None:
+    model = build(DiT)
+    reference = Reference(model, FORECAST)
+    program = pab_fx.export(model, dict(zip(NAMES, inputs(0, 1000.0), strict=True)), FORECAST, **options).module()
+    more = {"pab_context": torch.tensor(1)} if "contexts" in options else {}
+    for timesteps in (TIMESTEPS, TIMESTEPS[:5], TIMESTEPS):
+        check_generation(lambda *args: program(**dict(zip(NAMES, args, strict=True)), **more), reference, timesteps)
+
+
 def test_blocks_between_which_the_graph_breaks_are_skipped_one_by_one_and_ranges_are_left_alone() -> None:
     model = build(BrokenDiT)
     plain = trajectory(model)
@@ -427,6 +547,42 @@ def test_blocks_between_which_the_graph_breaks_are_skipped_one_by_one_and_ranges
     with pab_fx.enable(model, Policy(Blocks(1), Every(2), Residual()), inner="eager") as pab:
         assert equal(trajectory(model), plain)
         assert {"the blocks are captured one by one" in str(r.left_alone) for r in pab.report().regions} == {True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [Blocks(1, -1), Blocks()], ids=str)
+@lowerings
+def test_ranges_of_blocks_that_are_compiled_one_by_one_equal_the_whole(where: Blocks, lowering: str) -> None:
+    """At two resolutions, of one graph of symbolic sizes; the range has a block of each of two lists."""
+    model, found = build(JoinedMMDiT), []
+    policy = Policy(where, Every(3), Taylor(1, of=Residual()))
+    for by_block in (False, True):
+        torch.compiler.reset()
+        options: dict[str, Any] = {"lowering": lowering, "regional": by_block}
+        with pab_fx.enable(model, policy, inner="eager", dynamic=True, **options) as pab:
+            found.append([each for tokens in (6, 8) for each in trajectory(model, tokens=tokens)])
+            report = pab.report()
+            assert report.reused > 0
+            assert not report.warnings
+            assert len(pab.backend.captured) == 1
+    assert equal(*found)
+    assert not equal(found[0], [each for tokens in (6, 8) for each in trajectory(model, tokens=tokens)])
+
+
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
+def test_blocks_that_the_user_compiles_are_skipped_one_by_one_and_ranges_are_left_alone(dynamic: bool | None) -> None:
+    for where in (Blocks(), Blocks(1)):
+        torch.compiler.reset()
+        model, policy = build(DiT), Policy(where, Every(2), Residual())
+        reference, backend = Reference(model, policy), pab_fx.PABBackend(policy, inner="eager")
+        for block in model.blocks:
+            block.compile(backend=backend, dynamic=dynamic)
+        for tokens in (6, 8) if dynamic else (6,):
+            expected, plain = reference.trajectory(tokens=tokens), trajectory(reference.plain, tokens=tokens)
+            found = trajectory(model, tokens=tokens)
+            assert distance(found, expected if where == Blocks() else plain) < 1e-5
+            assert not equal(expected, plain)
+        assert (backend.report().reused > 0) is (where == Blocks())
 
 
 def test_blocks_are_explained_in_every_form() -> None:

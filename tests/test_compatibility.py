@@ -19,11 +19,12 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_first_block_cache, apply_pyramid_attention_broadcast
 from diffusers.models.attention_dispatch import attention_backend
 from pipelines.oracle import observed, plain_run
+from reference import Part, skip_blocks
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pab_fx
-from pab_fx import PABConfig
+from pab_fx import Blocks, Every, PABConfig, Policy, Residual, Taylor
 
 Change = Callable[[Any], Any]
 PIPELINE = "FluxPipeline"
@@ -52,8 +53,14 @@ def timesteps_of(name: str) -> list[float]:
     return plain_run(pipelines.BY_NAME[name])[1]
 
 
-def hooked_run(entry: pipelines.PipelineEntry) -> torch.Tensor:
-    """As the oracle's, with each branch's model built anew: a deep copy shares its hooks' modules with the original."""
+BLOCKS = Policy(Blocks(), Every(3, warmup=2), Taylor(1, of=Residual()))
+
+
+def hooked_run(entry: pipelines.PipelineEntry, policy: Policy | None = None) -> torch.Tensor:
+    """As the oracle's, with each branch's model built anew: a deep copy shares its hooks' modules with the original.
+
+    With a policy of blocks, they are skipped by it in place of what the hooks do.
+    """
     pipe, known = entry.build(), timesteps_of(entry.name)
     calls: Counter[str] = Counter()
     copies: dict[tuple[str, int], Any] = {}
@@ -69,7 +76,10 @@ def hooked_run(entry: pipelines.PipelineEntry) -> torch.Tensor:
         calls[name] += 1
         if key not in copies:
             copies[key] = getattr(entry.build(), name)
-            apply_pyramid_attention_broadcast(copies[key], config_of(lambda: known[position]))
+            if policy is None:
+                apply_pyramid_attention_broadcast(copies[key], config_of(lambda: known[position]))
+            else:
+                skip_blocks(copies[key], Part(policy, len(known)), lambda: (position, known[position]))
         return copies[key](*args, **kwargs)
 
     for name in entry.denoisers:
@@ -78,10 +88,10 @@ def hooked_run(entry: pipelines.PipelineEntry) -> torch.Tensor:
         return pipelines.run(pipe, entry)
 
 
-def check(pipe: Any, pab: pab_fx.PAB, entry: pipelines.PipelineEntry) -> None:
+def check(pipe: Any, pab: pab_fx.PAB, entry: pipelines.PipelineEntry, policy: Policy | None = None) -> None:
     """The next generation is the hooks', for a pipeline in the state that `entry` builds; it reuses, and it shows."""
     output = pipelines.run(pipe, entry)
-    assert torch.equal(output, hooked_run(entry))
+    assert torch.equal(output, hooked_run(entry, policy))
     assert pab.report().reused > 0  # what was counted for weights that are no more is not in it
     assert not torch.equal(output, pipelines.run(entry.build(), entry))
 
@@ -93,20 +103,22 @@ def enabled() -> Iterator[tuple[Any, pab_fx.PAB]]:
         yield pipe, pab
 
 
-def before_and_between(change: Change, name: str = PIPELINE, undo: Change | None = None) -> None:
+def before_and_between(
+    change: Change, name: str = PIPELINE, undo: Change | None = None, policy: Policy | None = None
+) -> None:
     """The change before `enable`; and after a generation with it on, with `undo` after that."""
-    entry = changed(change, name=name)
+    entry, config = changed(change, name=name), policy or config_of(None)
     pipe = entry.build()
-    with pab_fx.enable(pipe, config_of(None), inner="eager") as pab:
-        check(pipe, pab, entry)
+    with pab_fx.enable(pipe, config, inner="eager") as pab:
+        check(pipe, pab, entry, policy)
     pipe = pipelines.BY_NAME[name].build()
-    with pab_fx.enable(pipe, config_of(None), inner="eager") as pab:
+    with pab_fx.enable(pipe, config, inner="eager") as pab:
         pipelines.run(pipe, pipelines.BY_NAME[name])
         change(pipe)
-        check(pipe, pab, entry)
+        check(pipe, pab, entry, policy)
         if undo is not None:
             undo(pipe)
-            check(pipe, pab, changed(change, undo, name=name))
+            check(pipe, pab, changed(change, undo, name=name), policy)
 
 
 # --------------------------------------------------------------------------------------------------- adapters
@@ -401,6 +413,85 @@ def test_what_is_around_a_part_of_the_model_stays_around_it(
     for i in (0, 2):
         assert torch.equal(outputs[i], plain[i])
         torch.testing.assert_close(outputs[i + 1], plain[i] - inputs[i] + inputs[i + 1])
+
+
+# -------------------------------------------------------------------------------------------- blocks as a whole
+
+
+def fused(pipe: Any) -> None:
+    FIRST(pipe)
+    pipe.fuse_lora()
+
+
+def test_blocks_are_skipped_as_a_whole_before_and_after_an_adapter_is_fused() -> None:
+    pipe = pipelines.BY_NAME[PIPELINE].build()
+    with pab_fx.enable(pipe, BLOCKS, inner="eager") as pab:
+        pipelines.run(pipe, pipelines.BY_NAME[PIPELINE])
+        fused(pipe)
+        check(pipe, pab, changed(fused), BLOCKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (PIPELINE, fused),
+        ("CogVideoXPipeline", FIRST),
+        ("WanPipeline", FIRST),
+        (PIPELINE, int8),
+        (PIPELINE, model_offloaded),
+        (PIPELINE, lambda pipe: pipe.transformer.fuse_qkv_projections()),
+    ],
+)
+def test_blocks_are_skipped_as_a_whole_whatever_is_done_to_the_pipeline(name: str, change: Change) -> None:
+    before_and_between(change, name, policy=BLOCKS)
+
+
+@pytest.mark.slow
+def test_blocks_are_skipped_as_a_whole_while_an_adapter_is_switched_in_a_generation() -> None:
+    entry, timesteps, done = changed(FIRST), timesteps_of(PIPELINE), []
+
+    def switch(pipe: Any, i: int, t: Any, kwargs: Any) -> Any:
+        done.append(i)
+        if i in (2, 4):
+            (pipe.disable_lora if i == 2 else pipe.enable_lora)()
+        return kwargs
+
+    pipe = entry.build()
+    plain = pipelines.run(entry.build(), entry, callback_on_step_end=switch)
+    done.clear()
+    skip_blocks(pipe.transformer, Part(BLOCKS, len(timesteps)), lambda: (len(done), timesteps[len(done)]))
+    expected = pipelines.run(pipe, entry, callback_on_step_end=switch)
+    assert not torch.equal(expected, plain)
+    pipe = entry.build()
+    with pab_fx.enable(pipe, BLOCKS, inner="eager") as pab:
+        assert torch.equal(pipelines.run(pipe, entry, callback_on_step_end=switch), expected)
+        assert pab.report().reused > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [blocks_offloaded, lambda pipe: pipe.transformer.compile_repeated_blocks()])
+def test_blocks_that_are_captured_one_by_one_are_skipped_one_by_one(change: Change) -> None:
+    """What each adds is summed up in another order than what all of them add."""
+    entry = changed(change)
+    pipe = entry.build()
+    with pab_fx.enable(pipe, BLOCKS, inner="eager") as pab:
+        output = pipelines.run(pipe, entry)
+        assert pab.report().reused > 0
+    expected = hooked_run(changed(blocks_offloaded), BLOCKS)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(output, pipelines.run(pipelines.BY_NAME[PIPELINE].build(), entry), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("change", "why"), [(casting, "no residual"), (leaves_offloaded, "no attention was found")])
+def test_blocks_in_which_hooks_break_the_graph_are_computed_and_it_is_said(change: Change, why: str) -> None:
+    entry = changed(change)
+    pipe = entry.build()
+    with pab_fx.enable(pipe, BLOCKS, inner="eager") as pab, pytest.warns(UserWarning, match="pab_fx: "):
+        output = pipelines.run(pipe, entry)
+    assert torch.equal(output, pipelines.run(entry.build(), entry))
+    assert why in str(pab.report())
 
 
 # ------------------------------------------------------------------------------------ other caches and compiling

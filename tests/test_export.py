@@ -32,7 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import pab_fx
-from pab_fx import MLPBroadcast, PABConfig
+from pab_fx import Blocks, Every, MLPBroadcast, PABConfig, Policy, Residual, Taylor
 from pab_fx.passes.counting import TIMESTEP_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -69,10 +69,13 @@ def is_scaled(entry: zoo.Entry) -> bool:
     return entry.timestep_name != "timestep" or float(entry.timestep(950)["timestep"].amax()) != 950
 
 
-def exported(entry: zoo.Entry, model: nn.Module, **options: Any) -> torch.export.ExportedProgram:
+WHOLE_BLOCKS = Policy(Blocks(), Every(3), Taylor(1, of=Residual()))
+
+
+def exported(entry: zoo.Entry, model: nn.Module, policy: Any = None, **options: Any) -> torch.export.ExportedProgram:
     """With diffusers' config for all three roles; where timesteps are given, its callback counts for nothing."""
     timesteps = options.pop("timesteps", TIMESTEPS if is_scaled(entry) else None)
-    config = zoo.diffusers_config(None if timesteps is None else zoo.Clock())  # type: ignore[arg-type]
+    config = policy or zoo.diffusers_config(None if timesteps is None else zoo.Clock())  # type: ignore[arg-type]
     return pab_fx.export(model, kwargs_of(entry), config, timesteps=timesteps, **options)
 
 
@@ -96,6 +99,14 @@ def hooked(entry: zoo.Entry, model: nn.Module, timesteps: Iterable[float], first
     return outputs
 
 
+def skipping(entry: zoo.Entry, model: nn.Module, timesteps: Sequence[float], first: int = 0) -> Outputs:
+    """What the model makes of one generation in which blocks are skipped as a whole."""
+    if not timesteps:
+        return []
+    with pab_fx.enable(model, WHOLE_BLOCKS, inner="eager", timesteps=timesteps):
+        return generation(entry, model, timesteps, first)
+
+
 def distance(left: Outputs, right: Outputs) -> list[float]:
     """Of each step, the largest relative L2 distance of its outputs; 0 if they are equal to the bit."""
     return [
@@ -110,13 +121,19 @@ GENERATIONS = (TIMESTEPS, TIMESTEPS, TIMESTEPS[:4], TIMESTEPS, TIMESTEPS[:1], TI
 TOLD_BY_RISING = (TIMESTEPS, TIMESTEPS, TIMESTEPS[:4], TIMESTEPS)
 
 
-def assert_broadcasts(entry: zoo.Entry, model: nn.Module, program: Callable[..., Any], rounding: float = 0) -> None:
+def assert_broadcasts(
+    entry: zoo.Entry,
+    model: nn.Module,
+    program: Callable[..., Any],
+    rounding: float = 0,
+    oracle: Callable[..., Outputs] = hooked,
+) -> None:
     """That a program equals the hooks over several generations, and does not equal the model."""
     # one that is cut off is not told from the next where the timestep is no input called so
     whole = entry.timestep_name not in TIMESTEP_NAMES
     for i, timesteps in enumerate(GENERATIONS[:2] if whole else GENERATIONS if is_scaled(entry) else TOLD_BY_RISING):
         outputs = generation(entry, program, timesteps, first=10 * i)
-        expected = hooked(entry, model, timesteps, first=10 * i)
+        expected = oracle(entry, model, timesteps, first=10 * i)
         assert max(distance(outputs, expected)) <= rounding
         if len(timesteps) == len(TIMESTEPS):
             plain = generation(entry, model, timesteps, first=10 * i)
@@ -141,6 +158,15 @@ def test_every_model_of_the_zoo_is_exported(name: str) -> None:
     entry = zoo.BY_NAME[name]
     model = entry.build()
     assert_broadcasts(entry, model, exported(entry, model).module())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MODELS, "DiTTransformer2DModel"])
+def test_blocks_of_an_exported_model_are_skipped_as_a_whole(name: str) -> None:
+    """DiT's patches lie by columns where they enter the blocks, and by rows where they leave."""
+    entry = zoo.BY_NAME[name]
+    model, rounding = entry.build(), ROUNDING if name.startswith("DiT") else 0
+    assert_broadcasts(entry, model, exported(entry, model, WHOLE_BLOCKS).module(), rounding, skipping)
 
 
 def test_a_program_is_saved_and_loaded() -> None:
@@ -433,10 +459,15 @@ def test_a_timestep_off_the_windows_scale_is_warned_of() -> None:
 
 
 @functools.cache
-def package_of(name: str) -> Path:
+def package_of(name: str, policy: Any = None) -> Path:
     """The package of a model of the zoo, compiled once."""
     entry = zoo.BY_NAME[name]
-    return packaged(exported(entry, entry.build()))
+    return packaged(exported(entry, entry.build(), policy))
+
+
+oracles = pytest.mark.parametrize(
+    ("policy", "oracle"), [(None, hooked), (WHOLE_BLOCKS, skipping)], ids=["hooks", "blocks"]
+)
 
 
 def packaged(program: torch.export.ExportedProgram) -> Path:
@@ -451,10 +482,11 @@ def loaded(package: Path) -> Callable[..., Any]:
 
 
 @pytest.mark.slow
+@oracles
 @pytest.mark.parametrize("name", MODELS)
-def test_a_package_equals_the_hooks_over_generations(name: str) -> None:
+def test_a_package_equals_the_hooks_over_generations(name: str, policy: Any, oracle: Callable[..., Outputs]) -> None:
     entry = zoo.BY_NAME[name]
-    assert_broadcasts(entry, entry.build(), loaded(package_of(name)), ROUNDING)
+    assert_broadcasts(entry, entry.build(), loaded(package_of(name, policy)), ROUNDING, oracle)
 
 
 @pytest.mark.slow
@@ -528,7 +560,10 @@ def tensors_of(entry: zoo.Entry, t: float, seed: int) -> list[Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-def test_a_cpp_program_without_python_equals_the_hooks(tmp_path: Path) -> None:
+@oracles
+def test_a_cpp_program_without_python_equals_the_hooks(
+    policy: Any, oracle: Callable[..., Outputs], tmp_path: Path
+) -> None:
     entry = zoo.BY_NAME[MODELS[0]]
     model = entry.build()
     # two whole generations, one that is cut off, one more; one that is cut off, a reset, and one from a lower timestep
@@ -538,14 +573,19 @@ def test_a_cpp_program_without_python_equals_the_hooks(tmp_path: Path) -> None:
     plain: Outputs = []
     for i, timesteps in enumerate(generations):
         calls += [tensors_of(entry, t, seed) for seed, t in enumerate(timesteps, 10 * i)] or [[]]
-        outputs += hooked(entry, model, timesteps, first=10 * i)
+        outputs += oracle(entry, model, timesteps, first=10 * i)
         plain += generation(entry, model, timesteps, first=10 * i)
     torch.save(calls, tmp_path / "calls.pt")
 
     program = build_example(tmp_path)
     refused = subprocess.run([str(program), "none.pt2", "none.pt", "outputs.pt"], capture_output=True, text=True)
     assert (refused.returncode, refused.stderr) == (1, "cannot read none.pt\n")
-    command = [str(program), str(package_of(entry.name)), str(tmp_path / "calls.pt"), str(tmp_path / "outputs.pt")]
+    command = [
+        str(program),
+        str(package_of(entry.name, policy)),
+        str(tmp_path / "calls.pt"),
+        str(tmp_path / "outputs.pt"),
+    ]
     libraries = {"LD_DEBUG": "files", "LD_DEBUG_OUTPUT": str(tmp_path / "libraries")}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **libraries}, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,12 +13,13 @@ import torch
 from diffusers import LatteTransformer3DModel, WanTransformer3DModel
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext
+from torch.testing._internal.two_tensor import TwoTensor
 
 import pab_fx
-from pab_fx import PABConfig
+from pab_fx import Blocks, Every, PABConfig, Policy, Residual, Taylor
 from pab_fx.bench._torch import peak_of_live_bytes
 from pab_fx.report.data import ContextReport
-from pab_fx.run.holding import Offloaded, Static
+from pab_fx.run.holding import Offloaded, Static, addresses
 from pab_fx.run.state import Cell
 from pab_fx.testing import Replayed, replaying
 
@@ -321,6 +322,12 @@ def test_parameters_and_static_caches_are_known_to_keep_their_address(lowering: 
     assert all(count - static <= 3 + (6 if lowering == "cond" else 0) for static, count in found)
 
 
+def test_a_quantised_tensor_lies_where_its_parts_lie() -> None:
+    """It has no memory of its own to ask for, and `enable` asks for that of every input."""
+    parts = torch.ones(2), torch.zeros(2)
+    assert addresses([TwoTensor(*parts)]) == addresses(parts)
+
+
 def test_warmup_compiles_every_graph_that_a_generation_needs() -> None:
     compiled: list[int] = []
 
@@ -377,27 +384,35 @@ def generation(model: Any, text: Callable[[], torch.Tensor]) -> list[torch.Tenso
 
 
 WAN = PABConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip_range=3)
+BLOCKS = Policy(Blocks(), Every(3), Taylor(1, of=Residual()))
 
 
 @pytest.mark.parametrize(
-    ("options", "inner"),
+    ("config", "options", "inner"),
     [
-        ({}, "replaying"),
-        ({"lowering": "cond"}, "replaying"),
-        ({"regional": True}, "eager"),
-        ({"dynamic": True}, "eager"),
+        (WAN, {}, "replaying"),
+        (WAN, {"lowering": "cond"}, "replaying"),
+        (WAN, {"regional": True}, "eager"),
+        (WAN, {"dynamic": True}, "eager"),
+        (BLOCKS, {}, "replaying"),
+        pytest.param(BLOCKS, {"lowering": "cond"}, "eager", marks=pytest.mark.slow),
+        pytest.param(BLOCKS, {"regional": True}, "eager", marks=pytest.mark.slow),
     ],
     indirect=["inner"],
     ids=str,
 )
-def test_what_does_not_change_is_computed_once_a_generation_to_the_bit(options: dict[str, Any], inner: Any) -> None:
+def test_what_does_not_change_is_computed_once_a_generation_to_the_bit(
+    config: Any, options: dict[str, Any], inner: Any
+) -> None:
     text = torch.randn(1, 8, 16)
     model = wan()
-    with pab_fx.enable(model, WAN, inner=inner, step_invariants=False) as pab:
+    plain = generation(model, lambda: text)
+    with pab_fx.enable(model, config, inner=inner, step_invariants=False) as pab:
         expected = generation(model, lambda: text)
         assert pab.report().once.operations == 0
+    assert not all(map(torch.equal, plain, expected))
     torch.compiler.reset()
-    with pab_fx.enable(model, WAN, inner=inner, **options) as pab:
+    with pab_fx.enable(model, config, inner=inner, **options) as pab:
         for number in (1, 2):
             assert all(map(torch.equal, generation(model, lambda: text), expected))
             once = pab.report().once

@@ -197,6 +197,7 @@ HERE = [
     ("pipeline", {}),
     ("guidance", {}),
     ("ring_without_sums", {}),
+    ("sequence", {"model": "ltx", "ulysses": 2, "blocks": True}),
 ]
 
 
@@ -282,6 +283,22 @@ def test_forecasts_of_joint_attention_as_one_graph_equal_one_process_and_issue_n
     assert_broadcasts_less(seen, ULYSSES)
 
 
+def assert_skips_blocks(seen: list[dict[str, Any]], of_blocks: dict[str, int], of_model: dict[str, int]) -> None:
+    """That a step exchanges what blocks do where it computes them, and what the model does, each once or not at all."""
+    assert_broadcasts_less(seen, {"blocks": of_blocks})
+    for step in seen[0]["with"]:
+        assert step.collectives == Counter(of_model) + Counter(of_blocks if step.computed else {})
+
+
+def test_a_step_that_skips_blocks_as_a_whole_exchanges_nothing_but_the_models_last_gather(
+    two_ranks: dict[str, list[Any]],
+) -> None:
+    """Two blocks of two attentions, of four exchanges each."""
+    seen = two_ranks["sequence ltx 2 True"]
+    assert_equal(seen[0]["with"], seen[0]["alone"])
+    assert_skips_blocks(seen, {"all_to_all": 2 * 2 * 4}, {"all_gather": 1})
+
+
 def test_ranks_decide_alike_when_one_is_late_or_was_interrupted(two_ranks: dict[str, list[Any]]) -> None:
     seen = two_ranks["lockstep wan"]
     expected = seen[0]["expected"]
@@ -340,6 +357,24 @@ def test_other_models_over_two_ranks_equal_one_process(
     (seen,) = on_ranks(tmp_path, 2, [("sequence", {"model": model, "ulysses": 2})], timeout=400)
     assert_equal(seen[0]["with"], seen[0]["alone"], tolerance)
     assert_broadcasts_less(seen, exchanges)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "of_blocks", "of_model", "tolerance"),
+    [
+        ("wan", {"all_to_all": 4}, {"all_gather": 1}, 0.0),
+        ("flux", {"all_to_all": 2 * 4}, {"all_gather": 1}, 1e-5),
+        ("helios", {"all_to_all": 4, "all_gather": 3}, {}, 0.0),
+    ],
+)
+def test_other_models_that_skip_blocks_as_a_whole(
+    model: str, of_blocks: dict[str, int], of_model: dict[str, int], tolerance: float, tmp_path: Path
+) -> None:
+    options = {"model": model, "ulysses": 2, "blocks": True, "lowering": "cond", "regional": model == "flux"}
+    (seen,) = on_ranks(tmp_path, 2, [("sequence", options)], timeout=400)
+    assert_equal(seen[0]["with"], seen[0]["alone"], tolerance)
+    assert_skips_blocks(seen, of_blocks, of_model)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@
       -> torch.export        a graph of the whole model
       -> tag, conditions     each attention becomes a cond, in functional form
       -> sink                counter, last timestep and slots are buffers; of several contexts, each has a copy
-      -> strides             operands of conditions are held to theirs
+      -> strides             operands of conditions, and what their branches yield, are held to theirs
       -> torch.export        an ExportedProgram that mutates its buffers, which AOTInductor compiles into a package
 
 No Python runs in such a package: docs/export.md calls one from C++.
@@ -31,7 +31,7 @@ from ..passes.conditions import insert_conditions
 from ..passes.counting import TIMESTEP_NAMES, Plan, resolution
 from ..passes.form import conditionals, operands_of
 from ..passes.sink import sink_state
-from ..passes.strides import fix_operand_strides
+from ..passes.strides import fix_branch_strides, fix_operand_strides
 from ..policy.when import checked_timesteps, reused_calls
 from ..select.region import Region
 from ..select.tag import tag
@@ -101,7 +101,7 @@ def export(
         regions = tag(gm, policies, ModuleNames.of(model))
         _check_regions(type(model).__name__, regions)
         _check_scale([region for region in regions if region.is_broadcast], timesteps, given)
-        sink_state(insert_conditions(gm, regions), plan=plan, contexts=len(contexts))
+        sink_state(fix_branch_strides(insert_conditions(gm, regions)), plan=plan, contexts=len(contexts))
         if contexts:
             kwargs[CONTEXT] = torch.tensor(0)
         fix_operand_strides(_close_gaps(gm))

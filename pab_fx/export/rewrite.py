@@ -14,6 +14,7 @@ from ..passes.conditions import insert_conditions
 from ..passes.counting import CALLS
 from ..passes.form import conditionals
 from ..passes.sink import sink_state
+from ..passes.strides import fix_branch_strides
 from ..select.tag import tag
 
 
@@ -63,7 +64,7 @@ def rewrite(
             raise ValueError(f"{why} rewrite takes none: use pab_fx.export, or a rule without it.")
     names = ModuleNames.of(model) if model is not None else ModuleNames.of_graph(gm)
     result = copy_of(gm)
-    sink_state(insert_conditions(result, tag(result, policies, names)), callback_of(config))
+    sink_state(fix_branch_strides(insert_conditions(result, tag(result, policies, names))), callback_of(config))
     result.graph.lint()
     result.recompile()
     return result

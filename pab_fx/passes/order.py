@@ -28,7 +28,7 @@ from .flatten import flatten
 from .form import Slot, inputs_of
 from .invariants import INVARIANT
 from .specialize import decide
-from .strides import fix_operand_strides, fix_slot_strides
+from .strides import fix_branch_strides, fix_operand_strides, fix_slot_strides
 
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
@@ -65,6 +65,7 @@ def lowering_passes(key: Any, lowering: Lowering) -> tuple[tuple[str, Pass], ...
         (True, "flatten", flatten),
         (lowering.fix_strides, "fix_slot_strides", fix_slot_strides),
         (dtype is not None, "compress", partial(compress, dtype=dtype)),  # type: ignore[arg-type]
+        (lowering.fix_strides and key == "cond", "fix_branch_strides", fix_branch_strides),
         (lowering.fix_strides, "fix_operand_strides", fix_operand_strides),
         (lowering.static_slots, "declare_addresses", declare_addresses),
     ]

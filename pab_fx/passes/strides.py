@@ -1,10 +1,13 @@
-"""One layout in memory for what is kept, and for what conditions take.
+"""One layout in memory for what is kept, and for what conditions take and yield.
 
     return ((%y,), %out)         ->    %kept = in_order(%out, (0, 2, 1, 3))
                                        return ((%y,), %kept)
 
     %cond = cond(..., (%x,))     ->    %c    = hold_strides(%x)
                                        %cond = cond(..., (%c,))
+
+    read(%slot, %x)              ->    read(%slot, %x)
+        return (%x + %slot,)               return (in_order(%x + %slot, (0, 1, 2)),)
 
 A compiler is free to lay out what it computes, and a graph that is compiled for the strides of an input refuses others
 at run time: what one graph keeps another one reads.
@@ -18,7 +21,7 @@ from torch import fx
 from .._torch import hold_strides, size_hint
 from ..graph import effects
 from ..graph.dataflow import value
-from .form import Slot, conditionals, inputs_of, operands_of, set_slots_returned, slots_returned
+from .form import Slot, branches_of, conditionals, inputs_of, operands_of, set_slots_returned, slots_returned
 
 
 def fix_slot_strides(gm: fx.GraphModule) -> fx.GraphModule:
@@ -55,6 +58,35 @@ def fix_operand_strides(gm: fx.GraphModule) -> fx.GraphModule:
             operands[i].meta = {"nn_module_stack": cond.meta.get("nn_module_stack", {}), "example_value": recorded}
         cond.args = (*cond.args[:3], tuple(operands))
     return gm
+
+
+def fix_branch_strides(gm: fx.GraphModule) -> fx.GraphModule:
+    """Let the branch of each `cond` that reads yield what lies in memory as what the other one yields, in place.
+
+    Compilers and `torch.export` refuse others. A stream may enter a block by columns, from a patch embedding, and leave
+    it by rows.
+    """
+    for cond in conditionals(gm):
+        computing, reading = branches_of(gm, cond)
+        output = reading.graph.output_node()
+        pairs = zip(output.args[0], computing.graph.output_node().args[0], strict=True)  # type: ignore[arg-type]
+        with reading.graph.inserting_before(output):
+            output.args = (tuple(_like(node, value(look)) for node, look in pairs),)
+        reading.recompile()
+    return gm
+
+
+def _like(node: fx.Node, look: object) -> fx.Node:
+    """The node, laid out as a tensor looks."""
+    made = value(node)
+    if not isinstance(made, torch.Tensor) or not isinstance(look, torch.Tensor):
+        return node
+    order = stride_order(look)
+    if stride_order(made) == order:
+        return node
+    laid_out = node.graph.call_function(in_order, (node, order))
+    laid_out.meta = {**node.meta, "example_value": in_order(made, order)}
+    return laid_out
 
 
 def stride_order(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .._torch import fake_mode_of, mark_static
+from .._torch import fake_mode_of, mark_static, wrapped
 from .state import Cell
 
 
@@ -81,9 +81,13 @@ def _likeness(tensor: torch.Tensor) -> Any:
 
 
 def addresses(values: Sequence[Any]) -> frozenset[int]:
-    """Where the memory of tensors begins, of those that have any."""
-    real = [each for each in values if isinstance(each, torch.Tensor) and fake_mode_of([each]) is None]
-    return frozenset([each.untyped_storage().data_ptr() for each in real])
+    """Where the memory of tensors begins, of those that have any; a quantised one has what it is made of."""
+    found: set[int] = set()
+    for each in values:
+        if isinstance(each, torch.Tensor) and fake_mode_of([each]) is None:
+            parts, _ = wrapped(each)
+            found |= addresses(list(parts.values())) if parts else {each.untyped_storage().data_ptr()}
+    return frozenset(found)
 
 
 class Offloaded:
