@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx.node import map_aggregate
 
 from ..enable import enable
+from ..policy.where import BLOCKS
 from .apart import CountingCompiler, give_own_code, sharing_weights
 from .caches import Cache, Plan
 
@@ -171,31 +172,34 @@ class Constant(nn.Module):
 
     Args:
         outputs: a tensor or a tuple of tensors.
+        handed_on: for each of them the argument that is returned instead, by position or name; `None` for none.
     """
 
-    def __init__(self, outputs: Any) -> None:
+    def __init__(self, outputs: Any, handed_on: Sequence[int | str | None] = ()) -> None:
         super().__init__()
-        self._is_tuple = isinstance(outputs, tuple)
+        self._is_tuple, self._handed_on = isinstance(outputs, tuple), tuple(handed_on)
         for i, output in enumerate(outputs if self._is_tuple else (outputs,)):
             self.register_buffer(f"output_{i}", output, persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The same in every call."""
-        outputs = tuple(self.buffers())
+        """The same in every call, but for what is handed on."""
+        given = {**dict(enumerate(args)), **kwargs}
+        places = self._handed_on or (None,) * len(tuple(self.buffers()))
+        outputs = tuple(given.get(at, kept) for at, kept in zip(places, self.buffers(), strict=True))
         return outputs if self._is_tuple else outputs[0]
 
 
 class LowerBound(Contender):
     """What no reuse can beat: the compiled model, and, where roles reuse, with constants in place of their modules.
 
-    One variant for each set of reusing roles that occurs, chosen per step by the plan.
+    Blocks that reuse as a whole hand on what they are given: what leads up to them is needed all the same. One variant for each set of reusing roles that occurs, chosen per step by the plan.
     """
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         plan = setting.plan
         names = {name for role in plan.reuses for name in plan.modules[role]}
-        self._constants = outputs_of(self.model, names, setting.inputs[0])
+        self._constants = outputs_of(self.model, names, setting.inputs[0], BLOCKS in plan.modules)
         self._plan = plan
         self._calls = {roles: self.compiled(self.without(roles)) for roles in dict.fromkeys(plan.steps)}
         self._reused = 0
@@ -229,14 +233,22 @@ class LowerBound(Contender):
         return sum(tensor.nbytes for constant in self._constants.values() for tensor in constant.buffers())
 
 
-def outputs_of(model: nn.Module, names: Collection[str], inputs: Mapping[str, Any]) -> dict[str, Constant]:
-    """What the modules of these names return in one step, as constants."""
+def outputs_of(
+    model: nn.Module, names: Collection[str], inputs: Mapping[str, Any], hand_on: bool = False
+) -> dict[str, Constant]:
+    """What the modules of these names return in one step, as constants; or the arguments that look like it."""
     found: dict[str, Constant] = {}
 
-    def keep(name: str, module: nn.Module, args: Any, outputs: Any) -> None:
-        found[name] = Constant(map_aggregate(outputs, torch.clone))  # type: ignore[arg-type]
+    def keep(name: str, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        given = {**dict(enumerate(args)), **kwargs}
+        shapes = {at: each.shape for at, each in given.items() if isinstance(each, torch.Tensor)}
+        each_output = outputs if isinstance(outputs, tuple) else (outputs,)
+        places = [next((at for at, shape in shapes.items() if shape == each.shape), None) for each in each_output]
+        found[name] = Constant(map_aggregate(outputs, torch.clone), places if hand_on else ())  # type: ignore[arg-type]
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
+    handles = [
+        model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names
+    ]
     try:
         with torch.no_grad():
             model(**inputs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from .how import How, Last
 from .when import Progress, Rule, Step, decided
-from .where import BLOCKS, MODEL, Where
+from .where import BLOCKS, Where
 
 
 @dataclass(frozen=True)
