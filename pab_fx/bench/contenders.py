@@ -192,7 +192,8 @@ class Constant(nn.Module):
 class LowerBound(Contender):
     """What no reuse can beat: the compiled model, and, where roles reuse, with constants in place of their modules.
 
-    Blocks that reuse as a whole hand on what they are given: what leads up to them is needed all the same. One variant for each set of reusing roles that occurs, chosen per step by the plan.
+    Blocks that reuse as a whole hand on what they are given: what leads up to them is needed all the same. One variant
+    for each set of reusing roles that occurs, chosen per step by the plan.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -246,9 +247,7 @@ def outputs_of(
         places = [next((at for at, shape in shapes.items() if shape == each.shape), None) for each in each_output]
         found[name] = Constant(map_aggregate(outputs, torch.clone), places if hand_on else ())  # type: ignore[arg-type]
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names]
     try:
         with torch.no_grad():
             model(**inputs)

@@ -28,7 +28,7 @@ from .._torch import (
 )
 from ..graph.dataflow import value
 from ..passes.compress import stored
-from ..passes.form import Conditional, Predicate, Scalar, Slot, conditionals, mark_of, slots_returned
+from ..passes.form import Conditional, Predicate, Scalar, Slot, all_conditionals, mark_of, slots_returned
 from ..passes.order import Lowering, lowered
 from ..passes.strides import stride_order
 from .specs import TensorSpec
@@ -96,8 +96,7 @@ class Lowerings:
 
     def __init__(self, conditional: fx.GraphModule, compiler: Compiler, lowering: Lowering) -> None:
         self.conditional, self._compiler, self._lowering = conditional, compiler, lowering
-        # a module whose first node a pass has moved up has an earlier number than its place in the graph
-        self.conditionals = tuple(sorted(conditionals(conditional).values(), key=lambda each: each.index))
+        self.conditionals = all_conditionals(conditional)
         of_module: dict[int, list[Conditional]] = {}
         for each in self.conditionals:
             of_module.setdefault(each.module, []).append(each)

@@ -10,7 +10,7 @@ from diffusers import PyramidAttentionBroadcastConfig
 from ..policy.checks import check_callback, check_integer, checked_identifiers, checked_window
 from ..policy.config import PRESETS, PABConfig
 from ..policy.how import Last
-from ..policy.policy import Policy, checked_together
+from ..policy.policy import Policy
 from ..policy.when import SkipRange
 from ..policy.where import ATTENTION_ROLES, Modules
 from .hooks import is_attention
@@ -50,7 +50,7 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
     if isinstance(config, Iterable) and not isinstance(config, (str, bytes, Mapping)):
         policies = tuple(policy for each in config if each is not None for policy in policies_of(each))
         if policies:
-            return checked_together(policies)
+            return policies
     hint = ""
     if isinstance(config, str) and config in PRESETS:
         hint = f" Did you mean PABConfig.preset({config!r})?"

@@ -31,8 +31,8 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ from ..graph.copies import record
 from ..graph.dataflow import is_number, is_sizes, is_tensor, is_tuple, tells_dtype, value
 from ..policy.how import Scalars
 from ..policy.policy import Policy
-from ..select.region import Region
+from ..select.region import Region, enclosing
 from .form import (
     COPY,
     MARK,
@@ -56,6 +56,7 @@ from .form import (
     add_input,
     device_of,
     fake_like,
+    mark_of,
     set_slots_returned,
 )
 from .hows import looks_of_slots, traced_how
@@ -76,28 +77,54 @@ def insert_conditions(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.Graph
         return gm
     output = gm.graph.output_node()
     output.args = ((output.args[0],),)
-    reads = {region: reads_of(gm.graph, region) for region in broadcast}
-    unused = [node for region in broadcast for node in _use_outputs(gm.graph, region)]
+    numbered = _numbered(broadcast)
     for region in broadcast:
-        _replay_outside(gm.graph, region)
-        _spell_out_dtypes(region)
-        _hand_out_copies(gm.graph, region)
-    bodies = _bodies(gm.graph, regions, {node for each in reads.values() for node in each.inputs})
-    kept: dict[Slot, fx.Node] = {}
-    for region, conditional in zip(broadcast, _numbered(broadcast), strict=True):
-        body = _with_own_views(gm.graph, bodies[region])
-        _made_conditional(gm, region, body, reads[region].within(body, region), conditional, kept)
-    for node in unused:
-        gm.graph.erase_node(node)
+        for node in region.nodes:
+            node.meta[PLACE] = node.name
+    nest = {made.index: (region, made) for region, made in zip(broadcast, numbered, strict=True)}
+    kept = _insert(gm, regions, _inside(nest, None), nest)
     set_slots_returned(gm, kept)
     logger.debug("made %d regions conditional", len(broadcast))
     return gm
+
+
+Nest = Mapping[int, "tuple[Region, Conditional]"]
+"""Regions and what they become, by index; those inside of others among them."""
+
+PLACE = "pab_place"
+"""Key in a node's meta that tells it in a branch that it is copied to."""
+
+
+def _inside(nest: Nest, outer: int | None) -> list[tuple[Region, Conditional]]:
+    return [(region, made) for region, made in nest.values() if made.outer == outer]
+
+
+def _insert(
+    gm: fx.GraphModule, regions: Sequence[Region], wanted: Sequence[tuple[Region, Conditional]], nest: Nest
+) -> dict[Slot, fx.Node]:
+    """Make the wanted regions of a graph or a branch conditional; return what is in their slots afterwards."""
+    reads = {region: reads_of(gm.graph, region) for region, _ in wanted}
+    unused = [node for region, _ in wanted for node in _use_outputs(gm.graph, region)]
+    for region, _ in wanted:
+        _replay_outside(gm.graph, region)
+        _spell_out_dtypes(region)
+        _hand_out_copies(gm.graph, region)
+    pinned = {node for each in reads.values() for node in each.inputs}
+    bodies = _bodies(gm.graph, regions, [region for region, _ in wanted], pinned)
+    kept: dict[Slot, fx.Node] = {}
+    for region, made in wanted:
+        body = _with_own_views(gm.graph, bodies[region])
+        _made_conditional(gm, region, body, reads[region].within(body, region), made, kept, nest)
+    for node in unused:
+        gm.graph.erase_node(node)
+    return kept
 
 
 def _numbered(broadcast: Sequence[Region]) -> list[Conditional]:
     """The conditionals of these regions, by their modules and calls."""
     calls, seen, labels = Counter(region.module_id for region in broadcast), Counter[str](), Counter[str]()
     modules = {module_id: number for number, module_id in enumerate(calls)}
+    around = enclosing(broadcast)
     found = []
     for index, region in enumerate(broadcast):
         module = modules[region.module_id]
@@ -117,6 +144,7 @@ def _numbered(broadcast: Sequence[Region]) -> list[Conditional]:
                 items=(),
                 assign=region.assign,
                 relative=region.relative,
+                outer=around[index],
             )
         )
         seen[region.module_id] += 1
@@ -196,8 +224,10 @@ def _hand_out_copies(graph: fx.Graph, region: Region) -> None:
                 record(node)
 
 
-def _bodies(graph: fx.Graph, regions: Sequence[Region], pinned: Collection[fx.Node]) -> dict[Region, list[fx.Node]]:
-    """For each broadcast region its nodes and those that only feed it, in graph order.
+def _bodies(
+    graph: fx.Graph, regions: Sequence[Region], wanted: Sequence[Region], pinned: Collection[fx.Node]
+) -> dict[Region, list[fx.Node]]:
+    """For each wanted region its nodes and those that only feed it, in graph order.
 
         %n = norm(%x)           # only %a uses it                       %n = norm(%x)  \\
         %a = attention(%n)      # the region                     ->     %a = attention(%n)  / the body
@@ -210,9 +240,7 @@ def _bodies(graph: fx.Graph, regions: Sequence[Region], pinned: Collection[fx.No
     updates = [order[node] for node in graph.nodes if effects.updated(node) or effects.sets_ambient_state(node)]
     owned = {node for region in regions for node in region.nodes}.union(pinned)
     bodies: dict[Region, list[fx.Node]] = {}
-    for region in regions:
-        if not region.is_broadcast:
-            continue
+    for region in wanted:
         body = set(region.nodes)
         end = order[region.nodes[-1]]
         for node in sorted(order, key=order.__getitem__, reverse=True)[len(order) - end :]:
@@ -286,7 +314,13 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 
 def _made_conditional(
-    gm: fx.GraphModule, region: Region, body: list[fx.Node], reads: Reads, made: Conditional, kept: dict[Slot, fx.Node]
+    gm: fx.GraphModule,
+    region: Region,
+    body: list[fx.Node],
+    reads: Reads,
+    made: Conditional,
+    kept: dict[Slot, fx.Node],
+    nest: Nest,
 ) -> None:
     """Put a `cond` node in the place of a body, and what is in its module's slots then into `kept`."""
     graph, how = gm.graph, _policy(region).how
@@ -314,18 +348,68 @@ def _made_conditional(
     returned = {**kept, **dict(zip(made.slots, values, strict=True))}
     set_slots_returned(gm, returned)
     compute, operands, outputs = fuse_as_graphmodule(gm, body, f"pab_compute_{made.index}", always_return_tuple=True)
+    within = _conditions_within(gm, compute, _inside(nest, made.index), nest)
     used = [node for node, name in zip(scalars, Scalars._fields, strict=True) if node.users or name in reads.scalars]
-    further = (*_sizes_inside(graph, operands, outputs), *reads.inputs)
-    operands = tuple(dict.fromkeys((*slots, *used, *operands, *further)))
+    further = (*_sizes_inside(graph, operands, outputs, has_branches=bool(within.inputs)), *reads.inputs)
+    operands = tuple(dict.fromkeys((*slots, *used, *operands, *further, *within.inputs)))
     _take(compute, operands)
     conditional = replace(made, items=tuple(outputs.index(node) for node in values), remembers=remembers)
-    read = _reader(region, operands, slots, scalars, reads, outputs, conditional)
-    kept.update(
-        dict(zip(made.slots, _replaced(gm, body, (compute, read), operands, outputs, conditional), strict=True))
-    )
+    read = _reader(region, operands, slots, scalars, reads, outputs, conditional, within)
+    items = _replaced(gm, body, (compute, read), operands, outputs, conditional, within)
+    kept.update(dict(zip(made.slots, (items[i] for i in conditional.items), strict=True)))
+    kept.update(dict(zip(within.slots, items[len(outputs) :], strict=True)))
     for node in scalars:
         if not node.users:
             graph.erase_node(node)
+
+
+@dataclass(frozen=True)
+class Within:
+    """The state of the conditions in a branch, which goes through the condition that the branch is of.
+
+    Args:
+        inputs: predicates, slots and scalars, as the graph around has them.
+        slots: for each slot what the branch yields for it, and the input that it was given.
+    """
+
+    inputs: tuple[fx.Node, ...] = ()
+    slots: Mapping[Slot, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+
+
+def _conditions_within(
+    gm: fx.GraphModule,
+    branch: fx.GraphModule,
+    wanted: Sequence[tuple[Region, Conditional]],
+    nest: Nest,
+) -> Within:
+    """Make regions in a computing branch conditional.
+
+    compute_0(%x)                          compute_0(%x, %computes_1, %slot_1_0)
+    %a = attention(%x)                     %c = cond(%computes_1, compute_1, read_1, (%slot_1_0, %x))
+    %o = linear(%a)                  ->    %a = getitem(%c, 0)
+    return (%o,)                           %o = linear(%a)
+                                           return (%o, %a)
+    """
+    if not wanted:
+        return Within()
+    copies = {node.meta[PLACE]: node for node in branch.graph.nodes if PLACE in node.meta}
+
+    def there(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+        return tuple(copies[node.meta[PLACE]] for node in nodes if node.meta.get(PLACE) in copies)
+
+    for node in branch.graph.find_nodes(op="placeholder"):
+        node.meta = {key: each for key, each in node.meta.items() if key != MARK}  # of the condition around
+    inside = [(region.carried_over(there), made) for region, made in wanted]
+    found = _insert(branch, [region for region, _ in inside], inside, nest)
+    set_slots_returned(branch, found)
+    branch.graph.output_node().meta.pop(MARK)
+    given: dict[Any, fx.Node] = {}
+    for node in branch.graph.find_nodes(op="placeholder"):
+        mark = mark_of(node)
+        if mark is not None:
+            given[mark] = add_input(gm, str(node.target), mark, value(node))
+    slots = {slot: (node, given[slot]) for slot, node in found.items()}
+    return Within(tuple(given.values()), slots)
 
 
 def _yielded(graph: fx.Graph, region: Region) -> list[fx.Node]:
@@ -361,7 +445,9 @@ def _apart(node: fx.Node) -> fx.Node:
     return copied
 
 
-def _sizes_inside(graph: fx.Graph, operands: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> list[fx.Node]:
+def _sizes_inside(
+    graph: fx.Graph, operands: Sequence[fx.Node], outputs: Sequence[fx.Node], has_branches: bool
+) -> list[fx.Node]:
     """The sizes that a branch is given, since its operands' shapes are computed from them.
 
         branch(%x)    # %x: [2, (h // 2) * (w // 2), 32]    ->    branch(%x, %h, %w)
@@ -369,7 +455,8 @@ def _sizes_inside(graph: fx.Graph, operands: Sequence[fx.Node], outputs: Sequenc
     Inductor's code of a branch knows only symbols that are operands, or a whole dimension of one (seen in 2.13).
     """
     inside = symbols_inside(map(value, (*operands, *outputs)))
-    return [node for node in graph.find_nodes(op="placeholder") if symbol_of(value(node)) in inside] if inside else []
+    sizes = [node for node in graph.find_nodes(op="placeholder") if isinstance(value(node), torch.SymInt)]
+    return [node for node in sizes if has_branches or symbol_of(value(node)) in inside]
 
 
 def _take(branch: fx.GraphModule, operands: Sequence[fx.Node]) -> None:
@@ -392,6 +479,7 @@ def _reader(
     reads: Reads,
     outputs: Sequence[fx.Node],
     conditional: Conditional,
+    within: Within,
 ) -> fx.GraphModule:
     """The branch that reads; what it yields is none of its operands, which a branch may not return."""
     graph = fx.Graph()
@@ -406,6 +494,7 @@ def _reader(
     read = traced_how(_policy(region).how, "read", looks, graph, own, inputs, taken)
     found = reads.outputs(region, graph, read, given.__getitem__)
     found += [own[conditional.items.index(i)] for i in range(len(found), len(outputs))]
+    found += [given[slot] for _, slot in within.slots.values()]
     graph.output(tuple(_apart(n) if n.op == "placeholder" or n in found[:i] else n for i, n in enumerate(found)))
     return fx.GraphModule(
         region.nodes[0].graph.owning_module or nn.Module(), graph, class_name=f"pab_read_{conditional.index}"
@@ -419,8 +508,9 @@ def _replaced(
     operands: tuple[fx.Node, ...],
     outputs: tuple[fx.Node, ...],
     conditional: Conditional,
+    within: Within,
 ) -> list[fx.Node]:
-    """Put a `cond` node and its items in the place of a body; return what is in each of its slots then."""
+    """Put a `cond` node in the place of a body; return its items: outputs, slots, and slots of conditions within."""
     graph = gm.graph
     names = [f"pab_{kind}_{conditional.index}" for kind in ("compute", "read")]
     for name, module in zip(names, branches, strict=True):
@@ -428,14 +518,16 @@ def _replaced(
     predicate = add_input(gm, f"pab_computes_{conditional.index}", Predicate(conditional.index), torch.tensor(True))
     with graph.inserting_before(body[-1].next):
         cond = graph.call_function(cond_op, (predicate, *map(graph.get_attr, names), operands))
-        items = [graph.call_function(operator.getitem, (cond, i)) for i in range(len(outputs))]
+        yielded = (*outputs, *(node for node, _ in within.slots.values()))
+        items = [graph.call_function(operator.getitem, (cond, i)) for i in range(len(yielded))]
     cond.meta = {MARK: conditional, "nn_module_stack": outputs[-1].meta.get("nn_module_stack", {})}
-    for item, output in zip(items, outputs, strict=True):
+    for item, output in zip(items, yielded, strict=True):
         item.meta = {key: each for key, each in output.meta.items() if key != MARK}
+    for item, output in zip(items, outputs, strict=False):
         output.replace_all_uses_with(item, delete_user_cb=lambda user: user not in body)
     _sink_users(body[0], items)
     erase_nodes(gm, body)
-    return [items[i] for i in conditional.items]
+    return items
 
 
 def _sink_users(first: fx.Node, items: list[fx.Node]) -> None:

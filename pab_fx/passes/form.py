@@ -10,6 +10,7 @@ Nothing is hidden: state comes in and goes out. A mark stands in a node's meta u
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,7 @@ class Conditional:
         remembers: whether it reads its slots also where it computes.
         assign: role, policy and reason for a qualified name, where several blocks run this graph.
         relative: the name within such a block, `None` where the graph is the model's own.
+        outer: index of the conditional in whose computing branch it lies, `None` for one that lies in none.
     """
 
     index: int
@@ -102,6 +104,7 @@ class Conditional:
     remembers: bool = False
     assign: Assign | None = None
     relative: str | None = None
+    outer: int | None = None
 
 
 def mark_of(node: fx.Node) -> Any:
@@ -115,8 +118,22 @@ def inputs_of(gm: fx.GraphModule, kind: type) -> dict[Any, fx.Node]:
 
 
 def conditionals(gm: fx.GraphModule) -> dict[fx.Node, Conditional]:
-    """The conditional nodes of a graph, in graph order."""
+    """The conditional nodes of a graph, in graph order; those in its branches are not among them."""
     return {node: mark for node in gm.graph.nodes if isinstance(mark := mark_of(node), Conditional)}
+
+
+def with_branches(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """A graph, and the computing branches of its conditionals, which may hold further ones, and so on."""
+    yield gm
+    for cond in conditionals(gm):
+        yield from with_branches(branches_of(gm, cond)[0])
+
+
+def all_conditionals(gm: fx.GraphModule) -> tuple[Conditional, ...]:
+    """The conditionals of a graph and of its branches, by their index."""
+    # a module whose first node a pass has moved up has an earlier number than its place in the graph
+    found = (conditional for each in with_branches(gm) for conditional in conditionals(each).values())
+    return tuple(sorted(found, key=lambda each: each.index))
 
 
 def operands_of(cond: fx.Node) -> tuple[Any, ...]:

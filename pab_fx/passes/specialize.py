@@ -14,8 +14,8 @@ After, where it is known to compute:                    and where it is known to
     %y    : call_function[operator.add](%x, %out)
     return ((%y,), %out)
 
-Conditions that are not decided stay (the residual). Where state was sunk into buffers, a write of a slot that is left
-as it was goes in the same way.
+Conditions that are not decided stay (the residual), with those inside of them. Where state was sunk into buffers, a
+write of a slot that is left as it was goes in the same way.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ..policy.where import ROLES
 from .form import (
     COPY,
     Conditional,
+    all_conditionals,
     branches_of,
     conditionals,
     mark_of,
@@ -76,13 +77,13 @@ def specialize(
     reuse = {reuse} if isinstance(reuse, str) else reuse
     compute = {compute} if isinstance(compute, str) else compute
     result = copy_of(gm)
-    found = conditionals(result)
-    names = {name for conditional in found.values() for name in _names(conditional)}
+    found = all_conditionals(result)
+    names = {name for conditional in found for name in _names(conditional)}
     for name in (*reuse, *(compute or ())):
         if name not in names and name not in ROLES:
             raise ValueError(f"{name!r} is neither a role nor a region of this graph; it has {sorted(names)}.")
     decisions: dict[int, bool] = {}
-    for conditional in found.values():
+    for conditional in found:
         reused = any(name in reuse for name in _names(conditional))
         computed = not reused if compute is None else any(name in compute for name in _names(conditional))
         if reused and computed:
@@ -99,7 +100,7 @@ def _names(conditional: Conditional) -> tuple[str, ...]:
 
 
 def decide(gm: fx.GraphModule, reuse: Mapping[int, bool], writes_in_place: bool = False) -> fx.GraphModule:
-    """Decide conditionals of `gm`, in place.
+    """Decide conditionals of `gm`, in place; what lies inside of one that stays is not decided.
 
     Args:
         gm: is changed.
@@ -108,9 +109,8 @@ def decide(gm: fx.GraphModule, reuse: Mapping[int, bool], writes_in_place: bool 
             copied if there is a later one, whose output may be kept before this one's is read for the last time.
     """
     unused = effects.unused(gm.graph)
-    for cond, conditional in conditionals(gm).items():
-        if conditional.index not in reuse:
-            continue
+    while (known := _next_known(gm, reuse)) is not None:  # what lies inside of one comes to light where that computes
+        cond, conditional = known
         reused = reuse[conditional.index]
         results = _inlined(gm, cond, reused)
         if reused and writes_in_place and conditional.call + 1 < conditional.calls:
@@ -130,6 +130,10 @@ def decide(gm: fx.GraphModule, reuse: Mapping[int, bool], writes_in_place: bool 
     _drop_unchanged(gm)
     effects.eliminate_dead_code(gm.graph, unused)
     return gm
+
+
+def _next_known(gm: fx.GraphModule, reuse: Mapping[int, bool]) -> tuple[fx.Node, Conditional] | None:
+    return next((each for each in conditionals(gm).items() if each[1].index in reuse), None)
 
 
 def _items(cond: fx.Node) -> dict[int, fx.Node]:

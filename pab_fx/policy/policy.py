@@ -8,14 +8,15 @@ from typing import Any
 
 from .how import How, Last
 from .when import Progress, Rule, Step, decided
-from .where import BLOCKS, Where
+from .where import Where
 
 
 @dataclass(frozen=True)
 class Policy:
     """Where, when and how a step cache works.
 
-    Of several policies, the first that is for a part governs it.
+    Of several policies, the first that is for a part governs it. Those for parts of a part (attentions in blocks that
+    are skipped as a whole) go together with that one's: where it reuses, they are neither run nor read.
 
     Args:
         where: `Attentions`, `FeedForwards` or `Blocks`.
@@ -64,29 +65,6 @@ class Policy:
             return "left alone"
         said = (self.when.describe(), self.how.describe(), "with its gate" if self.where.gated else "")
         return ", ".join(filter(None, said))
-
-
-def checked_together(policies: Sequence[Policy]) -> tuple[Policy, ...]:
-    """Policies that work side by side.
-
-    Raises:
-        ValueError: if one is for parts of blocks that another is for as a whole.
-
-    Example:
-        >>> from pab_fx import Attentions, Blocks, Every
-        >>> checked_together([Policy(Blocks(), Every(2)), Policy(Attentions(), Every(2))])
-        Traceback (most recent call last):
-        ...
-        ValueError: Attentions(...) lies inside of Blocks(first=0, last=None): policies cannot be nested yet. ...
-    """
-    whole = next((policy.where for policy in policies if BLOCKS in (policy.where.roles or ())), None)
-    part = next((policy.where for policy in policies if BLOCKS not in (policy.where.roles or ())), None)
-    if whole is not None and part is not None:
-        raise ValueError(
-            f"{type(part).__name__}(...) lies inside of {whole!r}: policies cannot be nested yet. Give one for the "
-            "blocks as a whole, or policies for what is in them."
-        )
-    return tuple(policies)
 
 
 def _check_hashable(field: str, given: Any) -> None:

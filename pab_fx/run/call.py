@@ -145,9 +145,8 @@ class BroadcastGraph:
         for t, next_t in zip(timesteps, (*timesteps[1:], END), strict=True):
             decisions = modules.advance(Call(t, next_t, timesteps, None))
             self.lowerings.compiled(self._key(self._reuses(decisions)))
-            for decision in decisions:
-                for cell in decision.group.cells:
-                    cell.caches = () if decision.keeps else None
+            for cell, decision in ((c, each) for each in decisions if not each.rests for c in each.group.cells):
+                cell.caches = () if decision.keeps else None
 
     # ------------------------------------------------------------------------------------------- whose state
 
@@ -176,7 +175,10 @@ class BroadcastGraph:
 
     def _lockstep(self, cells: Sequence[Cell], owners: Sequence[Any]) -> Lockstep:
         modules = self.lowerings.modules
-        return Lockstep(cells, tuple(map(len, modules)), tuple(calls[0].remembers for calls in modules), owners)
+        conditionals = self.lowerings.conditionals
+        outers = [None if calls[0].outer is None else conditionals[calls[0].outer].module for calls in modules]
+        remembers = [calls[0].remembers for calls in modules]
+        return Lockstep(cells, tuple(map(len, modules)), remembers, outers, owners)
 
     def _cells(self, args: Sequence[Any], store: StateStore, context: Hashable) -> list[Cell]:
         caller: Any = None
@@ -315,7 +317,7 @@ class BroadcastGraph:
 
     def _plan(self, modules: Lockstep, decisions: Sequence[Decision]) -> Plan:
         """What decisions come to; found once for equal ones."""
-        key = (self.lowerings, *[(decision.reuses, decision.reads, decision.keeps) for decision in decisions])
+        key = (self.lowerings, *[(each.reuses, each.reads, each.keeps, each.rests) for each in decisions])
         if key not in modules.plans:
             modules.plans[key] = self._planned(modules, decisions)
         return modules.plans[key]
@@ -337,7 +339,8 @@ class BroadcastGraph:
         compiled = self.lowerings.compiled(self._key(reuses))
         number_of = {m: i for i, decision in enumerate(decisions) for m in decision.group.modules}
         of_module = {m: decisions[i] for m, i in number_of.items()}
-        written = {m: positions for m, positions in compiled.writes if of_module[m].keeps}
+        is_written = {m for m, each in of_module.items() if each.keeps and not each.rests}
+        written = {m: positions for m, positions in compiled.writes if m in is_written}
         # a slot that stays is neither let go nor written; of a module that has one, none is let go before
         stays = {m for m, each in of_module.items() if each.keeps and None in written.get(m, (None,))}
         given: list[torch.Tensor | None] = []

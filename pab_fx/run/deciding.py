@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compile.specs import TensorSpec
-from ..policy.when import Rule
+from ..policy.when import END, Rule
 from .state import Cell, next_timestep
 
 UNKNOWN = (1.0, 0.0)
@@ -46,6 +46,7 @@ class Group:
         rule: when they reuse; `None` for never.
         calls: how often each of them is called.
         remembers: whether what is kept of them is read also where they compute.
+        outer: number of the module in which they lie, `None` for none: where it reuses they rest.
         modules: their numbers in the graph.
         cells: their cells.
     """
@@ -54,6 +55,7 @@ class Group:
     rule: Rule | None
     calls: int
     remembers: bool
+    outer: int | None
     modules: tuple[int, ...]
     cells: tuple[Cell, ...]
 
@@ -87,6 +89,7 @@ class Decision:
         reads: whether what is kept is read before a call has replaced it.
         keeps: whether what is left after the step has to be kept.
         scalars: `Scalars` as numbers, for each call of a module in the step.
+        rests: whether it is neither run nor read, since what it lies in reuses.
     """
 
     group: Group
@@ -94,10 +97,11 @@ class Decision:
     reads: bool
     keeps: bool
     scalars: tuple[tuple[float, float], ...]
+    rests: bool = False
 
     def record(self, counts: Counter[tuple[str, bool]]) -> None:
         """Count the calls of each role that compute and that reuse."""
-        if self.group.rule is not None:
+        if self.group.rule is not None and not self.rests:
             for reuse in self.reuses:
                 counts[self.group.role, reuse] += len(self.group.cells)
 
@@ -109,6 +113,7 @@ class Lockstep:
         cells: the modules' cells.
         calls: how often each module is called in a step.
         remembers: for each module whether what is kept of it is read also where it computes.
+        outers: for each module the number of the one in which it lies, `None` for none.
         owners: for each module, yields what its cell hangs on, `None` once that is gone.
 
     Attributes:
@@ -120,14 +125,15 @@ class Lockstep:
         cells: Sequence[Cell],
         calls: Sequence[int],
         remembers: Sequence[bool],
+        outers: Sequence[int | None],
         owners: Sequence[Callable[[], object | None]],
     ) -> None:
         self.cells, self.owners = tuple(cells), tuple(owners)
         self.first = next((cell for cell in cells if cell.rule is not None), cells[0])
         self.plans: dict[Hashable, Any] = {}
-        alike: dict[tuple[str, Rule | None, int, bool], list[int]] = {}
+        alike: dict[tuple[str, Rule | None, int, bool, int | None], list[int]] = {}
         for m, cell in enumerate(cells):
-            alike.setdefault((cell.role, cell.rule, calls[m], remembers[m]), []).append(m)
+            alike.setdefault((cell.role, cell.rule, calls[m], remembers[m], outers[m]), []).append(m)
         self._groups = [Group(*key, modules=tuple(ms), cells=tuple(cells[m] for m in ms)) for key, ms in alike.items()]
 
     def begin(self, call: Call, expected: Sequence[Sequence[TensorSpec]]) -> bool:
@@ -152,13 +158,26 @@ class Lockstep:
         return rose
 
     def advance(self, call: Call) -> list[Decision]:
-        """Count the call, and decide it."""
-        return [self._advance(group, call) for group in self._groups]
+        """Count the call, and decide it; what lies in another part comes after that."""
+        decided: dict[int, Decision] = {}
+        decisions, waiting = [], list(self._groups)
+        while waiting:
+            group = next(each for each in waiting if each.outer is None or each.outer in decided)
+            waiting.remove(group)
+            around = None if group.outer is None else decided[group.outer]
+            decision = self._advance(group, call, around is not None and (around.rests or any(around.reuses)))
+            decided.update(dict.fromkeys(group.modules, decision))
+            decisions.append(decision)
+        return decisions
 
-    def _advance(self, group: Group, call: Call) -> Decision:
+    def _advance(self, group: Group, call: Call, rests: bool) -> Decision:
         rule, first = group.rule, group.cells[0]
-        if rule is None:
-            return Decision(group, (False,) * group.calls, False, False, (UNKNOWN,) * group.calls)
+        if rests:
+            count = first.count.rested(call.t)
+            for cell in group.cells:
+                cell.count = count
+        if rule is None or rests:
+            return Decision(group, (False,) * group.calls, False, rests, (UNKNOWN,) * group.calls, rests)
         count, has_cache, keeps = first.count, first.caches is not None, False
         if not has_cache and count.filled:  # what was kept was let go: no later step was to read it
             count = count._replace(filled=0)
@@ -173,6 +192,8 @@ class Lockstep:
             count, reuse, keeps = count.advanced(rule, call.t, has_cache, following, of, group.remembers)
             reuses.append(reuse)
             has_cache = True
+        if group.outer is not None:  # it may rest until what is kept is read
+            keeps = next_t != END and not rule.is_over(call.t)
         for cell in group.cells:
             cell.count = count
         return Decision(group, tuple(reuses), had_cache and (reuses[0] or group.remembers), keeps, tuple(scalars))

@@ -68,6 +68,10 @@ class Count(NamedTuple):
         """`Scalars` of the call that comes: its distance and how often the slots were filled."""
         return (float(self.n - self.computed) if self.filled else 1.0), float(self.filled)
 
+    def rested(self, t: float) -> Count:
+        """The count after a step in which the module was neither run nor read: a part around it reused."""
+        return self._replace(n=self.n + 1, t=t)
+
     def advanced(
         self, rule: Rule, t: float, has_cache: bool, next_t: float | None, of: float, remembers: bool
     ) -> tuple[Count, bool, bool]:
