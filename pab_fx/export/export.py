@@ -29,7 +29,7 @@ from ..notices import warn
 from ..passes.buffers import CONTEXT
 from ..passes.conditions import insert_conditions
 from ..passes.counting import TIMESTEP_NAMES, Plan, resolution
-from ..passes.form import conditionals, operands_of
+from ..passes.form import conditionals, operands_of, with_branches
 from ..passes.sink import sink_state
 from ..passes.strides import fix_branch_strides, fix_operand_strides
 from ..policy.when import checked_timesteps, reused_calls
@@ -117,16 +117,22 @@ def _close_gaps(gm: fx.GraphModule) -> fx.GraphModule:
     %cond = cond(..., (%cache, %a))        ->     %c    = contiguous(%a)
                                                   %cond = cond(..., (%cache, %c))
     """
-    for cond, conditional in conditionals(gm).items():
-        operands = list(operands_of(cond))
-        for i, operand in enumerate(operands[len(conditional.slots) :], len(conditional.slots)):
-            recorded = value(operand)
-            if isinstance(recorded, torch.Tensor) and recorded.stride() != torch.empty_like(recorded).stride():
-                with gm.graph.inserting_before(cond):
-                    operands[i] = gm.graph.call_method("contiguous", (operand,))
-                operands[i].meta = {**operand.meta, "val": recorded.contiguous()}
-        cond.args = (*cond.args[:3], tuple(operands))
+    for graph in with_branches(gm):
+        for cond, conditional in conditionals(graph).items():
+            slots, others = operands_of(cond)[: len(conditional.slots)], operands_of(cond)[len(conditional.slots) :]
+            cond.args = (*cond.args[:3], (*slots, *(_without_gaps(operand, cond) for operand in others)))
+        graph.recompile()
     return gm
+
+
+def _without_gaps(operand: fx.Node, cond: fx.Node) -> fx.Node:
+    recorded = value(operand)
+    if not isinstance(recorded, torch.Tensor) or recorded.stride() == torch.empty_like(recorded).stride():
+        return operand
+    with cond.graph.inserting_before(cond):
+        closed = cond.graph.call_method("contiguous", (operand,))
+    closed.meta = {**operand.meta, "val": recorded.contiguous()}
+    return closed
 
 
 def _checked(

@@ -57,10 +57,12 @@ class Decided:
 
     Args:
         compute: whether it computes, a bool.
+        rests: whether what lies in it is neither run nor read, a bool.
         scalars: its `Scalars` by name, float64.
     """
 
     compute: fx.Node
+    rests: fx.Node
     scalars: Callable[[str], fx.Node]
 
 
@@ -88,7 +90,7 @@ class Counting:
         plan: Plan | None = None,
     ) -> None:
         self.graph, self.gm, self._buffers, self._plan = gm.graph, gm, buffers, plan
-        self._modules: dict[tuple[Rule, int], _Calls] = {}
+        self._modules: dict[tuple[Rule, int, fx.Node | None], _Calls] = {}
         self._counts: list[tuple[str, fx.Node]] = []
         self._end = self.graph.create_node("call_function", torch.full, ((), 0.0), {"dtype": torch.float64})
         with self.nodes():
@@ -99,7 +101,7 @@ class Counting:
             self.started = self.call("started", torch.gt, self.calls, 0.0)
             self._counts.insert(0, (CALLS, self.call("n_next", torch.add, self.calls, 1.0)))
 
-    def decided(self, rule: Rule, role: str, call: int, calls: int) -> Decided:
+    def decided(self, rule: Rule, role: str, call: int, calls: int, around: Decided | None = None) -> Decided:
         """A call of a module that goes by a rule; modules with the same rule that are called equally often share it.
 
         Args:
@@ -107,10 +109,12 @@ class Counting:
             role: its role, for the names of nodes.
             call: which of its calls in the graph it is; asked for in order.
             calls: how often the graph calls the module.
+            around: what is decided of the part in which it lies; `None` for none.
         """
-        key = (rule, calls)
+        rests = None if around is None else around.rests
+        key = (rule, calls, rests)
         if key not in self._modules:
-            self._modules[key] = _Calls(self, rule, calls, role, f"pab_{role}_{len(self._modules)}")
+            self._modules[key] = _Calls(self, rule, calls, role, f"pab_{role}_{len(self._modules)}", rests)
         with self.nodes():
             return self._modules[key].decided(call)
 
@@ -227,10 +231,12 @@ class _Calls:
         calls: how often it is called.
         role: its role.
         name: of its buffers.
+        rests: whether it is neither run nor read in this step; `None` for never.
     """
 
-    def __init__(self, counting: Counting, rule: Rule, calls: int, role: str, name: str) -> None:
+    def __init__(self, counting: Counting, rule: Rule, calls: int, role: str, name: str, rests: fx.Node | None) -> None:
         self._counting, self._rule, self._calls, self._role, self._name = counting, rule, calls, role, name
+        self._rests = rests
         self._decided: list[Decided] = []
         self._state: dict[str, fx.Node] = {}
 
@@ -259,8 +265,9 @@ class _Calls:
         if not isinstance(due, fx.Proxy):  # a rule that always decides alike
             due = fx.Proxy(counting.call("due", torch.full, (), bool(due)), tracer)
         reuse = counting.call(f"reuse_{self._role}", torch.logical_and, started, due.node)
-        self._last = (n, reuse)
-        return Decided(counting.call(f"compute_{self._role}", torch.logical_not, reuse), state.scalar)
+        stays = reuse if self._rests is None else counting.call("stays", torch.logical_or, reuse, self._rests)
+        self._last = (n, stays)
+        return Decided(counting.call(f"compute_{self._role}", torch.logical_not, reuse), stays, state.scalar)
 
     def _n(self, call: int) -> fx.Node:
         """The number of a call of the module."""
@@ -285,11 +292,11 @@ class _Calls:
 
     def counts(self) -> list[tuple[str, fx.Node]]:
         """What is to be known in the next step, of the names that were asked for in this one."""
-        n, reuse = self._last
+        n, stays = self._last
         now = {"computed": lambda held: n, "computed_t": lambda held: self._counting.timestep}
         now["filled"] = lambda held: self._counting.call("filled", torch.add, held, 1.0)
         where = [
-            (f"{self._name}_{name}", self._counting.call(name, torch.where, reuse, held, now[name](held)))
+            (f"{self._name}_{name}", self._counting.call(name, torch.where, stays, held, now[name](held)))
             for name, held in self._state.items()
         ]
         return where

@@ -37,12 +37,13 @@ from ..graph import effects
 from ..graph.copies import traced_into
 from ..graph.dataflow import value
 from .buffers import CONTEXT, Buffers
-from .counting import Counting, Plan
+from .counting import Counting, Decided, Plan
 from .form import (
     MARK,
     Predicate,
     Scalar,
     Slot,
+    all_conditionals,
     branches_of,
     conditionals,
     device_of,
@@ -51,6 +52,7 @@ from .form import (
     operands_of,
     set_slots_returned,
     slots_returned,
+    with_branches,
 )
 from .strides import in_order, stride_order
 
@@ -80,15 +82,39 @@ def sink_state(
     _sink_slots(gm, buffers)
     with gm.graph.inserting_before(first):
         counting = Counting(gm, buffers, timestep_callback, plan)
-    for conditional in conditionals(gm).values():
+    found: dict[int, Decided] = {}
+    for conditional in all_conditionals(gm):
         assert conditional.policy.when is not None
-        decided = counting.decided(conditional.policy.when, conditional.role, conditional.call, conditional.calls)
+        around = None if conditional.outer is None else found[conditional.outer]
+        decided = counting.decided(
+            conditional.policy.when, conditional.role, conditional.call, conditional.calls, around
+        )
+        found[conditional.index] = decided
         _give(gm, Predicate(conditional.index), decided.compute)
         for mark, node in inputs_of(gm, Scalar).items():
             if mark.conditional == conditional.index:
                 _give(gm, mark, _as_scalar(counting, decided.scalars(mark.name), device_of(node)))
     counting.count()
+    _hand_on_once(gm)
     return gm
+
+
+def _hand_on_once(gm: fx.GraphModule) -> None:
+    """Hand each `cond` an operand once: those that lie in others share what is decided alike.
+
+    cond(%p, compute_0, read_0, (%q, %q, %x))    ->    cond(%p, compute_0, read_0, (%q, %x))
+    """
+    for graph in with_branches(gm):
+        for cond in conditionals(graph):
+            operands = operands_of(cond)
+            for branch in branches_of(graph, cond):
+                first: dict[fx.Node, fx.Node] = {}
+                for operand, given in zip(operands, branch.graph.find_nodes(op="placeholder"), strict=True):
+                    if first.setdefault(operand, given) is not given:
+                        given.replace_all_uses_with(first[operand])
+                        branch.graph.erase_node(given)
+                branch.recompile()
+            cond.args = (*cond.args[:3], tuple(dict.fromkeys(operands)))
 
 
 def _give(gm: fx.GraphModule, mark: Predicate | Scalar, node: fx.Node) -> None:
@@ -146,6 +172,11 @@ def _fit_inside(gm: fx.GraphModule, cond: fx.Node, held: fx.Node, slot: Slot) ->
     branch, conditional = branches_of(gm, cond)[0], mark_of(cond)
     given = branch.graph.find_nodes(op="placeholder")[operands_of(cond).index(held)]
     users = list(given.users)
+    if slot not in conditional.slots:
+        for inner in conditionals(branch):
+            if given in operands_of(inner):
+                _fit_inside(branch, inner, given, slot)
+        return
     if not users:
         return
     outputs: Any = branch.graph.output_node().args[0]

@@ -21,7 +21,16 @@ from torch import fx
 from .._torch import hold_strides, size_hint
 from ..graph import effects
 from ..graph.dataflow import value
-from .form import Slot, branches_of, conditionals, inputs_of, operands_of, set_slots_returned, slots_returned
+from .form import (
+    Slot,
+    branches_of,
+    conditionals,
+    inputs_of,
+    operands_of,
+    set_slots_returned,
+    slots_returned,
+    with_branches,
+)
 
 
 def fix_slot_strides(gm: fx.GraphModule) -> fx.GraphModule:
@@ -46,18 +55,23 @@ def fix_operand_strides(gm: fx.GraphModule) -> fx.GraphModule:
     graph computes; the branch then refuses its operand at run time, and in a package of AOTInductor reads it wrongly
     (seen in 2.13).
     """
-    for cond in conditionals(gm):
-        operands = list(operands_of(cond))
-        for i, operand in enumerate(operands):
-            recorded = value(operand)
-            if operand.op in ("placeholder", "get_attr") or not isinstance(recorded, torch.Tensor):
-                continue
-            with gm.graph.inserting_before(cond):
-                operands[i] = gm.graph.call_function(hold_strides, (operand,))
-            # a part of the module that attends
-            operands[i].meta = {"nn_module_stack": cond.meta.get("nn_module_stack", {}), "example_value": recorded}
-        cond.args = (*cond.args[:3], tuple(operands))
+    for graph in with_branches(gm):
+        for cond in conditionals(graph):
+            operands = tuple(_held(operand, cond) for operand in operands_of(cond))
+            cond.args = (*cond.args[:3], operands)
+        graph.recompile()
     return gm
+
+
+def _held(operand: fx.Node, cond: fx.Node) -> fx.Node:
+    recorded = value(operand)
+    if operand.op in ("placeholder", "get_attr") or not isinstance(recorded, torch.Tensor):
+        return operand
+    with cond.graph.inserting_before(cond):
+        held = cond.graph.call_function(hold_strides, (operand,))
+    # a part of the module that attends
+    held.meta = {"nn_module_stack": cond.meta.get("nn_module_stack", {}), "example_value": recorded}
+    return held
 
 
 def fix_branch_strides(gm: fx.GraphModule) -> fx.GraphModule:
@@ -66,8 +80,7 @@ def fix_branch_strides(gm: fx.GraphModule) -> fx.GraphModule:
     Compilers and `torch.export` refuse others. A stream may enter a block by columns, from a patch embedding, and leave
     it by rows.
     """
-    for cond in conditionals(gm):
-        computing, reading = branches_of(gm, cond)
+    for computing, reading in [branches_of(graph, cond) for graph in with_branches(gm) for cond in conditionals(graph)]:
         output = reading.graph.output_node()
         pairs = zip(output.args[0], computing.graph.output_node().args[0], strict=True)  # type: ignore[arg-type]
         with reading.graph.inserting_before(output):

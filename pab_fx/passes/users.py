@@ -90,11 +90,16 @@ class Passes:
     def run_after(self, gm: fx.GraphModule) -> fx.GraphModule:
         """A lowered graph, which may be changed, after the passes that run behind the rewrite."""
         for each in self.after:
-            for cond in conditionals(gm):
-                name, (branch, _) = str(cond.args[1].target), branches_of(gm, cond)  # type: ignore[union-attr]
-                setattr(gm, name, applied(each, branch))
-            gm = applied(each, gm)
+            gm = _applied_inside_first(each, gm)
         return gm
+
+
+def _applied_inside_first(each: Pass, gm: fx.GraphModule) -> fx.GraphModule:
+    """What a pass makes of a graph, and of the computing branches of its conditions."""
+    for cond in conditionals(gm):
+        name, (branch, _) = str(cond.args[1].target), branches_of(gm, cond)  # type: ignore[union-attr]
+        setattr(gm, name, _applied_inside_first(each, branch))
+    return applied(each, gm)
 
 
 def applied(each: Pass, gm: fx.GraphModule) -> fx.GraphModule:
