@@ -722,10 +722,6 @@ def test_blocks_without_a_stream_between_them_are_left_alone_and_it_is_said() ->
         (lambda: Magnitude((1.0,), retention=2), "retention must be a number from 0 to 1"),
         (lambda: Taylor(1, of=Taylor(1)), r"of must be Last\(\) or Residual\(\)"),
         (lambda: Hermite(1, scale=0), "scale must be a number above 0"),
-        (
-            lambda: pab_fx.PABBackend([Policy(Blocks(), Every(2)), Policy(Attentions(), Every(2))]),
-            "policies cannot be nested yet",
-        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_runs(make: Any, message: str) -> None:

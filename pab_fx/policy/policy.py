@@ -19,7 +19,7 @@ class Policy:
     are skipped as a whole) go together with that one's: where it reuses, they are neither run nor read.
 
     Args:
-        where: `Attentions`, `FeedForwards` or `Blocks`.
+        where: `Attentions`, `FeedForwards`, `Blocks` or `Model`.
         when: a rule: `SkipRange`, `AfterTimesteps`, `Every`, `Steps`, `Magnitude`, or one of your own; `None` leaves
             these parts alone.
         how: `Last` (the last output, as it was), `Residual` (what the part adds), `Taylor` or `Hermite` (a forecast),
@@ -41,7 +41,7 @@ class Policy:
     def __post_init__(self) -> None:
         if isinstance(self.where, type) or not (hasattr(self.where, "takes") and hasattr(self.where, "role_of")):
             raise ValueError(
-                f"Policy: where must be Attentions(...), FeedForwards(...) or Blocks(...), got {self.where!r}."
+                f"Policy: where must be Attentions(...), FeedForwards(...), Blocks(...) or Model(), got {self.where!r}."
             )
         if self.when is not None and not isinstance(self.when, Rule):
             raise ValueError(
