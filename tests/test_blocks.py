@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 import pab_fx
 from pab_fx import (
-    Attentions,
     Blocks,
     Every,
     Hermite,

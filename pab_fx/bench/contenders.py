@@ -183,7 +183,7 @@ class Constant(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The same in every call, but for what is handed on."""
-        given = {**dict(enumerate(args)), **kwargs}
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         places = self._handed_on or (None,) * len(tuple(self.buffers()))
         outputs = tuple(given.get(at, kept) for at, kept in zip(places, self.buffers(), strict=True))
         return outputs if self._is_tuple else outputs[0]
@@ -241,7 +241,7 @@ def outputs_of(
     found: dict[str, Constant] = {}
 
     def keep(name: str, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
-        given = {**dict(enumerate(args)), **kwargs}
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         shapes = {at: each.shape for at, each in given.items() if isinstance(each, torch.Tensor)}
         each_output = outputs if isinstance(outputs, tuple) else (outputs,)
         places = [next((at for at, shape in shapes.items() if shape == each.shape), None) for each in each_output]
