@@ -6,8 +6,8 @@
 
 Each caption is sampled once without PAB and once with each config, from the same noise, with inner="eager". Two runs
 with fewer steps and no PAB are yardsticks. In the table "forecasts", each config reads its caches as they were kept and
-as forecasts; in the table "parts", attentions, feed-forwards and blocks compute in every n-th step. The metrics are
-scikit-image's; none has learned weights.
+as forecasts; in the table "parts", attentions, feed-forwards, blocks and the model compute in every n-th step. The
+metrics are scikit-image's; none has learned weights.
 """
 
 from __future__ import annotations
@@ -31,9 +31,23 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
 
 import pab_fx
-from pab_fx import Attentions, Blocks, Every, FeedForwards, Hermite, How, Last, PABConfig, Policy, Residual, Taylor
+from pab_fx import (
+    Attentions,
+    Blocks,
+    Every,
+    FeedForwards,
+    Hermite,
+    How,
+    Last,
+    Model,
+    PABConfig,
+    Policy,
+    Residual,
+    Taylor,
+)
 from pab_fx.demo import CAPTIONS, Caption, ClipPipeline, load_pipeline, recognise
 from pab_fx.demo.run import demo_config
+from pab_fx.policy.when import reused_calls
 
 PARTS = ("colour", "direction", "shape")
 ORDERS = {"as kept": 0, "forecast, order 1": 1, "forecast, order 2": 2}
@@ -48,6 +62,7 @@ PARTS_OF_MODEL = {
     "attentions": (Attentions(), Last()),
     "feed-forwards": (FeedForwards(), Last()),
     "blocks": (Blocks(), Residual()),
+    "model": (Model(), Residual()),
 }
 console = Console(stderr=True)
 
@@ -177,15 +192,18 @@ def forecasts(pipe: ClipPipeline, steps: int) -> list[Way]:
 
 
 def parts(pipe: ClipPipeline, steps: int) -> list[Way]:
-    """Without a cache, and for every part, every interval and every how."""
+    """Without a cache; for every part, interval and how; and without a cache in as many steps as compute."""
+    every = [Every(n) for n in (2, 3, 4, 6)]
+    computed = [reused_calls(rule, range(steps, 0, -1)).count(False) for rule in every]
     return [
         Way("without a cache", None, steps),
         *(
-            Way(f"{name}, 1 step of {n}", Policy(where, Every(n), how(of)), steps)
+            Way(f"{name}, 1 step of {rule.n}", Policy(where, rule, how(of)), steps)
             for name, (where, of) in PARTS_OF_MODEL.items()
-            for n in (2, 3, 4, 6)
+            for rule in every
             for how in HOWS.values()
         ),
+        *(Way(f"without a cache, {count} steps", None, count) for count in computed),
     ]
 
 
@@ -268,16 +286,21 @@ def tables(found: Sequence[Found]) -> str:
 
 
 def table_of_hows(found: Sequence[Found], hows: Sequence[str]) -> str:
-    """PSNR to the clips of the first way, the mean and the worst: a row for each config, a column for each how."""
+    """PSNR to the clips of the first way, the mean and the worst: a row for each config, a column for each how.
+
+    A way without a cache has one column.
+    """
     psnr, number = METRICS[0], len(found[0].clips)
     rows = []
-    for i in range(1, len(found), len(hows)):
-        same = found[i : i + len(hows)]
+    cached = [each for each in found if each.way.config is not None]
+    groups = [cached[i : i + len(hows)] for i in range(0, len(cached), len(hows))]
+    for same in [*groups, *([each] for each in found[1:] if each.way.config is None)]:
         values = [each.metrics[psnr.name] for each in same]
         cells = [f"{np.mean(some):.1f} ({psnr.worst(some, 0.0):.1f})" for some in values]
         right = min(each.right["all three"] for each in same)
         reused = same[0].reused["attentions"] or same[0].reused["feed-forwards"]
-        rows.append((same[0].way.name, f"{reused:.1%}", *cells, f"{right} of {number}"))
+        cells += [""] * (len(hows) - len(cells))
+        rows.append((same[0].way.name, f"{reused:.1%}" if reused else "", *cells, f"{right} of {number}"))
     return _table(("PSNR, dB", "calls reused", *hows, "all three, at least"), rows)
 
 
