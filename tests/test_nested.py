@@ -259,6 +259,22 @@ def test_specialize_decides_what_lies_inside_of_what_computes() -> None:
         assert code.count("gelu.default(") == adds
 
 
+def test_the_report_says_when_a_part_is_skipped_with_the_one_around_it() -> None:
+    model = build(DiT)
+    policies = [Policy(Blocks(), Every(3), Residual()), Policy(Attentions(), SkipRange(2, 0, 1000))]
+    with pab_fx.enable(model, policies, inner="eager", timesteps=TIMESTEPS) as pab:
+        trajectory(model)
+        report = pab.report()
+    strips = {strip.role: strip for strip in report.schedule.strips}
+    assert strips["blocks"].steps == "CCRRCRRCRRCRR"
+    assert strips["spatial"].steps == "CRSSCSSRSSCSS"
+    roles = {role.role: (role.computed, role.reused) for role in report.roles}
+    assert roles["spatial"] == (3 * strips["spatial"].computed, 3 * strips["spatial"].reused) == (9, 6)
+    assert all("S is skipped" in text for text in (str(report), report.html()))
+    shares = [region.flops_share for region in report.regions if not region.inside]
+    assert sum(share for share in shares if share) <= 1
+
+
 FEW = ("FluxTransformer2DModel", "LatteTransformer3DModel")
 BREAKS = {"HiDreamImageTransformer2DModel", "MochiTransformer3DModel"}
 """Of which the graph breaks inside of the blocks."""

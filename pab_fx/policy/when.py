@@ -355,13 +355,16 @@ def checked_timesteps(timesteps: Any) -> tuple[float, ...]:
     return tuple(map(float, listed))
 
 
-def reused_calls(rule: Rule, timesteps: Sequence[float], calls: int = 1) -> tuple[bool, ...]:
+def reused_calls(
+    rule: Rule, timesteps: Sequence[float], calls: int = 1, rests: Sequence[bool] = ()
+) -> tuple[bool, ...]:
     """The plan of a whole generation: for each call of a module, whether the rule reuses there.
 
     Args:
         rule: the rule.
         timesteps: one per step, in the order of the generation.
         calls: how often a step calls the module; its calls are counted.
+        rests: for each step, whether a part around it reuses there, so that it is neither run nor read; none for never.
 
     Example:
         >>> reused_calls(SkipRange(3, 100, 800), (900, 700, 600, 500, 400, 50))
@@ -371,6 +374,9 @@ def reused_calls(rule: Rule, timesteps: Sequence[float], calls: int = 1) -> tupl
     computed, computed_t = 0, NEVER
     every = [t for t in timesteps for _ in range(calls)]
     for n, t in enumerate(every):
+        if rests and rests[n // calls]:
+            plan.append(False)
+            continue
         reuse = n > 0 and decided(rule, Step(n, t, len(every)), Progress(n - computed, computed_t))
         if not reuse:
             computed, computed_t = n, t

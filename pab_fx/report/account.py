@@ -138,10 +138,17 @@ def _scheduled(graphs: Iterable[Captured]) -> Iterator[Scheduled]:
         for region in captured.regions:
             if not region.is_broadcast:
                 continue
+            around = sorted(
+                (each for each in captured.regions if each.is_broadcast and each.holds(region)),
+                key=lambda each: -len(each.nodes),
+            )
+            outer = tuple(rule for each in around if (rule := _rule(each)) is not None)
             instances = captured.instances.get(region) or {region.name: (region.role, _rule(region))}
             for name, (role, rule) in instances.items():
                 if rule is not None:  # two models of a pipeline have parts of one name
-                    yield Scheduled(f"{captured.model} {name}", role, rule, calls[region.module_id], _how(region))
+                    yield Scheduled(
+                        f"{captured.model} {name}", role, rule, calls[region.module_id], _how(region), outer
+                    )
 
 
 def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dict[str, Any]]:
@@ -164,6 +171,8 @@ def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dic
             spared = {node for region in calls for node in captured.spared[region]}
             flops = sum(flops_of[captured].get(node, 0) for node in spared)
             time_share, seconds = _measured(spared, rounds, len(names))
+            around = [other for other in captured.regions if other.is_broadcast and other.holds(calls[0])]
+            outer = min(around, key=lambda other: len(other.nodes), default=None)
             for name in names:
                 shares[name] += captured.runs * flops / len(names) / total if total else 0.0
                 costs[name] = {
@@ -174,6 +183,7 @@ def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dic
                     "cache_bytes": sum(captured.cache_bytes.get(each, 0) for each in ids),
                     "seconds": seconds,
                     "time_share": time_share,
+                    "inside": "" if outer is None or not calls[0].is_broadcast else outer.name,
                 }
     return costs
 
@@ -193,7 +203,7 @@ def _graph(captured: Captured) -> GraphReport:
     if graph is None:
         return GraphReport(captured.frame, captured.runs, size, 0, outside=size, once=0, reusing=None)
     conditions, nodes = len(graph.lowerings.conditionals), graph.lowerings.conditional.graph.nodes
-    reusing = graph.graphs.get((True,) * conditions)
+    reusing = graph.graphs.get(tuple(each.outer is None for each in graph.lowerings.conditionals))  # others rest
     return GraphReport(
         frame=captured.frame,
         runs=captured.runs,

@@ -155,17 +155,22 @@ def broadcast(report: ReportData) -> Group:
     return Group(tuple(region for region in report.regions if region.left_alone is None))
 
 
+def outermost(report: ReportData) -> Group:
+    """What is broadcast and lies in nothing else that is, whose costs add up."""
+    return Group(tuple(region for region in broadcast(report).regions if not region.inside))
+
+
 def time_of(report: ReportData) -> tuple[str, str]:
     """The share of a step's time that what is broadcast has, and that in seconds; "" where it was not measured."""
     if report.seconds is None:
         return "", ""
-    share = broadcast(report).total("time_share") or 0.0
+    share = outermost(report).total("time_share") or 0.0
     return in_percent(share), f"{in_seconds(share * report.seconds)} of {in_seconds(report.seconds)}"
 
 
 def step_line(report: ReportData) -> str:
     """What a step that reuses nothing takes, and how much of it is broadcast; "" where nothing is known of that."""
-    own, (share, spent) = broadcast(report), time_of(report)
+    own, (share, spent) = outermost(report), time_of(report)
     flops = own.total("flops")
     if not flops:
         return ""

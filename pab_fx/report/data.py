@@ -30,6 +30,7 @@ class RegionReport:
         cache_bytes: what its caches hold when they are kept, in one cache context.
         seconds: time of the operations that are spared; `None` where it was not measured.
         time_share: of the time of a step that reuses nothing; `None` where it was not measured.
+        inside: name of the part in which it lies, "" for none; what it costs is among what that one costs.
     """
 
     name: str
@@ -45,6 +46,7 @@ class RegionReport:
     cache_bytes: int = 0
     seconds: float | None = None
     time_share: float | None = None
+    inside: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from . import content
 from .data import ReportData
 from .drawing import drawing
 from .palette import COMPUTE_COLOUR, PARTLY_COLOUR, REUSE_COLOUR, ROLE_COLOURS
-from .strips import COMPUTE, PARTLY, REUSE, SOURCES
+from .strips import COMPUTE, PARTLY, REUSE, SKIPPED, SOURCES
 from .units import in_bytes, in_percent
 
-WORDS = {COMPUTE: "compute", REUSE: "reuse", PARTLY: "reuse in some of its calls"}
+WORDS = {COMPUTE: "compute", REUSE: "reuse", PARTLY: "reuse in some of its calls", SKIPPED: "skipped"}
 
 
 def page(report: ReportData) -> str:
@@ -46,8 +46,8 @@ def _cards(report: ReportData) -> list[tuple[str, str]]:
     cards = [(f"{len(own.regions)} of {len(report.regions)}", "attentions and feed-forwards are broadcast")]
     if calls:
         cards.append((in_percent(sum(strip.reused for strip in steps) / calls), "of their calls reuse"))
-    if own.total("flops_share"):
-        cards.append((in_percent(own.total("flops_share")), "of a step's FLOPs are theirs"))
+    if content.outermost(report).total("flops_share"):
+        cards.append((in_percent(content.outermost(report).total("flops_share")), "of a step's FLOPs are theirs"))
     if share:
         cards.append((share, f"of a step's time ({spent})"))
     return [*cards, (in_bytes(own.total("cache_bytes") or 0), "of caches, in one cache context")]

@@ -1,7 +1,8 @@
 """The schedule as people read it: a letter per step, for each rule that something goes by.
 
 timestep   1000 900 ...
-spatial    C    C   R C R ...      # C computes, R reuses, P does both: of several calls in a step some reuse
+spatial    C    C   R C R ...      # C computes, R reuses, P does both: of several calls in a step some reuse;
+                                   # S is skipped with the part that it lies in
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ..policy.when import Rule, reused_calls
 from ..policy.where import ROLES
 from ..run.clock import Source
 
-COMPUTE, REUSE, PARTLY = "C", "R", "P"
+COMPUTE, REUSE, PARTLY, SKIPPED = "C", "R", "P", "S"
 
 SOURCES = {
     "known": "the timesteps of the generation",
@@ -30,7 +31,8 @@ class Strip:
         role: their role.
         rule: the rule in words.
         modules: how many there are.
-        steps: a letter per step: "C" computes, "R" reuses, "P" reuses in some of several calls in the step.
+        steps: a letter per step: "C" computes, "R" reuses, "P" reuses in some of several calls in the step, "S" is
+            skipped with the part that it lies in.
         computed: how many calls of each of them compute in all.
         reused: how many reuse.
     """
@@ -68,6 +70,7 @@ class Scheduled:
         rule: when it reuses.
         calls: how often it is called in a step.
         how: how it is read, in words; "" for as it was kept.
+        outer: the rules of the parts in which it lies, the outermost first.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Scheduled:
     rule: Rule
     calls: int = 1
     how: str = ""
+    outer: tuple[Rule, ...] = ()
 
 
 def schedule_of(modules: Iterable[Scheduled], timesteps: Sequence[float], source: Source) -> Schedule:
@@ -85,19 +89,34 @@ def schedule_of(modules: Iterable[Scheduled], timesteps: Sequence[float], source
         >>> schedule_of(modules, (900, 700, 600, 500), "known").strips[0].steps
         'CRCR'
     """
-    names: dict[tuple[str, Rule, int, str], set[str]] = {}
+    names: dict[tuple[str, Rule, int, str, tuple[Rule, ...]], set[str]] = {}
     for each in modules:
-        names.setdefault((each.role, each.rule, each.calls, each.how), set()).add(each.name)
+        names.setdefault((each.role, each.rule, each.calls, each.how, each.outer), set()).add(each.name)
     keys = sorted(names, key=lambda key: (ROLES.index(key[0]), key[1].describe(), key[2], key[3]))
     return Schedule(tuple(timesteps), source, tuple(_strip(*key, len(names[key]), timesteps) for key in keys))
 
 
-def _strip(role: str, rule: Rule, calls: int, how: str, modules: int, timesteps: Sequence[float]) -> Strip:
-    reused = reused_calls(rule, timesteps, calls)
-    of_steps = [reused[i : i + calls] for i in range(0, len(reused), calls)]
-    steps = "".join(REUSE if all(step) else PARTLY if any(step) else COMPUTE for step in of_steps)
+def _strip(
+    role: str,
+    rule: Rule,
+    calls: int,
+    how: str,
+    outer: tuple[Rule, ...],
+    modules: int,
+    timesteps: Sequence[float],
+) -> Strip:
+    rests = (False,) * len(timesteps)
+    for each in outer:
+        around = reused_calls(each, timesteps, rests=rests)
+        rests = tuple(a or b for a, b in zip(rests, around, strict=True))
+    reused = reused_calls(rule, timesteps, calls, rests)
+    letters = []
+    for i, is_skipped in enumerate(rests):
+        step = reused[i * calls : (i + 1) * calls]
+        letters.append(SKIPPED if is_skipped else REUSE if all(step) else PARTLY if any(step) else COMPUTE)
     words = ", ".join(filter(None, (rule.describe(), how)))
-    return Strip(role, words, modules, steps, reused.count(False), reused.count(True))
+    computed = len(reused) - sum(reused) - calls * sum(rests)
+    return Strip(role, words, modules, "".join(letters), computed, sum(reused))
 
 
 def ruler(timesteps: Sequence[float], width: int) -> str:

@@ -10,9 +10,9 @@ from rich.text import Text
 from . import content
 from .content import Table
 from .data import ReportData
-from .strips import COMPUTE, PARTLY, REUSE, SOURCES, ruler
+from .strips import COMPUTE, PARTLY, REUSE, SKIPPED, SOURCES, ruler
 
-COLOURS = {COMPUTE: "white on grey37", PARTLY: "black on yellow", REUSE: "black on green"}
+COLOURS = {COMPUTE: "white on grey37", PARTLY: "black on yellow", REUSE: "black on green", SKIPPED: "dim"}
 ROLE_COLOURS = {
     **{"spatial": "cyan", "temporal": "magenta", "cross": "yellow", "mlp": "blue"},
     **{"blocks": "bright_blue", "model": "white", "modules": "bright_magenta"},
@@ -64,7 +64,9 @@ def _strips(report: ReportData) -> list[str]:
 
 def _partly(report: ReportData) -> str:
     is_partly = any(PARTLY in strip.steps for strip in report.schedule.strips)
-    return ", P reuses in some of its calls" if is_partly else ""
+    is_skipped = any(SKIPPED in strip.steps for strip in report.schedule.strips)
+    said = ", P reuses in some of its calls" if is_partly else ""
+    return f"{said}, S is skipped with what it lies in" if is_skipped else said
 
 
 def _gap(report: ReportData) -> str:
