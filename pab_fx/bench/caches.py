@@ -16,7 +16,6 @@ from ..diffusers.hooks import is_attention
 from ..diffusers.taylorseer import LITE
 from ..policy.config import PABConfig
 from ..policy.how import Residual, Taylor
-from ..policy.lists import Magnitude
 from ..policy.policy import Policy, assigned
 from ..policy.when import Every, reused_calls
 from ..policy.where import BLOCKS, MODULES, ROLES, Blocks, NamedModules
@@ -56,9 +55,8 @@ def _magcache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) 
 
     The hooks fail with Latte, whose spatial and temporal blocks have streams of different shapes.
     """
-    ratios, threshold = tuple(FLUX_MAG_RATIOS.tolist()), 0.24
-    hooks = MagCacheConfig(threshold=threshold, num_inference_steps=steps, mag_ratios=ratios)
-    return Cache(Policy(Blocks(), Magnitude(ratios, threshold), Residual()), None if model.name == "latte" else hooks)
+    config = MagCacheConfig(threshold=0.24, num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS)
+    return Cache(config, None if model.name == "latte" else config)
 
 
 CACHES: Mapping[str, Callable[[BenchModel, PABConfig | None, int, Any], Cache]] = {
