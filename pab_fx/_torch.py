@@ -448,10 +448,22 @@ def compiled_frame() -> CompiledFrame:
     code = output.root_tx.f_code
     # a helper that broke in the middle runs once a call; one that did not may run any number of times
     begins = not code.co_name.startswith("torch_dynamo_resume_in_")
-    is_call = code.co_name in ("forward", "__call__") or not begins
+    module = _running(code, local)
+    is_call = code.co_name in ("forward", "__call__") or not begins or code in _codes_of_forward(module)
     first = next((local.get(name) for name in _argument_names(code)), None)
     ends = is_call and not (reason and reason.graph_break)
-    return CompiledFrame(_running(code, local), first, modules, ends, begins)
+    return CompiledFrame(module, first, modules, ends, begins)
+
+
+def _codes_of_forward(module: nn.Module | None) -> list[CodeType]:
+    """The code of a module's `forward`, and of what decorators have wrapped in it."""
+    function: Any = None if module is None else type(module).forward
+    found = []
+    while function is not None:
+        if hasattr(function, "__code__"):
+            found.append(function.__code__)
+        function = getattr(function, "__wrapped__", None)
+    return found
 
 
 def _running(code: CodeType, local: Mapping[str, Any] | FrameType) -> nn.Module | None:

@@ -86,7 +86,10 @@ class Notices:
 
     def warn_of_no_attention(self, name: str) -> None:
         """Warn that in a whole call of the model of that class no attention was found."""
-        self.warn_once("no attention", f"pab_fx: no attention was found in {name}, so nothing is reused.")
+        self.warn_once(
+            "no attention",
+            f"pab_fx: no attention was found in {name}, or nothing else that the config is for, so nothing is reused.",
+        )
 
     def warn_of_no_capture(self, name: str) -> None:
         """Warn that Dynamo has compiled nothing of a whole call of the model of that class."""

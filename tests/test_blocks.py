@@ -150,6 +150,27 @@ class DiT(Denoiser):
         return (x,)
 
 
+class ScaledBlock(Block):
+    """Ends in a division, as some of diffusers do."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return super().forward(x, embedding) / math.sqrt(2)
+
+
+class ScaledDiT(DiT):
+    block = ScaledBlock
+
+
+class SkippingDiT(DiT):
+    """Mixes what enters the blocks with what they yield, between them."""
+
+    def run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        (first,) = (x,) = streams
+        for block in self.blocks:
+            x = 0.9 * block(x, embedding) + 0.05 * first
+        return (block(x, embedding),)
+
+
 class TurningBlock(Block):
     """What leaves it lies by rows, however the stream was given: as the first operand of the sum."""
 
@@ -305,6 +326,8 @@ PAIRS: list[tuple[type[Denoiser], Rule, How]] = [
     (JoinedMMDiT, Every(3), Taylor(1)),
     (SpaceAndTime, Every(3), Taylor(1, torch.bfloat16, of=Residual())),
     (PostNormDiT, Every(2), Residual()),
+    (ScaledDiT, Every(2), Residual()),
+    (SkippingDiT, Every(2), Taylor(1, of=Residual())),
 ]
 
 
@@ -321,6 +344,7 @@ def test_blocks_do_what_the_policy_says(kind: type[Denoiser], rule: Rule, how: H
     assert not equal(expected, plain)
     (region,) = report.regions
     count = sum(len(each) for each in model.children() if isinstance(each, nn.ModuleList))
+    count += kind is SkippingDiT  # which calls the last one twice
     assert region.why.startswith(f"{count} of {count} blocks")
 
 
@@ -614,6 +638,9 @@ def identity_of(function: Any) -> str:
         (lambda x: (x.t() + x.tanh().t()).type_as(x), "x, t, add, type_as"),
         (lambda x: torch.cat([x, x + x.sin()]), "x, add, cat"),
         (lambda x: x.tanh(), "none"),
+        (lambda x, y: 0.9 * (x + x.tanh()) + y, "none"),  # not from what is added to it
+        (lambda x, y: (x + x.tanh()) + y, "x, add, add_1"),
+        (lambda x, y: x + y.tanh(), "x, add"),  # whatever is added to it
     ],
 )
 def test_a_stream_goes_by_sums_views_and_joins(function: Any, identity: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,19 @@ import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import Part, distance, equal
-from test_blocks import TIMESTEPS, Attention, Denoiser, DiT, JoinedMMDiT, MMDiT, SpaceAndTime, build, inputs, trajectory
+from test_blocks import (
+    TIMESTEPS,
+    Attention,
+    BrokenDiT,
+    Denoiser,
+    DiT,
+    JoinedMMDiT,
+    MMDiT,
+    SpaceAndTime,
+    build,
+    inputs,
+    trajectory,
+)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -257,6 +270,41 @@ def test_specialize_decides_what_lies_inside_of_what_computes() -> None:
         assert "cond" not in code
         assert code.count("scaled_dot_product_attention.default(") == attends
         assert code.count("gelu.default(") == adds
+
+
+def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+class DecoratedDiT(DiT):
+    """As most transformers of diffusers, which scale adapters around their forward."""
+
+    forward = decorated(DiT.forward)
+
+
+@pytest.mark.parametrize("kind", [DiT, DecoratedDiT])
+def test_the_whole_model_is_skipped(kind: type[Denoiser]) -> None:
+    policy = Policy(Model(), Every(3), Taylor(1, of=Residual()))
+    _, expected = check(kind, [policy])
+    assert not equal(expected, trajectory(build(kind)))
+    model = build(kind)
+    with pab_fx.enable(model, policy, inner="eager") as pab:
+        trajectory(model)
+        (graph,) = pab.backend.graphs
+    reusing = min(graph.graphs.values(), key=lambda gm: len(gm.graph.nodes))
+    assert not any("linear" in str(node.target) for node in reusing.graph.nodes)
+
+
+def test_a_model_whose_graph_breaks_is_not_skipped_as_a_whole_and_it_is_said() -> None:
+    model = build(BrokenDiT)
+    plain = trajectory(model)
+    with pab_fx.enable(model, Policy(Model(), Every(2)), inner="eager") as pab:
+        assert equal(trajectory(model), plain)
+        assert "the graph breaks inside of it" in str(pab.report())
 
 
 def test_the_report_says_when_a_part_is_skipped_with_the_one_around_it() -> None:

@@ -148,7 +148,8 @@ class Blocks:
         for name, given in (("first", self.first), ("last", self.last)):
             if (given is not None or name == "first") and (isinstance(given, bool) or not isinstance(given, int)):
                 raise ValueError(f"Blocks: {name} must be an integer, as in a slice, got {given!r}.")
-        if self.last is not None and (self.first < 0) == (self.last < 0) and self.first >= self.last:
+        is_empty = self.last is not None and (self.first < 0) == (self.last < 0) and self.first >= self.last
+        if is_empty or self.last == 0:
             raise ValueError(f"Blocks: no block lies in [{self.first}:{self.last}].")
 
     @property

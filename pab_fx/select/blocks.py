@@ -96,6 +96,8 @@ def _interrupted(view: View, calls: Iterable[ModuleCall], nodes: Iterable[fx.Nod
     """Why no stream goes through all of these blocks, as in a U-Net; `None` if one may."""
     own = {node for call in calls for node in view.entries[call]}
     between = next((node for node in nodes if node not in own and is_projection(node, view.acts)), None)
+    if between is not None and any(between in effects.updated(node) for node in own):
+        return f"a block updates the tensor that it is given in place ({between.name}): let it add to a new one"
     return None if between is None else f"no stream goes through all blocks: {between.name} lies between two of them"
 
 

@@ -84,7 +84,10 @@ def _bounded(graph: fx.Graph, region: Region) -> Region:
     unsafe = _unsafe(graph, region.nodes)
     if unsafe:
         return replace(region, unsafe=unsafe)
-    nodes, outputs, replayed = _outputs(region.nodes, shrinks=region.role != MODEL)
+    # what a residual is of is what the part yields, also where that ends in a division
+    shrinks = region.role != MODEL
+    is_of_output = not policy.how.reads_streams
+    nodes, outputs, replayed = _outputs(region.nodes, shrinks, leaves_products=shrinks and is_of_output)
     note, inside = region.note, set(nodes)
     if any(not inside.issuperset(effects.later_updates(graph, output)) for output in outputs):
         updates = UPDATES_KEPT if policy.how.keeps_updates else UPDATES_NOT_KEPT
@@ -112,7 +115,7 @@ def _with_own_contexts(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> tuple[fx.
 
 
 def _outputs(
-    nodes: Iterable[fx.Node], shrinks: bool = True
+    nodes: Iterable[fx.Node], shrinks: bool = True, leaves_products: bool = True
 ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """Shrink a region to where its outputs are tensors that share no storage: its nodes, outputs, replayed nodes.
 
@@ -139,7 +142,7 @@ def _outputs(
     while True:
         outputs = [node for node in inside if node not in replayed and is_used_outside(node)]
         outer = next((node for node in outputs if not is_tensor(node) or _shares(node, outputs, shrinks)), None)
-        outer = outer or next((node for node in outputs if shrinks and _is_rescaled(node, inside)), None)
+        outer = outer or next((node for node in outputs if leaves_products and _is_rescaled(node, inside)), None)
         if outer is None:
             return tuple(inside), tuple(outputs), tuple(replayed)
         items = [user for user in outer.users if user not in inside]

@@ -117,17 +117,30 @@ def streams(
     carried: dict[fx.Node, Source | None] = {}
     written: dict[fx.Node, list[fx.Node]] = {}
     spoiled: set[fx.Node] = set()  # into which something else is written as well
+    derived: set[fx.Node] = set()  # what is computed from streams inside
+    ahead: dict[fx.Node, set[fx.Node]] = {}  # what is computed from something outside
 
     def carries(source: fx.Node) -> bool:
         return source in carried or (source in acts and source not in inside)
 
+    def begins(source: fx.Node, others: Sequence[fx.Node]) -> bool:
+        """Whether an operand of a sum may be a stream: from outside not if another one, which it is added to, comes
+        from a stream inside (`0.9 * %h + %hint`), and not from it."""
+        if source in inside or derived.isdisjoint(others):
+            return True
+        if source not in ahead:
+            ahead[source] = _computed_from(source)
+        return not ahead[source].isdisjoint(others)
+
     for node in nodes:
+        if any(source in carried or source in derived for source in node.all_input_nodes):
+            derived.add(node)
         if node in between:
             own = [each for each in node.all_input_nodes if each in inside and (is_tensor(each) or is_tuple(each))]
             if not effects.updated(node) and all(each in carried for each in own):
                 carried[node] = None
             continue
-        found = _carried(node, carries, inside)
+        found = _carried(node, carries, begins, inside)
         if found is not None:
             carried[node] = taken_back(node, carried) if found < 0 else (node, found)
         for target in effects.updated(node):
@@ -185,12 +198,31 @@ def _look(node: fx.Node) -> object:
     return (sizes(node), recorded.dtype) if isinstance(recorded, torch.Tensor) else node
 
 
-def _carried(node: fx.Node, carries: Callable[[fx.Node], bool], inside: Collection[fx.Node]) -> int | None:
+def _computed_from(node: fx.Node) -> set[fx.Node]:
+    """A node, and all that is computed from it."""
+    found, pending = {node}, [node]
+    while pending:
+        users = set(pending.pop().users) - found
+        found |= users
+        pending += users
+    return found
+
+
+def _carried(
+    node: fx.Node,
+    carries: Callable[[fx.Node], bool],
+    begins: Callable[[fx.Node, Sequence[fx.Node]], bool],
+    inside: Collection[fx.Node],
+) -> int | None:
     """Which operand of a sum a stream comes by, -1 for a node that hands its operands on, `None` if none comes."""
     sources, name = node.all_input_nodes, op_name(node)
     if name in SUMS | DIFFERENCES:
         augends = sources if name in SUMS else sources[:1]
-        fit = [i for i, each in enumerate(augends) if carries(each) and sizes(each) == sizes(node)]
+        fit = [
+            i
+            for i, each in enumerate(augends)
+            if carries(each) and sizes(each) == sizes(node) and begins(each, sources[:i] + sources[i + 1 :])
+        ]
         return next((i for i in fit if sources[i] in inside), fit[0] if fit else None)
     if effects.updated(node) or not (name in SAME or effects.is_view(node) or effects.returns_operand(node)):
         return None
