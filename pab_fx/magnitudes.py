@@ -30,6 +30,7 @@ def magnitude_ratios(
         A ratio for each step; the first one is 1.
 
     Raises:
+        TypeError: if `generate` is no function.
         ValueError: if the generation has another number of steps, or nothing of the model could be measured.
 
     Example:
@@ -43,6 +44,8 @@ def magnitude_ratios(
         ...
         ValueError: nothing was measured: the model has no blocks that a stream goes through, or no step of it ran.
     """
+    if not callable(generate):
+        raise TypeError(f"generate must be a function that runs a generation, as lambda: pipe(...), got {generate!r}.")
     ended: list[tuple[float, ...]] = []
     with enable(model, measuring(steps), inner="eager") as pab:
         pab.backend.runtime.at_end = lambda cells: ended.extend(measured_in(cells))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .checks import check_fields
+from .checks import check_fields, is_iterable
 from .how import Hermite, How, Last, Residual, Taylor
 from .lists import Magnitude, Steps
 from .policy import Policy
@@ -42,7 +42,7 @@ def save_policies(policies: Policy | Sequence[Policy], path: str | PathLike[str]
     """
     if isinstance(policies, Policy):
         policies = (policies,)
-    if not all(isinstance(each, Policy) for each in policies):
+    if not is_iterable(policies) or not policies or not all(isinstance(each, Policy) for each in policies):
         raise ValueError(f"save_policies takes policies, got {policies!r}; those of a PABConfig are its policies().")
     Path(path).write_text(json.dumps(as_json(policies), indent=2) + "\n", encoding="utf-8")
 

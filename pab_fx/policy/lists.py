@@ -122,8 +122,8 @@ class Magnitude(Listed):
         given: Any = self.ratios
         given = given.tolist() if hasattr(given, "tolist") else given
         ratios = tuple(given) if is_iterable(given) else ()
-        if not ratios or not all(map(is_number, ratios)):
-            raise ValueError(f"Magnitude: ratios must be numbers, one for each step, got {self.ratios!r}.")
+        if not ratios or not all(is_number(ratio) and ratio >= 0 for ratio in ratios):
+            raise ValueError(f"Magnitude: ratios must be numbers >= 0, one for each step, got {self.ratios!r}.")
         object.__setattr__(self, "ratios", ratios)
         if not is_number(self.threshold) or self.threshold < 0:
             raise ValueError(f"Magnitude: threshold must be a number >= 0, got {self.threshold!r}.")
