@@ -31,6 +31,7 @@ Source = tuple[fx.Node, int]
 SUMS = {"add", "add_", "__add__", "iadd", "__iadd__"}
 DIFFERENCES = {"sub", "sub_", "__sub__", "isub", "__isub__", "addcmul", "addcmul_"}
 """What adds to its first operand only."""
+PRODUCTS = {"mul", "mul_", "__mul__", "imul", "div", "div_", "truediv", "__truediv__", "itruediv"}
 FRESH = {"new_zeros", "new_empty", "new_full", "new_ones", "zeros", "empty", "full", "ones", "zeros_like", "empty_like"}
 """What makes a tensor, for others to be written into."""
 CONCATENATIONS = {*JOINS, "stack", "pad_sequence"}
@@ -117,24 +118,18 @@ def streams(
     carried: dict[fx.Node, Source | None] = {}
     written: dict[fx.Node, list[fx.Node]] = {}
     spoiled: set[fx.Node] = set()  # into which something else is written as well
-    derived: set[fx.Node] = set()  # what is computed from streams inside
-    ahead: dict[fx.Node, set[fx.Node]] = {}  # what is computed from something outside
+    scaled: set[fx.Node] = set()  # streams inside, times something
 
     def carries(source: fx.Node) -> bool:
         return source in carried or (source in acts and source not in inside)
 
     def begins(source: fx.Node, others: Sequence[fx.Node]) -> bool:
-        """Whether an operand of a sum may be a stream: from outside not if another one, which it is added to, comes
-        from a stream inside (`0.9 * %h + %hint`), and not from it."""
-        if source in inside or derived.isdisjoint(others):
-            return True
-        if source not in ahead:
-            ahead[source] = _computed_from(source)
-        return not ahead[source].isdisjoint(others)
+        """Whether an operand of a sum may be a stream: from outside not if it is added to one (`0.9 * %h + %hint`)."""
+        return source in inside or scaled.isdisjoint(others)
 
     for node in nodes:
-        if any(source in carried or source in derived for source in node.all_input_nodes):
-            derived.add(node)
+        if op_name(node) in PRODUCTS and any(source in carried or source in scaled for source in node.all_input_nodes):
+            scaled.add(node)
         if node in between:
             own = [each for each in node.all_input_nodes if each in inside and (is_tensor(each) or is_tuple(each))]
             if not effects.updated(node) and all(each in carried for each in own):
@@ -196,16 +191,6 @@ def _keeps_values(node: fx.Node) -> bool:
 def _look(node: fx.Node) -> object:
     recorded = value(node)
     return (sizes(node), recorded.dtype) if isinstance(recorded, torch.Tensor) else node
-
-
-def _computed_from(node: fx.Node) -> set[fx.Node]:
-    """A node, and all that is computed from it."""
-    found, pending = {node}, [node]
-    while pending:
-        users = set(pending.pop().users) - found
-        found |= users
-        pending += users
-    return found
 
 
 def _carried(
