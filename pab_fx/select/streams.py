@@ -118,7 +118,8 @@ def streams(
     carried: dict[fx.Node, Source | None] = {}
     written: dict[fx.Node, list[fx.Node]] = {}
     spoiled: set[fx.Node] = set()  # into which something else is written as well
-    scaled: set[fx.Node] = set()  # streams inside, times something
+    summed: set[fx.Node] = set()  # streams that something was added to inside
+    scaled: set[fx.Node] = set()  # those, times something
 
     def carries(source: fx.Node) -> bool:
         return source in carried or (source in acts and source not in inside)
@@ -128,7 +129,7 @@ def streams(
         return source in inside or scaled.isdisjoint(others)
 
     for node in nodes:
-        if op_name(node) in PRODUCTS and any(source in carried or source in scaled for source in node.all_input_nodes):
+        if op_name(node) in PRODUCTS and not (summed | scaled).isdisjoint(node.all_input_nodes):
             scaled.add(node)
         if node in between:
             own = [each for each in node.all_input_nodes if each in inside and (is_tensor(each) or is_tuple(each))]
@@ -138,6 +139,8 @@ def streams(
         found = _carried(node, carries, begins, inside)
         if found is not None:
             carried[node] = taken_back(node, carried) if found < 0 else (node, found)
+            if found >= 0 or not summed.isdisjoint(node.all_input_nodes):
+                summed.add(node)
         for target in effects.updated(node):
             if op_name(target) not in FRESH or target not in inside:
                 continue
