@@ -85,10 +85,10 @@ class Notices:
             )
 
     def warn_of_no_attention(self, name: str) -> None:
-        """Warn that in a whole call of the model of that class no attention was found."""
+        """Warn that in a whole call of the model of that class nothing was found that the config is for."""
         self.warn_once(
             "no attention",
-            f"pab_fx: no attention was found in {name}, or nothing else that the config is for, so nothing is reused.",
+            f"pab_fx: nothing that the config is for was found in {name}, so nothing is reused.",
         )
 
     def warn_of_no_capture(self, name: str) -> None:

@@ -48,16 +48,16 @@ lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.to_qkv, self.to_out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.to_qkv, self.to_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.to_out(scaled_dot_product_attention(*self.to_qkv(x).chunk(3, dim=-1)))
 
 
-def feed_forward() -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+def feed_forward(width: int = WIDTH) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
 
 class Block(nn.Module):
@@ -734,6 +734,27 @@ def test_blocks_without_a_stream_between_them_are_left_alone_and_it_is_said() ->
         assert equal(trajectory(model), plain)
         (region,) = pab.report().regions
     assert "no stream goes through all blocks" in str(region.left_alone)
+
+
+class GreedyBlock(Block):
+    """Updates the tensor that it is given."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x += self.attn(self.norm(x))
+        return x
+
+
+class GreedyDiT(DiT):
+    block = GreedyBlock
+
+
+def test_blocks_that_update_what_they_are_given_are_left_alone_and_it_is_said() -> None:
+    model = build(GreedyDiT)
+    plain = trajectory(model)
+    with pab_fx.enable(model, Policy(Blocks(), Every(2), Residual()), inner="eager") as pab:
+        assert equal(trajectory(model), plain)
+        (region,) = pab.report().regions
+    assert "in place" in str(region.left_alone)
 
 
 @pytest.mark.parametrize(

@@ -484,7 +484,7 @@ def test_blocks_that_are_captured_one_by_one_are_skipped_one_by_one(change: Chan
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("change", "why"), [(casting, "no residual"), (leaves_offloaded, "no attention was found")])
+@pytest.mark.parametrize(("change", "why"), [(casting, "no residual"), (leaves_offloaded, "config is for was found")])
 def test_blocks_in_which_hooks_break_the_graph_are_computed_and_it_is_said(change: Change, why: str) -> None:
     entry = changed(change)
     pipe = entry.build()

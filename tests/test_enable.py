@@ -329,7 +329,10 @@ class Perceptron(nn.Module):
 @torch.no_grad()
 def test_a_model_in_which_no_attention_is_found_warns() -> None:
     model = Perceptron()
-    with pab_fx.enable(model, inner="eager"), pytest.warns(UserWarning, match="no attention was found in Perceptron"):
+    with (
+        pab_fx.enable(model, inner="eager"),
+        pytest.warns(UserWarning, match="config is for was found in Perceptron"),
+    ):
         model(torch.ones(1, 2))
 
 

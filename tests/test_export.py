@@ -410,7 +410,7 @@ def test_a_model_without_attention_is_refused() -> None:
         def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
             return super().forward(x) + timestep
 
-    with pytest.raises(ValueError, match=r"nothing of Perceptron would be broadcast: no attention was found"):
+    with pytest.raises(ValueError, match=r"nothing of Perceptron would be broadcast: nothing that the config is for"):
         pab_fx.export(Perceptron(8, 8), {"x": torch.ones(2, 8), "timestep": torch.ones(1)})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import pipelines
 import pytest
 import torch
 import zoo
-from test_taylorseer import STEPS, tensors, trajectory
+from test_taylorseer import STEPS, Hooked, are_equal, expected_of, tensors, trajectory
 from torch import Tensor
 
 import pab_fx
@@ -32,23 +31,6 @@ CONSTANT = [1.0] * STEPS
 def config_of(**fields: Any) -> Any:
     given = {"threshold": 0.06, "max_skip_steps": 2, "num_inference_steps": STEPS, "mag_ratios": RATIOS, **fields}
     return hooks.MagCacheConfig(**given)
-
-
-class Hooked:
-    """A copy of a model with the hooks, in the cache context that is entered for `pab_fx`."""
-
-    def __init__(self, model: Any, config: Any) -> None:
-        self.model = copy.deepcopy(model)
-        hooks.apply_mag_cache(self.model, config)
-
-    def __call__(self, **kwargs: Any) -> Any:
-        context = hooks.hooks.CacheContext(pab_fx.run.contexts.current_cache_context.get())
-        hooks.hooks._set_cache_context(self.model, context)
-        return self.model(**kwargs)
-
-
-def are_equal(found: Sequence[list[Tensor]], expected: Sequence[list[Tensor]]) -> bool:
-    return all(all(map(torch.equal, a, b)) for a, b in zip(found, expected, strict=True))
 
 
 RUNS = (
@@ -91,14 +73,6 @@ FEW = ("Flux2Transformer2DModel", "QwenImageControlNetModel", "WanVACETransforme
 
 def in_default(names: Sequence[str], few: Sequence[str]) -> list[Any]:
     return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-def expected_of(entry: zoo.Entry, config: Any, contexts: Sequence[str] = ("cond",)) -> list[list[Tensor]]:
-    """What the hooks yield, which is not what the model yields without them."""
-    model = entry.build()
-    found, plain = (trajectory(entry, each, contexts) for each in (Hooked(model, config), model))
-    assert not are_equal(found, plain)
-    return found
 
 
 def found_of(

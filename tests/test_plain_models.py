@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from reference import Part, distance, equal
+from test_blocks import Attention, feed_forward
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from pab_fx import Attentions, Blocks, Every, FeedForwards, PABBackend, Policy, Residual, Taylor
 
@@ -44,26 +44,14 @@ class Denoiser(nn.Module):
         return self.proj_out(self.blocks(self.proj_in(hidden_states) + embedding[:, None]))
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_qkv, self.to_out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.to_out(scaled_dot_product_attention(*self.to_qkv(x).chunk(3, dim=-1)))
-
-
 class Layers(nn.Module):
     """Layers of a norm and what comes after it, an attention and a feed-forward in turns; one list holds the lists."""
 
     def __init__(self, norm_first: bool = True) -> None:
         super().__init__()
-        parts = [part for _ in range(2) for part in (Attention(), self.feed_forward())]
+        parts = [part for _ in range(2) for part in (Attention(WIDTH), feed_forward(WIDTH))]
         self.layers = nn.ModuleList([nn.ModuleList([nn.LayerNorm(WIDTH), part]) for part in parts])
         self.norm_first = norm_first
-
-    def feed_forward(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         for norm, part in self.layers:

@@ -212,7 +212,9 @@ def _check_regions(name: str, regions: Sequence[Region]) -> None:
     reasons = "".join(f"\n  {region.name} ({region.role}): {region.unsafe}" for region in unsafe)
     if not any(region.is_broadcast for region in regions):
         idle = "".join(f"\n  {region.name} ({region.role}): {region.why}" for region in regions if not region.policy)
-        raise ValueError(f"nothing of {name} would be broadcast:{reasons + idle or ' no attention was found.'}")
+        raise ValueError(
+            f"nothing of {name} would be broadcast:{reasons + idle or ' nothing that the config is for was found.'}"
+        )
     for region in regions:
         if region.is_broadcast and not all(isinstance(s, int) for node in region.outputs for s in value(node).shape):
             where = f"{region.name} ({region.role})"

@@ -15,7 +15,7 @@ from ..policy.when import Rule
 from ..policy.where import ROLES
 from ..run.runtime import Runtime
 from ..run.state import Cell
-from ..select.region import Region
+from ..select.region import Region, around
 from .captured import Captured
 from .costs import operations
 from .data import ContextReport, GraphReport, OnceReport, RegionReport, RoleReport
@@ -135,14 +135,9 @@ def _scheduled(graphs: Iterable[Captured]) -> Iterator[Scheduled]:
     """What goes by a schedule, in each graph."""
     for captured in graphs:
         calls = Counter(region.module_id for region in captured.regions)
-        for region in captured.regions:
-            if not region.is_broadcast:
-                continue
-            around = sorted(
-                (each for each in captured.regions if each.is_broadcast and each.holds(region)),
-                key=lambda each: -len(each.nodes),
-            )
-            outer = tuple(rule for each in around if (rule := _rule(each)) is not None)
+        broadcast = [region for region in captured.regions if region.is_broadcast]
+        for region in broadcast:
+            outer = tuple(rule for each in around(region, broadcast) if (rule := _rule(each)) is not None)
             instances = captured.instances.get(region) or {region.name: (region.role, _rule(region))}
             for name, (role, rule) in instances.items():
                 if rule is not None:  # two models of a pipeline have parts of one name
@@ -171,8 +166,7 @@ def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dic
             spared = {node for region in calls for node in captured.spared[region]}
             flops = sum(flops_of[captured].get(node, 0) for node in spared)
             time_share, seconds = _measured(spared, rounds, len(names))
-            around = [other for other in captured.regions if other.is_broadcast and other.holds(calls[0])]
-            outer = min(around, key=lambda other: len(other.nodes), default=None)
+            outer = around(calls[0], [region for region in captured.regions if region.is_broadcast])
             for name in names:
                 shares[name] += captured.runs * flops / len(names) / total if total else 0.0
                 costs[name] = {
@@ -183,7 +177,7 @@ def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dic
                     "cache_bytes": sum(captured.cache_bytes.get(each, 0) for each in ids),
                     "seconds": seconds,
                     "time_share": time_share,
-                    "inside": "" if outer is None or not calls[0].is_broadcast else outer.name,
+                    "inside": outer[-1].name if outer and calls[0].is_broadcast else "",
                 }
     return costs
 

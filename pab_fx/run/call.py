@@ -145,8 +145,9 @@ class BroadcastGraph:
         for t, next_t in zip(timesteps, (*timesteps[1:], END), strict=True):
             decisions = modules.advance(Call(t, next_t, timesteps, None))
             self.lowerings.compiled(self._key(self._reuses(decisions)))
-            for cell, decision in ((c, each) for each in decisions if not each.rests for c in each.group.cells):
-                cell.caches = () if decision.keeps else None
+            for decision in decisions:
+                for cell in decision.group.cells if not decision.rests else ():
+                    cell.caches = () if decision.keeps else None
 
     # ------------------------------------------------------------------------------------------- whose state
 

@@ -158,15 +158,13 @@ class Lockstep:
         return rose
 
     def advance(self, call: Call) -> list[Decision]:
-        """Count the call, and decide it; what lies in another part comes after that."""
-        decided: dict[int, Decision] = {}
-        decisions, waiting = [], list(self._groups)
-        while waiting:
-            group = next(each for each in waiting if each.outer is None or each.outer in decided)
-            waiting.remove(group)
-            around = None if group.outer is None else decided[group.outer]
+        """Count the call, and decide it. What lies in another module has a higher number, so it comes after that."""
+        of_module: dict[int, Decision] = {}
+        decisions = []
+        for group in self._groups:
+            around = None if group.outer is None else of_module[group.outer]
             decision = self._advance(group, call, around is not None and (around.rests or any(around.reuses)))
-            decided.update(dict.fromkeys(group.modules, decision))
+            of_module.update(dict.fromkeys(group.modules, decision))
             decisions.append(decision)
         return decisions
 

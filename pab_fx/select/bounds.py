@@ -84,10 +84,9 @@ def _bounded(graph: fx.Graph, region: Region) -> Region:
     unsafe = _unsafe(graph, region.nodes)
     if unsafe:
         return replace(region, unsafe=unsafe)
-    # what a residual is of is what the part yields, also where that ends in a division
-    shrinks = region.role != MODEL
-    is_of_output = not policy.how.reads_streams
-    nodes, outputs, replayed = _outputs(region.nodes, shrinks, leaves_products=shrinks and is_of_output)
+    # a whole model's prediction has to look like its sample, and a residual is of all that the part yields
+    may_be_view = region.role == MODEL
+    nodes, outputs, replayed = _outputs(region.nodes, may_be_view, may_be_view or policy.how.reads_streams)
     note, inside = region.note, set(nodes)
     if any(not inside.issuperset(effects.later_updates(graph, output)) for output in outputs):
         updates = UPDATES_KEPT if policy.how.keeps_updates else UPDATES_NOT_KEPT
@@ -115,7 +114,7 @@ def _with_own_contexts(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> tuple[fx.
 
 
 def _outputs(
-    nodes: Iterable[fx.Node], shrinks: bool = True, leaves_products: bool = True
+    nodes: Iterable[fx.Node], may_be_view: bool, may_be_product: bool
 ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """Shrink a region to where its outputs are tensors that share no storage: its nodes, outputs, replayed nodes.
 
@@ -125,8 +124,12 @@ def _outputs(
 
     Views, sizes and items of tuples are cheap to take again from what is kept. So is a product with a number, such as
     the `hidden_states / attn.rescale_output_factor` at the end of diffusers' attentions: outside, a compiler fuses it
-    with what follows, and inside, it would make one more tensor of what the last projection yields. A region that
-    `shrinks` not, a whole model whose prediction has to look like its sample, ends in a view all the same.
+    with what follows, and inside, it would make one more tensor of what the last projection yields.
+
+    Args:
+        nodes: the region's.
+        may_be_view: whether an output may be a view, the only one of its tensor.
+        may_be_product: whether an output may be a product with a number.
     """
     inside = dict.fromkeys(nodes)
     replayed: dict[fx.Node, None] = {}
@@ -141,8 +144,8 @@ def _outputs(
 
     while True:
         outputs = [node for node in inside if node not in replayed and is_used_outside(node)]
-        outer = next((node for node in outputs if not is_tensor(node) or _shares(node, outputs, shrinks)), None)
-        outer = outer or next((node for node in outputs if leaves_products and _is_rescaled(node, inside)), None)
+        outer = next((node for node in outputs if not is_tensor(node) or _shares(node, outputs, may_be_view)), None)
+        outer = outer or next((node for node in outputs if not may_be_product and _is_rescaled(node, inside)), None)
         if outer is None:
             return tuple(inside), tuple(outputs), tuple(replayed)
         items = [user for user in outer.users if user not in inside]
@@ -154,9 +157,10 @@ def _outputs(
             del inside[outer]
 
 
-def _shares(node: fx.Node, outputs: Iterable[fx.Node], shrinks: bool) -> bool:
-    """Whether a node is a view; of a region that does not shrink, a view that is not the only one of its tensor."""
-    return effects.is_view(node) and (shrinks or any(o is not node and effects.may_alias(o, node) for o in outputs))
+def _shares(node: fx.Node, outputs: Iterable[fx.Node], may_be_view: bool) -> bool:
+    """Whether a node is a view, and no output as such."""
+    others = any(output is not node and effects.may_alias(output, node) for output in outputs)
+    return effects.is_view(node) and (others or not may_be_view)
 
 
 def _is_rescaled(node: fx.Node, inside: Container[fx.Node]) -> bool:

@@ -19,14 +19,13 @@ from torch import fx
 from ..graph import effects
 from ..graph.dataflow import backward, is_nonlinear, is_projection, op_name, shape, tells_dtype
 from .region import Region
-from .streams import SUMS
+from .streams import MULTIPLICATIONS, SUMS
 from .view import View
 
 GATED = "what is kept is its product with the gate"
 FUSED = "its product with the gate is one operation with a sum (addcmul), so it is kept without the gate"
 UNGATED = "no product with a gate is the only use of its output, so it is kept as it is"
 
-PRODUCTS = {"mul", "multiply", "__mul__", "__rmul__"}
 FUSED_PRODUCTS = {"addcmul", "addcmul_"}
 
 
@@ -66,7 +65,7 @@ def _downstream(
             further.add(node)
         elif len(own) == len(sources) and _hands_on(node, view.acts):
             way.add(node)
-        elif op_name(node) in PRODUCTS and len(sources) == 2 and shape(node) == shape(own[0]):
+        elif op_name(node) in MULTIPLICATIONS and len(sources) == 2 and shape(node) == shape(own[0]):
             way.add(node)
             products.add(node)
         else:

@@ -131,10 +131,12 @@ def _assigned(assign: Assign, role: str, why: str, name: str) -> tuple[str, Poli
     return assign(role, name, why)
 
 
+def around(region: Region, regions: Sequence[Region]) -> list[Region]:
+    """Those of some regions in which a region lies, the outermost first."""
+    return sorted((each for each in regions if each.holds(region)), key=lambda each: -len(each.nodes))
+
+
 def enclosing(regions: Sequence[Region]) -> list[int | None]:
-    """For each of these regions the position of the smallest one that it lies in, `None` if it lies in none."""
-    found: list[int | None] = []
-    for region in regions:
-        around = [i for i, other in enumerate(regions) if other.holds(region)]
-        found.append(min(around, key=lambda i: len(regions[i].nodes), default=None))
-    return found
+    """For each of these regions the position of the innermost one that it lies in, `None` if it lies in none."""
+    position = {region: i for i, region in enumerate(regions)}
+    return [position[outer[-1]] if (outer := around(region, regions)) else None for region in regions]

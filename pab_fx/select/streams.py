@@ -8,9 +8,10 @@ sums, views, casts and concatenations against the dataflow:
     %j : cat(%text, %y)                  ->       from %text and %x, by the nodes on the way without what they add:
     %z : add(%j, attention(%j))                       %j : cat(%text, %x)
 
-What is taken out of a sequence again, as it was joined into it, is followed to what was joined. Where no sum leads back
-(a block that ends in a norm, or joins by a projection), it is the first tensor of the same shape and dtype that enters.
-No graph is changed here.
+What is taken out of a sequence again, as it was joined into it, is followed to what was joined. What is added to a
+stream that was scaled (`0.9 * %y + %hint`) is not taken for the stream. Where no sum leads back (a block that ends in a
+norm, or joins by a projection), it is the first tensor of the same shape and dtype that enters. No graph is changed
+here.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Source = tuple[fx.Node, int]
 SUMS = {"add", "add_", "__add__", "iadd", "__iadd__"}
 DIFFERENCES = {"sub", "sub_", "__sub__", "isub", "__isub__", "addcmul", "addcmul_"}
 """What adds to its first operand only."""
-PRODUCTS = {"mul", "mul_", "__mul__", "imul", "div", "div_", "truediv", "__truediv__", "itruediv"}
+MULTIPLICATIONS = {"mul", "multiply", "__mul__", "__rmul__"}
+SCALES = {*MULTIPLICATIONS, "mul_", "imul", "div", "div_", "truediv", "__truediv__", "itruediv"}
 FRESH = {"new_zeros", "new_empty", "new_full", "new_ones", "zeros", "empty", "full", "ones", "zeros_like", "empty_like"}
 """What makes a tensor, for others to be written into."""
 CONCATENATIONS = {*JOINS, "stack", "pad_sequence"}
@@ -129,7 +131,7 @@ def streams(
         return source in inside or scaled.isdisjoint(others)
 
     for node in nodes:
-        if op_name(node) in PRODUCTS and not (summed | scaled).isdisjoint(node.all_input_nodes):
+        if op_name(node) in SCALES and not (summed | scaled).isdisjoint(node.all_input_nodes):
             scaled.add(node)
         if node in between:
             own = [each for each in node.all_input_nodes if each in inside and (is_tensor(each) or is_tuple(each))]

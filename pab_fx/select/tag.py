@@ -42,14 +42,10 @@ def tag(gm: fx.GraphModule, policies: Sequence[Policy], names: ModuleNames | Non
     view = View(gm.graph, names)
     found = [_for_all_blocks(region, names) for region in _found(view, policies)]
     calls: dict[str, list[Region]] = {}
-    for level in (
-        (MODEL,),
-        (BLOCKS,),
-        None,
-    ):  # regions of one level do not overlap; they lie in those of the ones above
-        alike = [region for region in found if (region.role in level if level else region.role not in (MODEL, BLOCKS))]
-        owned, taken = {node for region in alike for node in region.nodes}, set[fx.Node]()
-        for region in alike:
+    for role in (MODEL, BLOCKS, None):  # regions of one level do not overlap; they lie in those of the ones above
+        level = [region for region in found if (region.role if region.role in (MODEL, BLOCKS) else None) == role]
+        owned, taken = {node for region in level for node in region.nodes}, set[fx.Node]()
+        for region in level:
             if taken.isdisjoint(region.nodes):
                 region = with_gate(region, view, owned)
                 owned.update(region.nodes)
