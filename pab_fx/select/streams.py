@@ -121,7 +121,7 @@ def streams(
     written: dict[fx.Node, list[fx.Node]] = {}
     spoiled: set[fx.Node] = set()  # into which something else is written as well
     summed: set[fx.Node] = set()  # streams that something was added to inside
-    scaled: set[fx.Node] = set()  # those, times something
+    scaled: set[fx.Node] = set()  # those, times a number or a weight
 
     def carries(source: fx.Node) -> bool:
         return source in carried or (source in acts and source not in inside)
@@ -131,7 +131,8 @@ def streams(
         return source in inside or scaled.isdisjoint(others)
 
     for node in nodes:
-        if op_name(node) in SCALES and not (summed | scaled).isdisjoint(node.all_input_nodes):
+        factors = [each for each in node.all_input_nodes if each in acts]
+        if op_name(node) in SCALES and factors and all(each in summed or each in scaled for each in factors):
             scaled.add(node)
         if node in between:
             own = [each for each in node.all_input_nodes if each in inside and (is_tensor(each) or is_tuple(each))]
