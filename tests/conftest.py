@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,24 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.guards
+from sweeps import CASES_BY_DEFAULT
 
 from pab_fx.testing import replaying
 
 # Dynamo measures the guards of each frame for a log that nobody reads here, and flushes a cache for that: 30 ms a time.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[assignment]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Further cases of a sweep are slow tests."""
+    found: Counter[tuple[str, str]] = Counter()
+    for item in items:
+        name = item.name.partition("[")[0]
+        if name in CASES_BY_DEFAULT and item.get_closest_marker("slow") is None:
+            found[str(item.path), name] += 1
+            if found[str(item.path), name] > CASES_BY_DEFAULT[name]:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:
