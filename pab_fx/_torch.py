@@ -40,6 +40,16 @@ def operator_namespace(target: object) -> str:
     return str(getattr(target, "_qualified_op_name", "")).partition("::")[0]
 
 
+def mean_over_ranks(number: Any, group: Any) -> Any:
+    """The mean of a number over the ranks of a process group, as functional collectives: traced, it is two nodes more.
+
+    `torch.ops._c10d_functional` and `_get_group_size_by_name` seen in 2.9 to 2.15.
+    """
+    collectives = torch.ops._c10d_functional
+    size = torch.distributed.distributed_c10d._get_group_size_by_name(group)
+    return collectives.wait_tensor(collectives.all_reduce(number, "sum", group)) / size
+
+
 def overloads_of(target: object) -> list[OpOverload]:
     """The overloads of an operator: one for `torch.ops.aten.add.Tensor`, all for `torch.ops.aten.add`; `[]` for others.
 

@@ -26,6 +26,7 @@ from .graph.dataflow import STATE, is_number
 from .graph.modules import ModuleNames, repeated_blocks
 from .notices import Notices
 from .options import as_key, cache_device_of, cache_dtype_of, inner_compiler, records_cuda_graphs
+from .passes.cut import tag_with_signals
 from .passes.numbers import fix_numbers
 from .passes.order import Lowering
 from .passes.users import Pass, Passes
@@ -55,8 +56,9 @@ class PABBackend:
 
     Args:
         config: a `PABConfig` (default: spatial attention every 2nd step in (100, 800)), diffusers'
-            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig` or `MagCacheConfig`, with which roles and outputs
-            are those of its hooks, a `Policy`, or a list of these, of which the first that is for a part counts.
+            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig` or `FirstBlockCacheConfig`,
+            with which roles and outputs are those of its hooks, a `Policy`, or a list of these, of which the first that
+            is for a part counts.
         inner: compiles the lowered graphs: the name of a registered Dynamo backend, or a callable
             `(gm, example_inputs) -> callable`.
         lowering: "specialize" compiles one graph for each set of reusing regions that occurs, without
@@ -218,7 +220,7 @@ class PABBackend:
         if self._is_left_alone(example_inputs):
             return self.compile_inner(self._passes.run_after(gm), example_inputs)
         captured = fix_numbers(copy_of(gm), everywhere=self.lowering == "cond")
-        regions = tag(captured, self.policies, names)
+        regions = tag_with_signals(captured, self.policies, names)
         if self.lowering == "cond":
             regions = tuple(_without_numbers(region) for region in regions)
         self.regions += regions

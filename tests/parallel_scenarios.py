@@ -16,13 +16,16 @@ import parallel
 import pipelines.video
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import zoo
 from diffusers import ContextParallelConfig
 from diffusers.models import attention_dispatch
 from parallel_models import BLOCKS, CONFIG, MODELS, TIMESTEPS, StepSeen
+from test_blocks import DiT, build, inputs
 from torch.distributed.device_mesh import init_device_mesh
 
 import pab_fx
+from pab_fx import Blocks, Change, Policy, Residual
 
 
 class Model:
@@ -193,6 +196,28 @@ def _failing(model: Model) -> Iterator[None]:
         yield
     finally:
         model.clock.__class__ = zoo.Clock
+
+
+def signal() -> dict[str, Any]:
+    """Decisions of a model whose tokens are spread over the ranks, of which only the last one's change much."""
+
+    class Spread(DiT):
+        def run(self, streams: tuple[torch.Tensor, ...], embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            (x,) = super().run(streams, embedding)
+            every = funcol.all_gather_tensor(x.contiguous(), 0, dist.group.WORLD)
+            return (x + 0.1 * every.mean(dim=0, keepdim=True),)
+
+    def decisions(model: torch.nn.Module, moves: bool) -> list[int]:
+        policy, found = Policy(Blocks(1), Change(Blocks(0, 1), 0.05), Residual()), []
+        with torch.no_grad(), pab_fx.enable(model, policy, inner="eager") as pab:
+            for step, t in enumerate(TIMESTEPS):
+                x, _, text = inputs(step if moves else 0, 1000.0)
+                model(x * (1 + step if moves else 1), torch.full((2,), float(t)), text)
+                found.append(pab.backend.runtime.counts["blocks", True])
+        return found
+
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    return {"together": decisions(build(Spread), is_last), "apart": decisions(build(DiT), is_last)}
 
 
 class _Stop(Exception):

@@ -432,6 +432,10 @@ def test_cache_dit_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(steps) for steps in cached] == [10]
     plain = latents(prompted.flux())
     assert torch.equal(latents(made), plain)
+    code = BLOCKS["cache-dit, the same rule"].replace("0.12", "1e9")
+    code = code.replace("enable(pipe,", 'enable(pipe, inner="eager", config=')
+    monkeypatch.setitem(BLOCKS, "cache-dit, the same rule", code)
+    assert_decides_as_dbcache(cached[0], before["image"])
     assert not np.array_equal(before["image"], image_of(prompted.flux()))
     outputs = []
     for pipe in (made, prompted.flux()):  # after cache-dit was there, and on a fresh pipeline
@@ -440,6 +444,17 @@ def test_cache_dit_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
             assert pab.report().reused > 0
     assert torch.equal(*outputs)
     assert not torch.equal(outputs[0], plain)
+
+
+def assert_decides_as_dbcache(cached: Sequence[int], image: Any) -> None:
+    """That the rule of the page reuses in the same steps, and makes the same picture up to the rounding of pixels."""
+    pipe = prompted.flux()
+    names = run_block("cache-dit, the same rule", pipe=pipe, pab_fx=pab_fx)
+    found = image_of(pipe)
+    pab = names["pab"]
+    assert pab.report().reused == len(cached)
+    pab.disable()
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(image).astype(int)).max() <= 1
 
 
 def image_of(pipe: Any) -> Any:

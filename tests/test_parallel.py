@@ -198,6 +198,7 @@ HERE = [
     ("guidance", {}),
     ("ring_without_sums", {}),
     ("sequence", {"model": "ltx", "ulysses": 2, "blocks": True}),
+    ("signal", {}),
 ]
 
 
@@ -281,6 +282,18 @@ def test_forecasts_of_joint_attention_as_one_graph_equal_one_process_and_issue_n
     seen = two_ranks["sequence qwen 2 cond True 1"]
     assert_equal(seen[0]["with"], seen[0]["alone"], 1e-5)
     assert_broadcasts_less(seen, ULYSSES)
+
+
+def assert_decides_alike(seen: list[dict[str, list[int]]]) -> None:
+    """That ranks which would decide otherwise by their own part reuse in the same steps."""
+    together, apart = [each["together"] for each in seen], [each["apart"] for each in seen]
+    assert all(each == together[0] for each in together)
+    assert apart[0] != apart[-1]
+
+
+def test_all_ranks_decide_by_one_signal(two_ranks: dict[str, list[Any]]) -> None:
+    """Only one of them has tokens that change."""
+    assert_decides_alike(two_ranks["signal"])
 
 
 def assert_skips_blocks(seen: list[dict[str, Any]], of_blocks: dict[str, int], of_model: dict[str, int]) -> None:
@@ -407,14 +420,15 @@ def test_a_ring_equals_one_process_where_attention_returns_its_sums(model: str, 
 
 @pytest.mark.slow
 def test_four_ranks(tmp_path: Path) -> None:
-    """Ulysses, ring with Ulysses, and guidance with Ulysses."""
+    """Ulysses, ring with Ulysses, guidance with Ulysses, and a signal."""
     scenarios = [
         ("sequence", {"model": "wan", "ulysses": 4}),
         ("lockstep", {"model": "wan"}),
         ("guidance", {"ulysses": 2}),
         ("sequence", {"model": "wan", "ulysses": 2, "ring": 2}),
+        ("signal", {}),
     ]
-    ulysses, lockstep, guidance, both = on_ranks(tmp_path, 4, scenarios, timeout=500)
+    ulysses, lockstep, guidance, both, signal = on_ranks(tmp_path, 4, scenarios, timeout=500)
     assert_equal(ulysses[0]["with"], ulysses[0]["alone"])
     assert_broadcasts_less(ulysses, ULYSSES)
     for on_rank in lockstep:
@@ -422,6 +436,7 @@ def test_four_ranks(tmp_path: Path) -> None:
         for steps in on_rank.values():
             assert_equal(steps, lockstep[0]["expected"])
     assert_guidance(guidance)
+    assert_decides_alike(signal)
     assert_equal(both[0]["with"], both[0]["alone"], 1e-5)
     for on_rank in both:
         assert any(step.collectives == {"all_gather": 1} for step in on_rank["with"])

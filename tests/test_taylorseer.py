@@ -53,8 +53,8 @@ class Hooked:
 
     def __init__(self, model: Any, config: Any) -> None:
         self.model = copy.deepcopy(model)
-        is_magcache = isinstance(config, getattr(hooks, "MagCacheConfig", ()))
-        (hooks.apply_mag_cache if is_magcache else hooks.apply_taylorseer_cache)(self.model, config)
+        applied = {"MagCacheConfig": "apply_mag_cache", "FirstBlockCacheConfig": "apply_first_block_cache"}
+        getattr(hooks, applied.get(type(config).__name__, "apply_taylorseer_cache"))(self.model, config)
 
     def __call__(self, **kwargs: Any) -> Any:
         context = hooks.hooks.CacheContext(pab_fx.run.contexts.current_cache_context.get())

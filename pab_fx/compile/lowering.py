@@ -28,6 +28,7 @@ from .._torch import (
 )
 from ..graph.dataflow import value
 from ..passes.compress import stored
+from ..passes.cut import Cut
 from ..passes.form import Conditional, Predicate, Scalar, Slot, all_conditionals, mark_of, slots_returned
 from ..passes.order import Lowering, lowered
 from ..passes.strides import stride_order
@@ -84,6 +85,7 @@ class Lowerings:
 
     Args:
         conditional: the captured graph with its conditions, from `insert_conditions`.
+        parts: the captured graph in two, if there are signals; `conditional` is the rest then.
         compiler: compiles a lowered graph.
         lowering: how slots are laid out and held.
 
@@ -92,9 +94,11 @@ class Lowerings:
         modules: for each module, by its number, its conditionals, one per call.
         inputs: the inputs of the captured graph.
         outputs: how many outputs the captured graph has.
+        rules: the rules whose signals are measured before it runs.
     """
 
-    def __init__(self, conditional: fx.GraphModule, compiler: Compiler, lowering: Lowering) -> None:
+    def __init__(self, conditional: fx.GraphModule, parts: Cut | None, compiler: Compiler, lowering: Lowering) -> None:
+        self._parts = parts
         self.conditional, self._compiler, self._lowering = conditional, compiler, lowering
         self.conditionals = all_conditionals(conditional)
         of_module: dict[int, list[Conditional]] = {}
@@ -106,6 +110,8 @@ class Lowerings:
         own = own[0] if self.conditionals else own
         self._returned = [value(node) if isinstance(node, fx.Node) else node for node in own]
         self.outputs = len(self._returned)
+        self.rules = () if parts is None else parts.rules
+        self._head: Callable[[list[Any]], Sequence[Any]] | None = None
         self._slots = self._looks()
         self._symbols = [
             (i, value(node)) for i, node in enumerate(self.inputs) if isinstance(value(node), torch.SymInt)
@@ -132,6 +138,11 @@ class Lowerings:
         """Bytes of each slot of each module when it is held, at the sizes that were captured."""
         return tuple(tuple(map(_size, slots.values())) for slots in self._slots)
 
+    @property
+    def head(self) -> fx.GraphModule | None:
+        """What measures the signals, `None` if there are none."""
+        return None if self._parts is None else self._parts.head
+
     def compiled(self, key: Any) -> Compiled:
         """The compiled graph for a key: whether each conditional reuses, or "cond"; compiled when it is first needed.
 
@@ -152,11 +163,38 @@ class Lowerings:
     def compile_as_captured(self, key: Any, example_inputs: Sequence[Any]) -> None:
         """Compile the graph for a key inside of Dynamo's call."""
         gm = lowered(self.conditional, key, self._lowering)
-        further = [value(node) for node in gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]]
-        if not self._symbols:
-            further = [faked_for_compiler(each) for each in further]
         with _conditions():
-            self._compiled[key] = self._with_state(gm, self._compiler(gm, [*example_inputs, *further]))
+            self._compiled[key] = self._with_state(gm, self._compiler(gm, self._examples(gm, example_inputs)))
+        if self._parts is not None:
+            head = self._parts.head
+            self._head = boxed(self._compiler(head, self._examples(head, example_inputs)))
+
+    def _examples(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+        """What a graph is compiled for inside of Dynamo's call: the captured graph's inputs, and fake further ones."""
+        further = [value(node) for node in gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]]
+        return [*example_inputs, *(further if self._symbols else map(faked_for_compiler, further))]
+
+    def measured(self, args: Sequence[Any], before: Sequence[torch.Tensor]) -> tuple[Any, Any, Any]:
+        """Measure signals: for each rule the number, and the signal now; and what the conditional graph takes further.
+
+        Args:
+            args: the captured graph's inputs.
+            before: for each rule its signal in an earlier step.
+        """
+        if self._head is None:
+            assert self._parts is not None
+            with compile_lock(), traced_shapes(self._parts.head) as inputs:
+                self._head = self._head or boxed(compiled_later(self._compiler, self._parts.head, inputs))
+        found, of = self._head([*args, *before]), len(self.rules)
+        return found[:of], found[of : 2 * of], found[2 * of :]
+
+    def signal_specs(self, args: Sequence[Any]) -> tuple[TensorSpec, ...]:
+        """What the signals look like in a call with these inputs."""
+        if self._parts is None:
+            return ()
+        nows: Any = self._parts.head.graph.output_node().args[0]
+        known = [(symbol, args[i]) for i, symbol in self._symbols]
+        return tuple(_spec(value(node), known) for node in nows[len(self.rules) : 2 * len(self.rules)])
 
     def expected(self, args: Sequence[Any]) -> Expected:
         """What a call with inputs of these sizes keeps and returns; the same object for the same sizes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,10 @@ from torch import fx, nn
 
 from ..graph.copies import copy_of
 from ..graph.dataflow import is_state, value
+from ..graph.modules import argument_of
 from ..passes.conditions import insert_conditions
 from ..passes.counting import TIMESTEP_NAMES
+from ..passes.cut import Cut, cut, rules_of
 from ..passes.invariants import Invariants, split_invariants
 from ..select.region import Region
 from .lowering import Lowerings
@@ -43,7 +44,7 @@ class Variant:
     """A captured graph, lowered without what is computed once a generation.
 
     Args:
-        lowerings: what is left, with its conditionals.
+        lowerings: what is left, with its conditionals, and what measures signals.
         split: the graph in two, `None` if nothing is computed once.
     """
 
@@ -57,7 +58,7 @@ class Variants:
     Args:
         gm: the captured graph; it is not changed.
         regions: its regions.
-        lowered: makes lowerings of a rewritten graph.
+        lowered: makes lowerings of a rewritten graph, and of what measures signals before it, if there are any.
         finished: runs passes on what is computed once.
     """
 
@@ -65,7 +66,7 @@ class Variants:
         self,
         gm: fx.GraphModule,
         regions: Sequence[Region],
-        lowered: Callable[[fx.GraphModule], Lowerings],
+        lowered: Callable[[fx.GraphModule, Cut | None], Lowerings],
         finished: Callable[[fx.GraphModule], fx.GraphModule],
     ) -> None:
         self._gm, self._regions, self._lowered, self._finished = gm, regions, lowered, finished
@@ -84,9 +85,13 @@ class Variants:
             rest = _carried_over(self._regions, gm) or []
         else:
             gm = split.rest
+        parts = cut(gm) if rules_of(gm) else None
+        if parts is not None:
+            gm = parts.rest
+            rest = _carried_over(rest, gm) or []
         insert_conditions(gm, rest)
         gm.graph.lint()
-        return Variant(self._lowered(gm), split)
+        return Variant(self._lowered(gm, parts), split)
 
     def once(self, split: Invariants) -> Once:
         """What is computed once, as it is: to compile what runs once a generation takes longer than it saves."""
@@ -123,22 +128,7 @@ def likely_unchanging(gm: fx.GraphModule, example_inputs: Sequence[Any], model: 
         if given.is_inference():
             continue
         is_number = all(user.op == "call_method" and user.target == "item" for user in node.users)
-        name = _argument(node, parameters)
+        name = argument_of(node, parameters)
         if name is not None and name not in changing and not is_number:
             found.append(i)
     return frozenset(found)
-
-
-def _argument(node: fx.Node, parameters: Sequence[str]) -> str | None:
-    """Name of the model's argument that an input of its graph is, or is a part of; `None` where that is not known.
-
-    Dynamo names inputs `L_args_0_`, `L_kwargs_text_`, `L_text_`, and parts of tuples `L_text_0_`.
-    """
-    source = str(node.target).lower()
-    positional = re.match(r"l_args_(\d+)_", source)
-    if positional:
-        index = int(positional[1])
-        return parameters[index] if index < len(parameters) else None
-    name = re.sub(r"^l_(kwargs_)?", "", source)
-    known = [each for each in parameters if name.startswith(f"{each.lower()}_")]
-    return max(known, key=len) if known else None

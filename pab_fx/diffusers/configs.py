@@ -13,11 +13,12 @@ from ..policy.how import Last
 from ..policy.policy import Policy
 from ..policy.when import SkipRange
 from ..policy.where import ATTENTION_ROLES, Modules
+from .first_block import FirstBlockCacheConfig, policies_of_first_block
 from .hooks import is_attention
 from .magcache import MagCacheConfig, policies_of_magcache
 from .taylorseer import TaylorSeerCacheConfig, policies_of_taylorseer
 
-HOOKS_CONFIGS = (PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig, MagCacheConfig)
+HOOKS_CONFIGS = (PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig, MagCacheConfig, FirstBlockCacheConfig)
 """Configs of diffusers' hooks that become policies."""
 
 
@@ -26,7 +27,7 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
 
     Args:
         config: a `PABConfig`, a config of diffusers (`PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`,
-            `MagCacheConfig`), a `Policy`, or several of these.
+            `MagCacheConfig`, `FirstBlockCacheConfig`), a `Policy`, or several of these.
 
     Raises:
         ValueError: for anything else, with what was probably meant.
@@ -47,6 +48,8 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
         return policies_of_taylorseer(config)
     if isinstance(config, MagCacheConfig):
         return policies_of_magcache(config)
+    if isinstance(config, FirstBlockCacheConfig):
+        return policies_of_first_block(config)
     if isinstance(config, Iterable) and not isinstance(config, (str, bytes, Mapping)):
         policies = tuple(policy for each in config if each is not None for policy in policies_of(each))
         if policies:
@@ -59,8 +62,8 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
     elif isinstance(config, type):
         hint = f" That is the class: write {config.__name__}(...)."
     raise ValueError(
-        "config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig or "
-        f"MagCacheConfig, a Policy, or a list of those, got {config!r}.{hint}"
+        "config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig, "
+        f"MagCacheConfig or FirstBlockCacheConfig, a Policy, or a list of those, got {config!r}.{hint}"
     )
 
 

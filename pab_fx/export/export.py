@@ -29,12 +29,12 @@ from ..notices import warn
 from ..passes.buffers import CONTEXT
 from ..passes.conditions import insert_conditions
 from ..passes.counting import TIMESTEP_NAMES, Plan, resolution
+from ..passes.cut import tag_with_signals
 from ..passes.form import conditionals, operands_of, with_branches
 from ..passes.sink import sink_state
 from ..passes.strides import fix_branch_strides, fix_operand_strides
 from ..policy.when import checked_timesteps, reused_calls
 from ..select.region import Region
-from ..select.tag import tag
 
 
 def export(
@@ -63,7 +63,8 @@ def export(
             takes them. The timestep is the one called `timestep`, `timesteps` or `t`: a tensor of any shape, of which
             the largest element counts.
         config: a `PABConfig` (default: spatial attention every 2nd step), diffusers'
-            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig` or `MagCacheConfig`, a `Policy`, or a list.
+            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig` or
+            `FirstBlockCacheConfig`, a `Policy`, or a list.
         args: its positional arguments.
         timesteps: of a whole generation, one for each call, on the scale of the config's windows:
             `scheduler.timesteps`. The program then takes the timestep of a step from them. Without them the model's
@@ -98,7 +99,7 @@ def export(
     with torch.no_grad(), uncompiled(model):
         exported = torch.export.export(model, args, kwargs, strict=False)
         gm = copy_of(exported.module())  # type: ignore[arg-type]
-        regions = tag(gm, policies, ModuleNames.of(model))
+        regions = tag_with_signals(gm, policies, ModuleNames.of(model))
         _check_regions(type(model).__name__, regions)
         _check_scale([region for region in regions if region.is_broadcast], timesteps, given)
         sink_state(fix_branch_strides(insert_conditions(gm, regions)), plan=plan, contexts=len(contexts))

@@ -12,10 +12,10 @@ from ..graph.copies import copy_of
 from ..graph.modules import ModuleNames
 from ..passes.conditions import insert_conditions
 from ..passes.counting import CALLS
+from ..passes.cut import tag_with_signals
 from ..passes.form import conditionals
 from ..passes.sink import sink_state
 from ..passes.strides import fix_branch_strides
-from ..select.tag import tag
 
 
 def rewrite(
@@ -34,7 +34,8 @@ def rewrite(
             changed. Its timestep is the input called `timestep`, a number or a tensor of any shape, of
             which the largest element counts; unless `config` has a `current_timestep_callback`.
         config: a `PABConfig` (default: spatial attention every 2nd step), diffusers'
-            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig` or `MagCacheConfig`, a `Policy`, or a list.
+            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig` or
+            `FirstBlockCacheConfig`, a `Policy`, or a list.
         model: the model that `gm` was traced from, for its modules' `is_cross_attention` flags.
 
     Returns:
@@ -64,7 +65,9 @@ def rewrite(
             raise ValueError(f"{why} rewrite takes none: use pab_fx.export, or a rule without it.")
     names = ModuleNames.of(model) if model is not None else ModuleNames.of_graph(gm)
     result = copy_of(gm)
-    sink_state(fix_branch_strides(insert_conditions(result, tag(result, policies, names))), callback_of(config))
+    sink_state(
+        fix_branch_strides(insert_conditions(result, tag_with_signals(result, policies, names))), callback_of(config)
+    )
     result.graph.lint()
     result.recompile()
     return result

@@ -230,6 +230,15 @@ def is_collective(node: fx.Node) -> bool:
     return node.op == "call_function" and operator_namespace(node.target).startswith("_c10d_functional")
 
 
+def process_groups(graph: fx.Graph) -> tuple[str, ...]:
+    """The names of the process groups whose collectives a graph takes part in: the last text that each is given."""
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        if is_collective(node) and not is_wait(node):
+            found.update(dict.fromkeys([a for a in (*node.args, *node.kwargs.values()) if isinstance(a, str)][-1:]))
+    return tuple(found)
+
+
 def is_wait(node: fx.Node) -> bool:
     """Whether a node waits for a collective to be over."""
     return is_collective(node) and op_name(node) == "wait_tensor"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -249,3 +249,18 @@ def _entries(container: nn.Module) -> list[nn.Module]:
     if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
         return [container]
     return [entry for child in container.children() for entry in _entries(child)]
+
+
+def argument_of(node: fx.Node, parameters: Sequence[str]) -> str | None:
+    """Name of the model's argument that an input of its graph is, or is a part of; `None` where that is not known.
+
+    Dynamo names inputs `L_args_0_`, `L_kwargs_text_`, `L_text_`, parts of tuples `L_text_0_`; `torch.export` `text`.
+    """
+    source = str(node.target).lower()
+    positional = re.match(r"l_args_(\d+)_", source)
+    if positional:
+        index = int(positional[1])
+        return parameters[index] if index < len(parameters) else None
+    name = re.sub(r"^l_(kwargs_)?", "", source)
+    known = [each for each in parameters if f"{name}_".startswith(f"{each.lower()}_")]
+    return max(known, key=len) if known else None

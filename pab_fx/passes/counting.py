@@ -20,7 +20,7 @@ only that a generation begins:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -77,6 +77,7 @@ class Counting:
         buffers: where counters are held.
         timestep_callback: yields the timestep in place of the graph's input.
         plan: the timesteps of a generation, which take the place of both: the graph counts through them.
+        numbers: what is measured in a step, for each rule that looks at a signal.
 
     Raises:
         ValueError: if there is no timestep.
@@ -88,7 +89,9 @@ class Counting:
         buffers: Buffers,
         timestep_callback: Callable[[], Any] | None = None,
         plan: Plan | None = None,
+        numbers: Mapping[Rule, fx.Node] | None = None,
     ) -> None:
+        self._numbers = numbers or {}
         self.graph, self.gm, self._buffers, self._plan = gm.graph, gm, buffers, plan
         self._modules: dict[tuple[Rule, int, fx.Node | None], _Calls] = {}
         self._counts: list[tuple[str, fx.Node]] = []
@@ -117,6 +120,10 @@ class Counting:
             self._modules[key] = _Calls(self, rule, calls, role, f"pab_{role}_{len(self._modules)}", rests)
         with self.nodes():
             return self._modules[key].decided(call)
+
+    def number(self, rule: Rule) -> fx.Node:
+        """What a rule measures in this step: shape [], float64, on the CPU."""
+        return self.call("number", torch.Tensor.to, self._numbers[rule], "cpu", torch.float64)
 
     def count(self) -> None:
         """Write counters and timestep back, at the end of the graph; the marker node goes."""
@@ -256,7 +263,8 @@ class _Calls:
         progress: Any = _Progress(state, tracer)
         step = Step(fx.Proxy(n, tracer), fx.Proxy(counting.timestep, tracer), counting.steps * self._calls)
         try:
-            due = self._rule.to_graph(step, progress)
+            signal = self._signal(started, tracer)
+            due = self._rule.to_graph(step, progress, signal)
         except Exception as error:
             raise TypeError(
                 f"{self._rule!r}: decide cannot be traced into a graph, {type(error).__name__}: {error}. It takes "
@@ -265,9 +273,20 @@ class _Calls:
         if not isinstance(due, fx.Proxy):  # a rule that always decides alike
             due = fx.Proxy(counting.call("due", torch.full, (), bool(due)), tracer)
         reuse = counting.call(f"reuse_{self._role}", torch.logical_and, started, due.node)
+        if signal is not None and self._rule.accumulates:
+            self._change = counting.call("change", torch.where, reuse, signal.node, 0.0)
+            if self._rests is not None:
+                self._change = counting.call("change", torch.where, self._rests, self._state["change"], self._change)
         stays = reuse if self._rests is None else counting.call("stays", torch.logical_or, reuse, self._rests)
         self._last = (n, stays)
         return Decided(counting.call(f"compute_{self._role}", torch.logical_not, reuse), stays, state.scalar)
+
+    def _signal(self, started: fx.Node, tracer: Any) -> Any:
+        """What the rule has measured, as it counts, `None` where it looks at nothing."""
+        if self._rule.signal is None:
+            return None
+        found = self._rule.weighed(fx.Proxy(self._counting.number(self._rule), tracer))
+        return found + fx.Proxy(self.read("change", 0.0, started), tracer) if self._rule.accumulates else found
 
     def _n(self, call: int) -> fx.Node:
         """The number of a call of the module."""
@@ -298,8 +317,9 @@ class _Calls:
         where = [
             (f"{self._name}_{name}", self._counting.call(name, torch.where, stays, held, now[name](held)))
             for name, held in self._state.items()
+            if name != "change"
         ]
-        return where
+        return [*where, (f"{self._name}_change", self._change)] if "change" in self._state else where
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ take that entry where they read a slot: where a slot is not read, none is copied
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,8 +37,10 @@ from torch import fx
 from ..graph import effects
 from ..graph.copies import traced_into
 from ..graph.dataflow import value
+from ..policy.when import Rule
 from .buffers import CONTEXT, Buffers
 from .counting import Counting, Decided, Plan
+from .cut import measure, take_signals
 from .form import (
     MARK,
     Predicate,
@@ -80,8 +83,12 @@ def sink_state(
     first = last.next
     buffers = Buffers(gm, contexts)
     _sink_slots(gm, buffers)
+    signals = _sink_signals(gm, buffers)
+    if signals:  # what is decided by them is decided behind them
+        first = max(signal.number for signal in signals.values()).next
     with gm.graph.inserting_before(first):
-        counting = Counting(gm, buffers, timestep_callback, plan)
+        numbers = {rule: signal.number for rule, signal in signals.items()}
+        counting = Counting(gm, buffers, timestep_callback, plan, numbers)
     found: dict[int, Decided] = {}
     for conditional in all_conditionals(gm):
         assert conditional.policy.when is not None
@@ -94,9 +101,59 @@ def sink_state(
         for mark, node in inputs_of(gm, Scalar).items():
             if mark.conditional == conditional.index:
                 _give(gm, mark, _as_scalar(counting, decided.scalars(mark.name), device_of(node)))
+        if conditional.policy.when in signals:
+            signals[conditional.policy.when].stays.append(decided.rests)
+    for i, (rule, signal) in enumerate(signals.items()):
+        with counting.nodes():
+            kept = signal.now
+            for stays in signal.stays[:1] if not rule.accumulates else ():
+                there = counting.call("stays", torch.Tensor.to, stays, device_of(kept))
+                kept = counting.call("signal", torch.where, there, signal.before, kept)
+        with gm.graph.inserting_before(gm.graph.output_node()):
+            buffers.write(f"pab_signal_{i}", kept, sizes=not _is_sized(value(signal.now)))
     counting.count()
     _hand_on_once(gm)
     return gm
+
+
+@dataclass(frozen=True)
+class _Sunk:
+    """A signal of a graph that counts for itself.
+
+    Args:
+        now, before: the tensor in this step and in an earlier one.
+        number: what is measured.
+        stays: for each part that goes by it, whether what is kept stays.
+    """
+
+    now: fx.Node
+    before: fx.Node
+    number: fx.Node
+    stays: list[fx.Node] = field(default_factory=list)
+
+
+def _sink_signals(gm: fx.GraphModule, buffers: Buffers) -> dict[Rule, _Sunk]:
+    """Read each signal of an earlier step from a buffer, and measure how far it has changed.
+
+    %now : sub(%y, %x)                 %now    : sub(%y, %x)
+    ...                          ->    %before : get_attr[pab_signal_0]
+    return (%z, %now)                  %change : mean(abs(%now - %before)) / mean(abs(%before))
+                                       ...
+                                       return (%z,)
+    """
+    found: dict[Rule, _Sunk] = {}
+    for i, (rule, now) in enumerate(take_signals(gm).items()):
+        name = f"pab_signal_{i}"
+        buffers.register(name, _buffer_for(gm, value(now)))
+        with gm.graph.inserting_before(now.next):
+            before = buffers.read(name)
+            if not _is_sized(value(now)):
+                before = gm.graph.call_function(fitting, (before, now))
+            if value(now) is not None:
+                before.meta["example_value"] = value(now)
+            (number,) = measure(gm.graph, [rule], [now], [before], effects.process_groups(gm.graph))
+        found[rule] = _Sunk(now, before, number)
+    return found
 
 
 def _hand_on_once(gm: fx.GraphModule) -> None:

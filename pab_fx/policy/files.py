@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from .change import Change
 from .checks import check_fields, is_iterable
-from .how import Hermite, How, Last, Residual, Taylor
+from .how import Hermite, Last, Residual, Taylor
 from .lists import Magnitude, Steps
 from .policy import Policy
 from .when import AfterTimesteps, Every, SkipRange
@@ -20,7 +21,7 @@ from .where import Attentions, Blocks, FeedForwards, Model
 
 KINDS: Mapping[str, tuple[type, ...]] = {
     "where": (Attentions, FeedForwards, Blocks, Model),
-    "when": (SkipRange, AfterTimesteps, Every, Steps, Magnitude),
+    "when": (SkipRange, AfterTimesteps, Every, Steps, Magnitude, Change),
     "how": (Last, Residual, Taylor, Hermite),
 }
 
@@ -94,8 +95,9 @@ def _default(kind: type, name: str) -> Any:
 
 
 def _value(given: Any) -> Any:
-    if isinstance(given, How):  # what another one forecasts
-        return _part("how", given)
+    for part, kinds in KINDS.items():  # what another one forecasts, whose change it looks at
+        if type(given) in kinds:
+            return _part(part, given)
     if not isinstance(given, torch.dtype):
         raise ValueError(f"{given!r} has no JSON.")
     return str(given).removeprefix("torch.")
@@ -134,7 +136,8 @@ def _made(part: str, found: Any) -> Any:
 
 
 def _read(value: Any) -> Any:
-    """A field's value: lists as tuples, an object as the how that it is."""
+    """A field's value: lists as tuples, an object as the part of a policy that it is."""
     if isinstance(value, Mapping):
-        return _made("how", value)
+        names = {kind.__name__: part for part, kinds in KINDS.items() for kind in kinds}
+        return _made(names.get(str(value.get("kind")), "how"), value)
     return tuple(map(_read, value)) if isinstance(value, list) else value

@@ -65,11 +65,36 @@ class Rule(ABC):
         ...         return (step.t < self.below) & (progress.age < 3)
         >>> reused_calls(Late(500), (900, 700, 400, 300, 200, 100))
         (False, False, True, True, False, True)
+
+    Attributes:
+        signal: whose tensor the rule looks at, a selector as in a policy; `None` where it looks at none.
+        accumulates: whether `signal` is what was measured since the last step that computed, added up, each time
+            against the step before; otherwise it is measured against that step.
     """
+
+    signal: Any = None
+    accumulates: bool = False
+
+    def measured(self, now: Any, before: Any) -> Any:
+        """The number that is measured, a tensor of shape []; asked for in a graph, if there is a `signal`.
+
+        Args:
+            now, before: the tensor in this step and in an earlier one, see `accumulates`.
+        """
+        raise NotImplementedError(f"{self!r} has a signal, and no function measured(now, before).")
+
+    def weighed(self, number: Any) -> Any:
+        """What counts of a number that was measured; on the host or in a graph, as for `decide`."""
+        return number
 
     @abstractmethod
     def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
-        """Whether a step reuses what is kept: a bool, or a node where the arguments are nodes."""
+        """Whether a step reuses what is kept: a bool, or a node where the arguments are nodes.
+
+        Args:
+            step, progress: where the generation is.
+            signal: what was measured, if the rule looks at a signal; `None` to ask whether a step may reuse.
+        """
 
     def to_graph(self, step: Step, progress: Progress, signal: Any = None) -> Any:
         """`decide` as nodes of a graph.
@@ -111,8 +136,8 @@ class Rule(ABC):
         return None
 
 
-def decided(rule: Rule, step: Step, progress: Progress) -> bool:
-    """What a rule decides on the host.
+def decided(rule: Rule, step: Step, progress: Progress, signal: float | None = None) -> bool:
+    """What a rule decides on the host; see `Rule.decide`.
 
     Raises:
         TypeError: if that is neither true nor false.
@@ -121,7 +146,7 @@ def decided(rule: Rule, step: Step, progress: Progress) -> bool:
         >>> decided(Every(2), Step(2, 500.0), Progress(1, 600.0))
         True
     """
-    found = rule.decide(step, progress)
+    found = rule.decide(step, progress, signal)
     if found in (True, False):  # numpy's too
         return bool(found)
     raise TypeError(f"{rule!r}: decide must return whether a step reuses, True or False, got {found!r}.")

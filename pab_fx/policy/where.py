@@ -127,9 +127,11 @@ class Blocks:
 
     Args:
         first, last: the range, as in a slice of the list of blocks: `Blocks(1, -1)` is all but the first and the last.
+        lists: names of the model's lists of blocks; none for those found by dataflow, which count too in a model that
+            has none of these.
 
     Raises:
-        ValueError: for something other than integers, or a range that is always empty.
+        ValueError: for something other than integers and names, or a range that is always empty.
 
     Example:
         >>> Blocks(1, -1).takes("blocks", "blocks(1, -1)")
@@ -138,10 +140,10 @@ class Blocks:
 
     first: int = 0
     last: int | None = None
+    lists: tuple[str, ...] = ()
 
     roles = (BLOCKS,)
     names = ()
-    lists = ()
     shares_calls = gated = False
 
     def __post_init__(self) -> None:
@@ -151,6 +153,10 @@ class Blocks:
         is_empty = self.last is not None and (self.first < 0) == (self.last < 0) and self.first >= self.last
         if is_empty or self.last == 0:
             raise ValueError(f"Blocks: no block lies in [{self.first}:{self.last}].")
+        lists = (self.lists,) if isinstance(self.lists, str) else self.lists
+        if not is_iterable(lists) or not all(isinstance(name, str) for name in lists):
+            raise ValueError(f"Blocks: lists must be names of the model's lists of blocks, got {self.lists!r}.")
+        object.__setattr__(self, "lists", tuple(lists))
 
     @property
     def label(self) -> str:
@@ -173,15 +179,10 @@ class PassedBlocks(Blocks):
     A residual is added where the first block begins, to the stream that becomes the output of the model. Other streams
     pass by, and what lies between two blocks runs in every step.
 
-    Args:
-        lists: names of the model's lists of blocks; those found by dataflow count in a model that has none of these.
-
     Example:
         >>> PassedBlocks(lists=("transformer_blocks",)).takes("blocks", "blocks")
         True
     """
-
-    lists: tuple[str, ...] = ()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

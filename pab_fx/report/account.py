@@ -58,7 +58,11 @@ def report_of(
     return Report(
         roles=_roles(runtime, regions),
         regions=found,
-        graphs=sum(len(each.graph.graphs) for each in captured if each.graph is not None),
+        graphs=sum(
+            len(each.graph.graphs) + (each.graph.lowerings.head is not None)
+            for each in captured
+            if each.graph is not None
+        ),
         warnings=warnings,
         once=_once(runtime, captured),
         model=", ".join(dict.fromkeys(type(root).__name__ for root in runtime.roots)),
@@ -66,6 +70,7 @@ def report_of(
         captured=tuple(map(_graph, captured)),
         seconds=median(sum(each.values()) for each in rounds) if rounds else None,
         restarts=runtime.restarts,
+        numbers_read=runtime.numbers_read,
     )
 
 
@@ -197,13 +202,14 @@ def _graph(captured: Captured) -> GraphReport:
     if graph is None:
         return GraphReport(captured.frame, captured.runs, size, 0, outside=size, once=0, reusing=None)
     conditions, nodes = len(graph.lowerings.conditionals), graph.lowerings.conditional.graph.nodes
+    measured: Any = () if graph.lowerings.head is None else graph.lowerings.head.graph.nodes
     reusing = graph.graphs.get(tuple(each.outer is None for each in graph.lowerings.conditionals))  # others rest
     return GraphReport(
         frame=captured.frame,
         runs=captured.runs,
         operations=size,
         conditions=conditions,
-        outside=operations(node for node in nodes if ORIGIN in node.meta),
+        outside=operations(node for node in (*measured, *nodes) if ORIGIN in node.meta),
         once=0 if graph.once is None else graph.once.operations,
         reusing=None if reusing is None else operations(reusing.graph.nodes),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .data import GraphReport, ReportData
 from .groups import Group, grouped, joined_names
-from .strips import ruler
+from .strips import EITHER, ruler
 from .units import counted, in_bytes, in_flops, in_percent, in_seconds, listed, unit_of
 
 
@@ -140,6 +140,9 @@ def graph_lines(report: ReportData) -> list[str]:
         calls = f", {once.computed} times instead of {once.computed + once.taken}" if once.taken else ""
         size = f"{counted(once.operations, 'operation')}{calls}; kept now: {in_bytes(once.kept_bytes)}"
         lines.append(f"computed once a generation: {size}")
+    if any(EITHER in strip.steps for strip in report.schedule.strips):
+        read = f", {counted(report.numbers_read, 'number')} so far" if report.numbers_read else ""
+        lines.append(f"a step that may do either waits for one number to decide{read}")
     steps = set(zip(*(strip.steps for strip in report.schedule.strips), strict=True))
     if len(steps) > 1:
         lines.append(

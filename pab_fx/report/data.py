@@ -181,6 +181,7 @@ class ReportData:
         schedule: what a generation computes and reuses, step by step.
         captured: every graph that Dynamo captured.
         seconds: time of a step that reuses nothing; `None` where it was not measured.
+        numbers_read: how many numbers the host has read from the device, to decide by.
         restarts: generations that began in the middle of another, because a timestep rose a little.
         outlines: the graphs for drawing; only `pab_fx.explain` makes them.
     """
@@ -195,6 +196,7 @@ class ReportData:
     captured: tuple[GraphReport, ...] = ()
     seconds: float | None = None
     restarts: int = 0
+    numbers_read: int = 0
     outlines: tuple[Outline, ...] = field(default=(), repr=False)
 
     @property

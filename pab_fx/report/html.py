@@ -11,10 +11,10 @@ from . import content
 from .data import ReportData
 from .drawing import drawing
 from .palette import COMPUTE_COLOUR, PARTLY_COLOUR, REUSE_COLOUR, ROLE_COLOURS
-from .strips import COMPUTE, PARTLY, REUSE, SKIPPED, SOURCES
+from .strips import COMPUTE, EITHER, PARTLY, REUSE, SKIPPED, SOURCES
 from .units import in_bytes, in_percent
 
-WORDS = {COMPUTE: "compute", REUSE: "reuse", PARTLY: "reuse in some of its calls", SKIPPED: "skipped"}
+WORDS = {COMPUTE: "compute", REUSE: "reuse", PARTLY: "reuse in some of its calls", SKIPPED: "skipped", EITHER: "either"}
 
 
 def page(report: ReportData) -> str:

@@ -3,6 +3,7 @@
 timestep   1000 900 ...
 spatial    C    C   R C R ...      # C computes, R reuses, P does both: of several calls in a step some reuse;
                                    # S is skipped with the part that it lies in
+blocks     C    ?   ? ? ? ...      # ? does either, as what its rule looks at has changed
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ..policy.when import Rule, reused_calls
 from ..policy.where import ROLES
 from ..run.clock import Source
 
-COMPUTE, REUSE, PARTLY, SKIPPED = "C", "R", "P", "S"
+COMPUTE, REUSE, PARTLY, SKIPPED, EITHER = "C", "R", "P", "S", "?"
 
 SOURCES = {
     "known": "the timesteps of the generation",
@@ -32,9 +33,9 @@ class Strip:
         rule: the rule in words.
         modules: how many there are.
         steps: a letter per step: "C" computes, "R" reuses, "P" reuses in some of several calls in the step, "S" is
-            skipped with the part that it lies in.
-        computed: how many calls of each of them compute in all.
-        reused: how many reuse.
+            skipped with the part that it lies in, "?" computes or reuses by what its rule looks at.
+        computed: how many calls of each of them compute in all, at least.
+        reused: how many reuse, at most.
     """
 
     role: str
@@ -113,7 +114,8 @@ def _strip(
     letters = []
     for i, is_skipped in enumerate(rests):
         step = reused[i * calls : (i + 1) * calls]
-        letters.append(SKIPPED if is_skipped else REUSE if all(step) else PARTLY if any(step) else COMPUTE)
+        known = REUSE if rule.signal is None else EITHER
+        letters.append(SKIPPED if is_skipped else known if all(step) else PARTLY if any(step) else COMPUTE)
     words = ", ".join(filter(None, (rule.describe(), how)))
     computed = len(reused) - sum(reused) - calls * sum(rests)
     return Strip(role, words, modules, "".join(letters), computed, sum(reused))

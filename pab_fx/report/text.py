@@ -10,9 +10,15 @@ from rich.text import Text
 from . import content
 from .content import Table
 from .data import ReportData
-from .strips import COMPUTE, PARTLY, REUSE, SKIPPED, SOURCES, ruler
+from .strips import COMPUTE, EITHER, PARTLY, REUSE, SKIPPED, SOURCES, ruler
 
-COLOURS = {COMPUTE: "white on grey37", PARTLY: "black on yellow", REUSE: "black on green", SKIPPED: "dim"}
+COLOURS = {
+    COMPUTE: "white on grey37",
+    PARTLY: "black on yellow",
+    REUSE: "black on green",
+    SKIPPED: "dim",
+    EITHER: "black on cyan",
+}
 ROLE_COLOURS = {
     **{"spatial": "cyan", "temporal": "magenta", "cross": "yellow", "mlp": "blue"},
     **{"blocks": "bright_blue", "model": "white", "modules": "bright_magenta"},
@@ -65,7 +71,9 @@ def _strips(report: ReportData) -> list[str]:
 def _partly(report: ReportData) -> str:
     is_partly = any(PARTLY in strip.steps for strip in report.schedule.strips)
     is_skipped = any(SKIPPED in strip.steps for strip in report.schedule.strips)
+    is_either = any(EITHER in strip.steps for strip in report.schedule.strips)
     said = ", P reuses in some of its calls" if is_partly else ""
+    said += ", ? does either, by what is measured" if is_either else ""
     return f"{said}, S is skipped with what it lies in" if is_skipped else said
 
 

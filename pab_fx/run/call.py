@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from .contexts import current_cache_context
 from .deciding import Call, Decision, Lockstep
 from .holding import addresses
 from .kept import Kept
+from .measuring import Measured, measure_of
 from .owners import Anchor, instance_of
 from .running import name_of_caller
 from .runtime import Runtime
@@ -118,11 +119,14 @@ class BroadcastGraph:
             if self.once is not None:
                 args = (*args, *self._computed_once(args, step, modules.first.count.n == 0))
                 expected = self.lowerings.expected(args)  # of another variant, if the guess was wrong
-            decisions = modules.advance(call)
+            args, measured = self._measured(args, modules, store, step, call)
+            decisions = modules.advance(call, measured)
             for decision in decisions:
                 decision.record(runtime.counts)
             if call.generation is None and before.n > 0 and before.t == t:
                 self._warn_of_second_call(t, decisions)
+            if self.lowerings.rules:
+                self._keep_signals(modules, decisions)
             outputs = self._run(args, self._plan(modules, decisions), decisions, expected)
             if runtime.has_cuda_graphs:
                 self.overwrites = addresses(outputs)
@@ -143,7 +147,7 @@ class BroadcastGraph:
         cells = [Cell(calls[0].role, calls[0].policy.when) for calls in self.lowerings.modules]
         modules = self._lockstep(cells, ())
         for t, next_t in zip(timesteps, (*timesteps[1:], END), strict=True):
-            decisions = modules.advance(Call(t, next_t, timesteps, None))
+            decisions = modules.advance(Call(t, next_t, timesteps, None), lambda rule: 0.0)
             self.lowerings.compiled(self._key(self._reuses(decisions)))
             for decision in decisions:
                 for cell in decision.group.cells if not decision.rests else ():
@@ -169,28 +173,23 @@ class BroadcastGraph:
                 args[i] in self._runtime.tied for i in self._owners
             )
             owners = [weakref.ref(args[i], lambda _: known.pop(context, None)) for i in self._owners]
-            found = self._lockstep(self._cells(args, store, context), owners)
+            cells = self._cells(args, store, context)
+            found = self._lockstep(cells, owners, tuple(self._signals(args, store, context, cells)))
             if by_owner:
                 known[context] = found
         return found
 
-    def _lockstep(self, cells: Sequence[Cell], owners: Sequence[Any]) -> Lockstep:
+    def _lockstep(self, cells: Sequence[Cell], owners: Sequence[Any], signals: Sequence[Cell] = ()) -> Lockstep:
         modules = self.lowerings.modules
         conditionals = self.lowerings.conditionals
         outers = [None if calls[0].outer is None else conditionals[calls[0].outer].module for calls in modules]
         remembers = [calls[0].remembers for calls in modules]
-        return Lockstep(cells, tuple(map(len, modules)), remembers, outers, owners)
+        return Lockstep(cells, tuple(map(len, modules)), remembers, outers, owners, signals)
 
     def _cells(self, args: Sequence[Any], store: StateStore, context: Hashable) -> list[Cell]:
-        caller: Any = None
         cells = []
-        for m, anchor in enumerate(self.anchors):
-            if not anchor.positions and caller is None:
-                caller = next(iter(calling_modules()), self)
-            owner, *others = [args[i] for i in anchor.positions] or [caller]
-            key: tuple[Hashable, ...] = (anchor.occurrence, *map(id, others))
-            if owner in self._runtime.tied:
-                key = (*key, instance_of(anchor, self.lowerings.modules[m][0]))
+        for m in range(len(self.anchors)):
+            owner, key = self._place(m, args)
             cell = store.find(owner, key, context)
             if cell is None:
                 role, rule, name = self._assigned(m)
@@ -198,6 +197,26 @@ class BroadcastGraph:
             cells.append(cell)
             self.instances.setdefault(m, {})[cell.name] = (cell.role, cell.rule)
         return cells
+
+    def _place(self, m: int, args: Sequence[Any]) -> tuple[Any, tuple[Hashable, ...]]:
+        """What the cell of a module hangs on, and which of those that hang there it is."""
+        anchor = self.anchors[m]
+        caller = None if anchor.positions else next(iter(calling_modules()), self)
+        owner, *others = [args[i] for i in anchor.positions] or [caller]
+        key: tuple[Hashable, ...] = (anchor.occurrence, *map(id, others))
+        if owner in self._runtime.tied:
+            key = (*key, instance_of(anchor, self.lowerings.modules[m][0]))
+        return owner, key
+
+    def _signals(
+        self, args: Sequence[Any], store: StateStore, context: Hashable, cells: Sequence[Cell]
+    ) -> Iterator[Cell]:
+        """For each rule that looks at a signal, where that is kept: beside the first module that goes by it."""
+        for i, rule in enumerate(self.lowerings.rules):
+            m = next((m for m, cell in enumerate(cells) if cell.rule and measure_of(cell.rule) == measure_of(rule)), 0)
+            owner, key = self._place(m, args)
+            key = (*key, "signal", i)
+            yield store.find(owner, key, context) or store.add(owner, key, context, Cell("signal", None))
 
     def _assigned(self, m: int) -> tuple[str, Rule | None, str]:
         """Role, rule and name of the module instance that runs now; by its name where many blocks run this graph."""
@@ -313,6 +332,44 @@ class BroadcastGraph:
         if holder is None or not holder.at_one_address:
             return None
         return self._runtime.store(step.request).buffers.setdefault(self, {}).setdefault(context, [])
+
+    # ------------------------------------------------------------------------------------------- measure
+
+    def _measured(
+        self, args: tuple[Any, ...], modules: Lockstep, store: StateStore, step: Step, call: Call
+    ) -> tuple[tuple[Any, ...], Measured]:
+        """The inputs with what the graph's head computes, and what rules measure; also another piece's of the model."""
+        context, rules = (current_cache_context.get(), step.branch), self.lowerings.rules
+        if not rules:
+            known = store.measured.get(context)
+            return args, known if known is not None and known.t == call.t else Measured((), (), call.t, self._read)
+        kept = [None if cell.caches is None else self._kept(cell, 0) for cell in modules.signals]
+        specs = self.lowerings.signal_specs(args)
+        before = [self._runtime.unread(spec) if each is None else each for each, spec in zip(kept, specs, strict=True)]
+        numbers, nows, further = self.lowerings.measured(args, before)
+        known = [None if each is None else number for each, number in zip(kept, numbers, strict=True)]
+        store.measured[context] = found = Measured(rules, known, call.t, self._read)
+        modules.nows = tuple(nows)
+        return (*args, *further), found
+
+    def _read(self, rule: Rule, number: float) -> None:
+        """Note that the host has read a number."""
+        self._runtime.numbers_read += 1
+        if not math.isfinite(number):
+            self._runtime.warn_once(
+                "not finite",
+                f"pab_fx: the change that {rule!r} looks at is {number}: such a step computes. If it stays so, the "
+                "model's activations are not finite.",
+            )
+
+    def _keep_signals(self, modules: Lockstep, decisions: Sequence[Decision]) -> None:
+        """Keep what later steps are measured against: the signals of steps that compute, or of all where it adds up."""
+        for rule, cell, now in zip(self.lowerings.rules, modules.signals, modules.nows, strict=True):
+            alike = [each for each in decisions if each.group.rule and measure_of(each.group.rule) == measure_of(rule)]
+            if rule.accumulates or not any(any(each.reuses) or each.rests for each in alike):
+                holder = self._runtime.holder
+                cell.caches = (now,) if holder is None else holder.hold(cell, (now,))
+        modules.nows = ()
 
     # ------------------------------------------------------------------------------------------- decide
 

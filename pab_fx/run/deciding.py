@@ -115,9 +115,11 @@ class Lockstep:
         remembers: for each module whether what is kept of it is read also where it computes.
         outers: for each module the number of the one in which it lies, `None` for none.
         owners: for each module, yields what its cell hangs on, `None` once that is gone.
+        signals: for each rule that looks at a signal, where that is kept.
 
     Attributes:
         plans: what the decisions of a call came to, by whether each group reuses and keeps.
+        nows: the signals of the call that runs.
     """
 
     def __init__(
@@ -127,10 +129,12 @@ class Lockstep:
         remembers: Sequence[bool],
         outers: Sequence[int | None],
         owners: Sequence[Callable[[], object | None]],
+        signals: Sequence[Cell] = (),
     ) -> None:
-        self.cells, self.owners = tuple(cells), tuple(owners)
+        self.cells, self.owners, self.signals = tuple(cells), tuple(owners), tuple(signals)
         self.first = next((cell for cell in cells if cell.rule is not None), cells[0])
         self.plans: dict[Hashable, Any] = {}
+        self.nows: tuple[Any, ...] = ()
         alike: dict[tuple[str, Rule | None, int, bool, int | None], list[int]] = {}
         for m, cell in enumerate(cells):
             alike.setdefault((cell.role, cell.rule, calls[m], remembers[m], outers[m]), []).append(m)
@@ -155,20 +159,28 @@ class Lockstep:
                 rose |= call.generation is None and count.rises_within(call.t)
                 for cell in group.cells:
                     cell.count, cell.caches = begun, None
+                for cell in self.signals:
+                    cell.reset()
         return rose
 
-    def advance(self, call: Call) -> list[Decision]:
-        """Count the call, and decide it. What lies in another module has a higher number, so it comes after that."""
+    def advance(self, call: Call, number_of: Callable[[Rule], float | None]) -> list[Decision]:
+        """Count the call, and decide it. What lies in another module has a higher number, so it comes after that.
+
+        Args:
+            call: the call.
+            number_of: as for `Count.advanced`.
+        """
         of_module: dict[int, Decision] = {}
         decisions = []
         for group in self._groups:
             around = None if group.outer is None else of_module[group.outer]
-            decision = self._advance(group, call, around is not None and (around.rests or any(around.reuses)))
+            rests = around is not None and (around.rests or any(around.reuses))
+            decision = self._advance(group, call, rests, number_of)
             of_module.update(dict.fromkeys(group.modules, decision))
             decisions.append(decision)
         return decisions
 
-    def _advance(self, group: Group, call: Call, rests: bool) -> Decision:
+    def _advance(self, group: Group, call: Call, rests: bool, number_of: Callable[[Rule], float | None]) -> Decision:
         rule, first = group.rule, group.cells[0]
         if rests:
             count = first.count.rested(call.t)
@@ -187,7 +199,7 @@ class Lockstep:
         had_cache = has_cache
         for following in (*[call.t] * (group.calls - 1), next_t):
             scalars.append(count.scalars())
-            count, reuse, keeps = count.advanced(rule, call.t, has_cache, following, of, group.remembers)
+            count, reuse, keeps = count.advanced(rule, call.t, has_cache, following, of, group.remembers, number_of)
             reuses.append(reuse)
             has_cache = True
         if group.outer is not None:  # it may rest until what is kept is read
@@ -198,5 +210,5 @@ class Lockstep:
 
     def reset(self) -> None:
         """Forget the generation."""
-        for cell in self.cells:
+        for cell in (*self.cells, *self.signals):
             cell.reset()

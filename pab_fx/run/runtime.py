@@ -69,7 +69,7 @@ class Runtime:
         self.tied = TiedParameters()
         self._unread: weakref.WeakValueDictionary[TensorSpec, torch.Tensor] = weakref.WeakValueDictionary()
         self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
-        self.calls = self.computed_once = self.taken_as_kept = self.restarts = 0
+        self.calls = self.computed_once = self.taken_as_kept = self.restarts = self.numbers_read = 0
 
     def forget_state(self) -> None:
         """Forget what is counted and kept; generations begin afresh."""

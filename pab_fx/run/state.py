@@ -7,7 +7,7 @@ graph: its identity names the module it belongs to. State hangs on that paramete
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -29,6 +29,7 @@ class Count(NamedTuple):
         computed_t: timestep of that one.
         filled: how many calls have computed and updated what is kept, since something is.
         first_t: timestep of the first call.
+        change: what its rule's signal has changed by, added up since the last call that computed.
         generation: number of the generation it is in, `None` where the timesteps alone tell.
     """
 
@@ -39,6 +40,7 @@ class Count(NamedTuple):
     filled: int = 0
     first_t: float = NEVER
     generation: int | None = None
+    change: float = 0.0
 
     def begun(self, t: float, step: int, timesteps: Sequence[float] | None, generation: int | None) -> Count:
         """The count at the begin of a call at timestep `t`: a new one if that starts a new generation.
@@ -73,7 +75,14 @@ class Count(NamedTuple):
         return self._replace(n=self.n + 1, t=t)
 
     def advanced(
-        self, rule: Rule, t: float, has_cache: bool, next_t: float | None, of: float, remembers: bool
+        self,
+        rule: Rule,
+        t: float,
+        has_cache: bool,
+        next_t: float | None,
+        of: float,
+        remembers: bool,
+        number_of: Callable[[Rule], float | None] = lambda rule: None,
     ) -> tuple[Count, bool, bool]:
         """The count after one call, whether that call reuses, and whether what is there then has to be kept.
 
@@ -84,12 +93,20 @@ class Count(NamedTuple):
             next_t: as for `Rule.keeps`.
             of: how many calls the generation has.
             remembers: whether what is kept is read also where a call computes.
+            number_of: reads what a rule measures in this call, `None` if there is nothing to read; asked for only
+                where the call may reuse.
         """
-        step = Step(self.n, t, of)
-        reuse = has_cache and self.n > 0 and decided(rule, step, Progress(self.n - self.computed, self.computed_t))
+        step, progress, change = Step(self.n, t, of), Progress(self.n - self.computed, self.computed_t), 0.0
+        reuse = has_cache and self.n > 0 and decided(rule, step, progress)
+        if reuse and rule.signal is not None:
+            number = number_of(rule)
+            if number is not None:
+                change = rule.weighed(number) + (self.change if rule.accumulates else 0.0)
+            reuse = number is not None and decided(rule, step, progress, change)
         computed, computed_t = (self.computed, self.computed_t) if reuse else (self.n, t)
         filled = self.filled if reuse else 1 + (self.filled if has_cache else 0)
-        after = Count(self.n + 1, t, computed, computed_t, filled, self.first_t if self.n else t, self.generation)
+        after = Count(self.n + 1, t, computed, computed_t, filled, self.first_t if self.n else t)
+        after = after._replace(generation=self.generation, change=change if reuse else 0.0)
         keeps = rule.keeps(step, Progress(after.n - computed, computed_t), next_t)
         return after, reuse, keeps or (remembers and next_t != END and not rule.is_over(t))
 
@@ -143,6 +160,7 @@ class StateStore:
         found: for each graph, the cells that its modules had, by cache context, to spare the look-up.
         kept: for each graph, what it computed once in the generation, by cache context.
         buffers: for each graph, where that lies, where it has to be at one address, by cache context.
+        measured: what rules measured last, by cache context, for the pieces of a model whose graph breaks.
     """
 
     _cells: Any = field(default_factory=WeakIdKeyDictionary)
@@ -150,6 +168,7 @@ class StateStore:
     found: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
     kept: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
     buffers: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
+    measured: dict[Hashable, Any] = field(default_factory=dict)
 
     def enter(self, called: Hashable) -> None:
         """Note that a call begins; `leave` notes its end.
@@ -186,6 +205,7 @@ class StateStore:
     def reset(self, owners: Iterable[Any] | None = None) -> None:
         """Reset every cell, or those of the given owners; what graphs computed once goes either way."""
         self.kept.clear()
+        self.measured.clear()
         self.found.clear()  # with what stands in for slots that are not read
         if owners is None:
             owners = [owner for owner, _ in self._owned()]

@@ -51,7 +51,7 @@ def ranges_of_blocks(view: View, assign: Assign, wanted: Iterable[Blocks]) -> li
             unsafe = "the blocks are captured one by one, where a range of them has to be all"
         first, last = (call.name for call in ((chosen or found)[0], (chosen or found)[-1]))
         why = f"{len(chosen)} of {len(found)} blocks, {first} to {last}" if len(chosen) > 1 else f"the block {first}"
-        nodes = _between(view, chosen or found[:1])
+        nodes = nodes_between(view, chosen or found[:1])
         unsafe = unsafe or _interrupted(view, chosen, nodes)
         regions.append(Region.of(name, name, assign, BLOCKS, why, nodes, unsafe))
     return regions
@@ -101,7 +101,7 @@ def _interrupted(view: View, calls: Iterable[ModuleCall], nodes: Iterable[fx.Nod
     return None if between is None else f"no stream goes through all blocks: {between.name} lies between two of them"
 
 
-def _between(view: View, calls: Iterable[ModuleCall]) -> list[fx.Node]:
+def nodes_between(view: View, calls: Iterable[ModuleCall]) -> list[fx.Node]:
     """What these calls compute, and what is both downstream of one and upstream of one."""
     own = {node for call in calls for node in view.entries[call]}
     nodes = [node for node in view.graph.nodes if node.op.startswith("call")]

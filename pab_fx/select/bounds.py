@@ -1,6 +1,6 @@
 """Where a region ends: which of its tensors are kept, and why it is computed in every step where that is not safe.
 
-A region is made smaller until its outputs are tensors that share no storage; see `_outputs`. It is unsafe to skip
+A region is made smaller until its outputs are tensors that share no storage; see `bounded`. It is unsafe to skip
 what draws random numbers or updates a tensor from outside, and to move to one place what reads a tensor that is
 updated meanwhile. No graph is changed here.
 """
@@ -86,7 +86,7 @@ def _bounded(graph: fx.Graph, region: Region) -> Region:
         return replace(region, unsafe=unsafe)
     # a whole model's prediction has to look like its sample, and a residual is of all that the part yields
     may_be_view = region.role == MODEL
-    nodes, outputs, replayed = _outputs(region.nodes, may_be_view, may_be_view or policy.how.reads_streams)
+    nodes, outputs, replayed = bounded(region.nodes, may_be_view, may_be_view or policy.how.reads_streams)
     note, inside = region.note, set(nodes)
     if any(not inside.issuperset(effects.later_updates(graph, output)) for output in outputs):
         updates = UPDATES_KEPT if policy.how.keeps_updates else UPDATES_NOT_KEPT
@@ -113,7 +113,7 @@ def _with_own_contexts(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> tuple[fx.
     return tuple(sorted(inside | own))
 
 
-def _outputs(
+def bounded(
     nodes: Iterable[fx.Node], may_be_view: bool, may_be_product: bool
 ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """Shrink a region to where its outputs are tensors that share no storage: its nodes, outputs, replayed nodes.

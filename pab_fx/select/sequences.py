@@ -128,4 +128,6 @@ def _is_broadcast(source: fx.Node, result: fx.Node) -> bool:
     small, large = shape(source), shape(result)
     if not small or not large or len(large) < 2 or not isinstance(value(source), torch.Tensor):
         return False
+    if math.prod(small) == math.prod(large):  # nothing is repeated: it only lies in another shape
+        return False
     return len(small) < len(large) - 1 or (len(small) == len(large) and small[-2] == 1 and large[-2] != 1)

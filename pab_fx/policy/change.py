@@ -1,0 +1,126 @@
+"""A rule that goes by what happens: how far a tensor has changed, as a number that the graph computes (a signal)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .checks import check_integer, checked_flag, is_iterable, is_number
+from .when import Progress, Rule, Step
+from .where import Blocks, Model
+
+
+@dataclass(frozen=True)
+class Change(Rule):
+    """Reuse while a signal has changed by little: FirstBlockCache, DBCache, TeaCache and their like.
+
+    The change is `mean(abs(now - before)) / mean(abs(before))`, over all elements, where `before` is the signal of the
+    last step that computed. With `accumulate` it is that of the step before, and the changes since the last step that
+    computed are added up. A step reuses if the change is at most `threshold`; one that is not a finite number never is.
+    The host reads one number in a step that may reuse, and waits for it.
+
+    Args:
+        of: whose signal: `Blocks(0, 1)` is what the first block adds to the stream of the sample
+            (`diffusers/hooks/first_block_cache.py`), `Model()` the sample that the model is given.
+        threshold: a number >= 0.
+        accumulate: add up changes from step to step (TeaCache, arXiv 2411.19108).
+        warmup: how many steps at the beginning compute.
+        cooldown: how many steps at the end compute; asks for the number of steps.
+        max_skips: how many steps in a row reuse; `None` for any number.
+        rescale: coefficients of a polynomial of the change, the highest power first, that takes its place.
+
+    Raises:
+        ValueError: naming the field and what it must be.
+
+    Example:
+        >>> rule = Change(Blocks(0, 1), threshold=0.1, max_skips=2)
+        >>> rule.decide(Step(5, 500.0), Progress(1, 520.0), 0.05), rule.decide(Step(5, 500.0), Progress(3, 560.0), 0.05)
+        (True, False)
+        >>> float(rule.measured(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])))
+        0.5
+    """
+
+    of: Any = field(default_factory=lambda: Blocks(0, 1))
+    threshold: float = 0.05
+    accumulate: bool = False
+    warmup: int = 1
+    cooldown: int = 0
+    max_skips: int | None = None
+    rescale: Any = ()
+
+    def __post_init__(self) -> None:
+        if type(self.of) not in (Blocks, Model):
+            raise ValueError(f"Change: of must be Blocks(...) or Model(), got {self.of!r}.")
+        if not is_number(self.threshold) or not 0 <= self.threshold < math.inf:
+            raise ValueError(f"Change: threshold must be a number >= 0, got {self.threshold!r}.")
+        checked_flag("Change: accumulate", self.accumulate)
+        check_integer("Change: warmup", self.warmup)
+        check_integer("Change: cooldown", self.cooldown, least=0)
+        if self.max_skips is not None:
+            check_integer("Change: max_skips", self.max_skips)
+        given = tuple(self.rescale) if is_iterable(self.rescale) else (self.rescale,)
+        if not all(map(is_number, given)):
+            raise ValueError(f"Change: rescale must be the numbers of a polynomial, got {self.rescale!r}.")
+        object.__setattr__(self, "rescale", tuple(float(each) for each in given))
+
+    @property
+    def signal(self) -> Any:  # type: ignore[override]
+        """Whose signal it goes by."""
+        return self.of
+
+    @property
+    def accumulates(self) -> bool:  # type: ignore[override]
+        """As `Rule.accumulates`."""
+        return self.accumulate
+
+    def measured(self, now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """As `Rule.measured`: the relative change; 0 where nothing changed, whatever it is relative to."""
+        difference, size = (now - before).abs().mean(), before.abs().mean()
+        return torch.where(difference > 0, difference / size, difference)
+
+    def weighed(self, change: Any) -> Any:
+        """As `Rule.weighed`: the polynomial of the change."""
+        if not self.rescale:
+            return change
+        found: Any = self.rescale[0]
+        for coefficient in self.rescale[1:]:
+            found = found * change + coefficient
+        return found
+
+    def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
+        """While the signal has changed by little; without a signal, where it may reuse if that has."""
+        due = step.n >= self.warmup
+        if self.max_skips is not None:
+            due = due & (progress.age <= self.max_skips)
+        if self.cooldown:
+            due = due & (step.n < step.of - self.cooldown)
+        return due if signal is None else due & (signal <= self.threshold)
+
+    def may_reuse(self, step: Step, progress: Progress) -> bool:
+        """As `Rule.may_reuse`: timesteps do not matter."""
+        return bool(self.decide(step, progress))
+
+    def describe(self) -> str:
+        """The rule in words.
+
+        Example:
+            >>> Change(Blocks(0, 1), 0.08, max_skips=3).describe()
+            'reused up to 3 steps in a row while blocks(0, 1) changes by at most 0.08'
+        """
+        skips = "" if self.max_skips is None else f" up to {self.max_skips} steps in a row"
+        whose = "the sample" if isinstance(self.of, Model) else self.of.label
+        how = "the changes of {} add up to" if self.accumulate else "{} changes by"
+        return f"reused{skips} while {how.format(whose)} at most {self.threshold:g}"
+
+    def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:
+        """As `Rule.mismatch`: the number of steps is asked for, and is not known."""
+        if not self.cooldown or timesteps:
+            return None
+        return (
+            f"{self!r} computes the last {self.cooldown} steps, and how many steps the generation has is not known: "
+            "none of them counts as one of the last. Pass timesteps=, such as scheduler.timesteps."
+        )

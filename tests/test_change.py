@@ -1,0 +1,359 @@
+"""Rules that go by how far a tensor has changed, against a plain eager reference."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from reference import distance, equal
+from test_blocks import TIMESTEPS, Denoiser, DiT, InPlaceDiT, JoinedMMDiT, MMDiT, build, inputs, lowerings, trajectory
+from torch import Tensor, nn
+
+import pab_fx
+from pab_fx import Blocks, Change, Every, Last, Model, Policy, Residual, Taylor
+from pab_fx.policy.when import Progress, Step
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+FIRST = Change(Blocks(0, 1), threshold=0.1)
+RULES = {
+    "first block": FIRST,
+    "added up": Change(Blocks(0, 1), threshold=0.15, accumulate=True),
+    "at most 2 in a row": Change(Blocks(0, 1), threshold=0.3, max_skips=2, warmup=3, cooldown=2),
+    "rescaled": Change(Blocks(0, 1), threshold=0.05, accumulate=True, rescale=(2.0, 0.5, 0.0)),
+    "the sample": Change(Model(), threshold=0.1),
+    "the sample, added up": Change(Model(), threshold=0.2, accumulate=True),
+}
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+
+
+class Reference:
+    """A model whose blocks after the first run or are skipped, by the change of a signal; in plain eager Python."""
+
+    def __init__(self, model: Denoiser, rule: Change) -> None:
+        self.model, self.rule, self.reused = copy.deepcopy(model), rule, 0
+        self.run, self.blocks = self.model.run, list(self.model.blocks)
+        self.model.run = self.partly  # type: ignore[method-assign]
+        self.n, self.age, self.change = 0, 1, 0.0
+        self.before: Tensor | None = None
+
+    def __call__(self, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        self.sample = hidden_states.clone()
+        return self.model(hidden_states, timestep, text)
+
+    def head(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        found = self.blocks[0](*streams, embedding)
+        return found if isinstance(found, tuple) else (found,)
+
+    def partly(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        after = self.head(streams, embedding)
+        now = self.sample if isinstance(self.rule.of, Model) else after[0] - streams[0]
+        reuse = self.reuses(now)
+        if self.rule.accumulate or not reuse:
+            self.before = now
+        entering = self.model.identity(after)
+        if reuse:
+            self.reused += 1
+            found = tuple(each + added for each, added in zip(entering, self.kept, strict=True))
+        else:
+            self.model.blocks = nn.ModuleList(self.blocks[1:])
+            found = self.run(after, embedding)
+            self.kept = [leaves - enters for leaves, enters in zip(found, entering, strict=True)]
+        self.n, self.age = self.n + 1, self.age + 1 if reuse else 1
+        self.change = self.change if reuse else 0.0
+        return found
+
+    def reuses(self, now: Tensor) -> bool:
+        rule = self.rule
+        may = self.n >= rule.warmup and self.n < len(TIMESTEPS) - rule.cooldown
+        if self.before is None or not may or (rule.max_skips is not None and self.age > rule.max_skips):
+            return False
+        change = float((now - self.before).abs().mean() / self.before.abs().mean())
+        if rule.rescale:
+            powers = range(len(rule.rescale) - 1, -1, -1)
+            change = sum(c * change**power for c, power in zip(rule.rescale, powers, strict=True))
+        self.change = change + (self.change if rule.accumulate else 0.0)
+        return self.change <= rule.threshold
+
+
+def policy_of(rule: Change) -> Policy:
+    return Policy(Blocks(1), rule, Residual())
+
+
+def enabled(model: nn.Module, rule: Change = FIRST, **kwargs: Any) -> Any:
+    return pab_fx.enable(model, policy_of(rule), **{"inner": "eager", "timesteps": TIMESTEPS, **kwargs})
+
+
+@lowerings
+@rules
+@pytest.mark.parametrize("kind", [DiT, InPlaceDiT, MMDiT, JoinedMMDiT], ids=lambda kind: kind.__name__)
+def test_steps_reuse_while_a_signal_changes_little(kind: type[Denoiser], rule: Change, lowering: str) -> None:
+    model = build(kind)
+    reference, plain = Reference(model, rule), trajectory(model)
+    expected = trajectory(reference)
+    assert 0 < reference.reused < len(TIMESTEPS) - 1
+    with enabled(model, rule, lowering=lowering) as pab:
+        found = trajectory(model)
+        report = pab.report()
+    assert report.reused == reference.reused
+    assert equal(found, expected)
+    assert distance(found, plain) > 1e-3
+
+
+@lowerings
+@pytest.mark.parametrize("rule", [FIRST, RULES["added up"]], ids=["first block", "added up"])
+def test_inductor_decides_alike(rule: Change, lowering: str) -> None:
+    model = build(MMDiT)
+    reference = Reference(model, rule)
+    expected = trajectory(reference)
+    with enabled(model, rule, lowering=lowering, inner="inductor") as pab:
+        found = trajectory(model)
+        assert pab.report().reused == reference.reused
+    assert distance(found, expected) < 1e-4  # rounding of what Inductor fuses
+
+
+@pytest.mark.parametrize("contexts", [(), ("cond", "uncond")], ids=["one", "two contexts"])
+@rules
+def test_an_exported_program_decides_by_itself(rule: Change, contexts: Sequence[str]) -> None:
+    model = build(MMDiT)
+    names = ("hidden_states", "timestep", "text")
+    given = dict(zip(names, inputs(0, TIMESTEPS[0]), strict=True))
+    program = pab_fx.export(model, given, policy_of(rule), timesteps=TIMESTEPS, contexts=contexts).module()
+    references = [Reference(model, rule) for _ in contexts or (None,)]
+    for step, t in enumerate(TIMESTEPS):
+        for i, reference in enumerate(references):
+            x, *others = inputs(step, t)
+            x = x * (1 + i * math.sin(step))  # each context changes in its own way
+            further = {"pab_context": torch.tensor(i)} if contexts else {}
+            expected = reference(x, *others)
+            assert torch.equal(program(**dict(zip(names, (x, *others), strict=True)), **further), expected)
+    assert all(0 < reference.reused < len(TIMESTEPS) - 1 for reference in references)
+
+
+def test_a_rewritten_graph_decides_by_itself() -> None:
+    class Traced(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            return self.model(hidden_states, timestep, text)
+
+    model = build(DiT)
+    given = torch.export.export(model, inputs(0, TIMESTEPS[0]), strict=False).module()
+    graph = pab_fx.rewrite(given, policy_of(FIRST), model=model)
+    reference = Reference(model, FIRST)
+    assert all(torch.equal(graph(*inputs(i, t)), reference(*inputs(i, t)).clone()) for i, t in enumerate(TIMESTEPS))
+    assert reference.reused > 0
+
+
+def test_branches_of_guidance_have_signals_of_their_own(inner: Any) -> None:
+    model = build(DiT)
+    references = {"cond": Reference(model, FIRST), "uncond": Reference(model, FIRST)}
+    with enabled(model, inner=inner):
+        for step, t in enumerate(TIMESTEPS):
+            for name, scale in (("cond", 1.0), ("uncond", 1 + math.sin(step))):
+                x, *others = inputs(step, t)
+                with pab_fx.cache_context(name):
+                    assert torch.equal(model(scale * x, *others), references[name](scale * x, *others))
+    reused = [reference.reused for reference in references.values()]
+    assert reused[0] != reused[1]
+    assert all(reused)
+
+
+def test_requests_in_turns_and_generations_that_were_cut_off_are_each_as_if_alone(inner: Any) -> None:
+    model = build(MMDiT)
+    expected = trajectory(Reference(model, FIRST))
+    with enabled(model, inner=inner) as pab:
+        trajectory(model, TIMESTEPS[:5])
+        assert equal(trajectory(model), expected)
+        sessions = [pab.session(), pab.session()]
+        found: list[list[Tensor]] = [[], []]
+        for step, t in enumerate(TIMESTEPS):
+            for i, session in enumerate(sessions):
+                with session:
+                    found[i].append(model(*inputs(step, t)).clone())
+        assert all(equal(each, expected) for each in found)
+
+
+def test_threads_with_requests_of_their_own_decide_apart() -> None:
+    model = build(DiT)
+    references = {scale: Reference(model, FIRST) for scale in (1.0, 3.0)}
+    expected = {
+        scale: [reference(scale * x, *others) for x, *others in map(inputs, range(len(TIMESTEPS)), TIMESTEPS)]
+        for scale, reference in references.items()
+    }
+    found: dict[float, list[Tensor]] = {}
+    with enabled(model) as pab:
+        trajectory(model)  # compiled before
+
+        def run(scale: float) -> None:
+            with torch.no_grad(), pab.session():
+                steps = map(inputs, range(len(TIMESTEPS)), TIMESTEPS)
+                found[scale] = [model(scale * x, *others).clone() for x, *others in steps]
+
+        threads = [threading.Thread(target=run, args=(scale,)) for scale in expected]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(equal(found[scale], expected[scale]) for scale in expected)
+    assert all(0 < reference.reused < len(TIMESTEPS) - 1 for reference in references.values())
+
+
+@lowerings
+def test_sizes_may_change_between_generations(lowering: str, inner: Any) -> None:
+    model = build(MMDiT)
+    with enabled(model, lowering=lowering, inner=inner):
+        for shape in ({"tokens": 6}, {"tokens": 4, "batch": 1}, {"tokens": 6}):
+            expected = trajectory(Reference(model_of(model), FIRST), **shape)
+            assert equal(trajectory(model, **shape), expected)
+
+
+def model_of(model: nn.Module) -> Denoiser:
+    """The same weights without anything that is enabled."""
+    plain = build(type(model))  # type: ignore[arg-type]
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def test_what_the_caller_updates_in_place_is_remembered_as_it_was() -> None:
+    rule = RULES["the sample, added up"]
+    model = build(DiT)
+    expected = trajectory(Reference(model, rule))
+    with enabled(model, rule) as pab:
+        found, latents = [], inputs(0, TIMESTEPS[0])[0]
+        for step, t in enumerate(TIMESTEPS):
+            x, *others = inputs(step, t)
+            latents.copy_(x)  # a sampler's step in place: the same tensor in each step
+            found.append(model(latents, *others).clone())
+        assert pab.report().reused > 0
+    assert equal(found, expected)
+
+
+def test_a_step_that_a_mask_decides_reads_no_number_and_others_read_one() -> None:
+    rule = Change(Blocks(0, 1), threshold=1e9, warmup=4, cooldown=3)
+    with enabled(model := build(DiT), rule) as pab:
+        trajectory(model)
+        report = pab.report()
+    assert report.numbers_read == len(TIMESTEPS) - 7 == report.reused
+    assert "waits for one number" in str(report)
+
+
+@lowerings
+def test_there_are_two_captured_graphs_and_no_recompile(lowering: str) -> None:
+    torch._dynamo.utils.counters.clear()
+    with enabled(model := build(MMDiT), lowering=lowering) as pab:
+        trajectory(model)
+        report = pab.report()
+    assert len(report.captured) == 1
+    assert report.graphs == {"specialize": 3, "cond": 2}[lowering]  # a head, and one or two of the rest
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_numbers_that_are_not_finite_compute_and_it_is_said_once() -> None:
+    model = build(DiT)
+    with enabled(model, inner="eager") as pab, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step, t in enumerate(TIMESTEPS):
+            x, *others = inputs(step, t)
+            model(x * (math.nan if step in (4, 5, 6) else 1), *others)
+        report = pab.report()
+    told = [str(each.message) for each in said if "nan" in str(each.message)]
+    assert len(told) == 1
+    assert "such a step computes" in told[0]
+    # 4 to 6 compute, and so does 7: what it is measured against is nan
+    assert report.roles[0].computed >= 4
+
+
+def test_nothing_changed_is_no_change_at_all() -> None:
+    """0 / 0 where the signal is constant and zero."""
+    assert float(FIRST.measured(torch.zeros(3), torch.zeros(3))) == 0.0
+    assert float(FIRST.measured(torch.ones(3), torch.zeros(3))) == math.inf
+    assert math.isnan(float(FIRST.measured(torch.tensor([math.nan]), torch.ones(1))))
+    model = build(DiT)
+    with enabled(model, Change(Model(), threshold=0.0)) as pab:
+        given = inputs(0, 1000.0)
+        for t in TIMESTEPS:
+            model(torch.zeros_like(given[0]), torch.full((2,), t), given[2])
+        assert pab.report().reused == len(TIMESTEPS) - 1
+
+
+def test_forecasts_and_other_policies_go_by_signals_too() -> None:
+    model = build(DiT)
+    policies = [Policy(Blocks(1, 2), FIRST, Taylor(1, of=Residual())), Policy(Blocks(2), Every(3), Last())]
+    with pab_fx.enable(model, policies, inner="eager", timesteps=TIMESTEPS) as pab:
+        trajectory(model)
+        assert {region.name for region in pab.report().regions} == {"blocks(1, 2)", "blocks(2, None)"}
+        assert pab.report().reused > len(TIMESTEPS) // 2
+
+
+def test_the_report_shows_what_a_signal_decides() -> None:
+    with enabled(model := build(DiT)) as pab:
+        trajectory(model)
+        said = str(pab.report())
+    assert "? ? ?" in said
+    assert "while blocks(0, 1) changes by at most 0.1" in said
+
+
+def test_a_model_without_the_signal_is_left_alone_and_it_is_said() -> None:
+    model = build(DiT)
+    with pab_fx.enable(model, Policy(Blocks(), Change(Blocks(7, 8), 0.1), Residual()), inner="eager") as pab:
+        with pytest.warns(UserWarning, match="computed in every step"):
+            trajectory(model)
+        (region,) = pab.report().regions
+    assert "nothing that its rule could look at" in str(region.left_alone)
+
+
+def test_blocks_that_hold_their_own_signal_are_left_alone_and_it_is_said() -> None:
+    model = build(DiT)
+    with pab_fx.enable(model, Policy(Blocks(), FIRST, Residual()), inner="eager") as pab:
+        with pytest.warns(UserWarning, match="computed in every step"):
+            trajectory(model)
+        (region,) = pab.report().regions
+    assert "begins before what a rule looks at" in str(region.left_alone)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"of": "blocks"}, "of must be Blocks"),
+        ({"threshold": -0.1}, "threshold must be a number >= 0"),
+        ({"threshold": math.nan}, "threshold must be a number >= 0"),
+        ({"accumulate": 1}, "accumulate"),
+        ({"warmup": 0}, "warmup must be an integer >= 1"),
+        ({"cooldown": -1}, "cooldown must be an integer >= 0"),
+        ({"max_skips": 0}, "max_skips must be an integer >= 1"),
+        ({"rescale": ("a",)}, "rescale must be the numbers of a polynomial"),
+    ],
+)
+def test_bad_fields_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Change(**fields)
+
+
+def test_a_rule_goes_into_a_file_and_back(tmp_path: Any) -> None:
+    policies = tuple(policy_of(rule) for rule in RULES.values())
+    pab_fx.save_policies(policies, tmp_path / "rules.json")
+    assert pab_fx.load_policies(tmp_path / "rules.json") == policies
+
+
+def test_a_rule_of_the_users_own_measures_what_it_likes() -> None:
+    class Largest(Change):
+        """The largest change of any element."""
+
+        def measured(self, now: Tensor, before: Tensor) -> Tensor:
+            return (now - before).abs().amax()
+
+    rule = Largest(Blocks(0, 1), threshold=0.2)
+    assert rule.decide(Step(3, 500.0), Progress(1, 600.0), 0.1)
+    with enabled(model := build(DiT), rule) as pab:
+        trajectory(model)
+        assert 0 < pab.report().reused < len(TIMESTEPS) - 1
