@@ -39,6 +39,7 @@ from .report.captured import Captured, Plain
 from .report.report import Report
 from .run.call import BroadcastGraph
 from .run.holding import addresses, holder_for
+from .run.measuring import measure_of
 from .run.owners import anchors
 from .run.running import module_names, running_modules
 from .run.runtime import Runtime
@@ -191,6 +192,14 @@ class PABBackend:
                 raise ValueError(
                     f"{region.name} ({role}) was captured to be {_captured(region)}, and the new config has it "
                     f"{policy.describe()}: that has to be captured anew, by disable() and enable()."
+                )
+        measured = {measure_of(rule) for graph in self.graphs for rule in graph.lowerings.rules}
+        for region, _, policy, _ in found:
+            rule = None if policy is None else policy.when
+            if rule is not None and rule.signal is not None and measure_of(rule) not in measured:
+                raise ValueError(
+                    f"{region.name}: the model was captured without what {rule!r} looks at. It has to be "
+                    "captured anew, by disable() and enable()."
                 )
         is_idle = not any(policy is not None for *_, policy, _ in found)
         if found and is_idle and any(each.when is not None for each in policies):

@@ -258,6 +258,78 @@ def test_there_are_two_captured_graphs_and_no_recompile(lowering: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"regional": True}, {"cache_device": "cpu"}, {"step_invariants": False}, {"regional": True, "lowering": "cond"}],
+    ids=str,
+)
+def test_options_of_enable_decide_alike(options: dict[str, Any]) -> None:
+    model = build(DiT)
+    expected = trajectory(Reference(model, FIRST))
+    with enabled(model, **options):
+        assert equal(trajectory(model), expected)
+
+
+def test_smaller_caches_take_the_same_decisions() -> None:
+    model = build(DiT)
+    reference = Reference(model, FIRST)
+    expected = trajectory(reference)
+    with enabled(model, cache_dtype="int8") as pab:
+        found = trajectory(model)
+        assert pab.report().reused == reference.reused
+    assert 0 < distance(found, expected) < 0.05  # 8 bits of a residual of about 1
+
+
+@lowerings
+def test_dynamic_shapes_are_captured_once(lowering: str) -> None:
+    model = build(MMDiT)
+    sizes = ({"tokens": 6}, {"tokens": 10}, {"tokens": 8})
+    expected = [trajectory(Reference(model, FIRST), **shape) for shape in sizes]
+    with enabled(model, lowering=lowering, dynamic=True) as pab:
+        found = [trajectory(model, **shape) for shape in sizes]
+        assert len(pab.report().captured) == 1
+    assert all(map(equal, found, expected))
+
+
+def test_a_model_that_is_compiled_already_is_compiled_again() -> None:
+    model = build(DiT)
+    expected = trajectory(Reference(model, FIRST))
+    model.compile(backend="eager")
+    with enabled(model):
+        assert equal(trajectory(model), expected)
+
+
+@pytest.mark.slow
+def test_a_packaged_program_decides_by_itself(tmp_path: Any) -> None:
+    """By AOTInductor; the sum of changes is among its state."""
+    model, rule = build(MMDiT), RULES["added up"]
+    names = ("hidden_states", "timestep", "text")
+    given = dict(zip(names, inputs(0, TIMESTEPS[0]), strict=True))
+    program = pab_fx.export(model, given, policy_of(rule), timesteps=TIMESTEPS)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    reference = Reference(model, rule)
+    for _ in range(2):
+        expected = trajectory(Reference(model, rule))
+        found = [package(**dict(zip(names, inputs(step, t), strict=True))).clone() for step, t in enumerate(TIMESTEPS)]
+        assert distance(found, expected) < 1e-4  # rounding of what Inductor fuses
+    trajectory(reference)
+    assert 0 < reference.reused < len(TIMESTEPS) - 1
+
+
+def test_another_threshold_needs_no_capture_and_another_signal_is_refused() -> None:
+    model = build(DiT)
+    with enabled(model) as pab:
+        trajectory(model)
+        other = Change(Blocks(0, 1), threshold=0.3, max_skips=2)
+        reference = Reference(model, other)
+        expected = trajectory(reference)
+        pab.set_config(policy_of(other))
+        assert equal(trajectory(model), expected)
+        with pytest.raises(ValueError, match="captured anew"):
+            pab.set_config(policy_of(Change(Model(), threshold=0.3)))
+
+
 def test_numbers_that_are_not_finite_compute_and_it_is_said_once() -> None:
     model = build(DiT)
     with enabled(model, inner="eager") as pab, warnings.catch_warnings(record=True) as said:

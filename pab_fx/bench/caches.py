@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import MagCacheConfig, TaylorSeerCacheConfig
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from torch import nn
 
@@ -59,11 +59,21 @@ def _magcache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) 
     return Cache(config, None if model.name == "latte" else config)
 
 
+def _firstblock(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
+    """A threshold that every change keeps to: all steps but the first reuse, and each measures to decide.
+
+    With random weights changes tell nothing, and a plan that is known before makes the same decisions in every column.
+    """
+    config = FirstBlockCacheConfig(threshold=1e9)
+    return Cache(config, None if model.name == "latte" else config)
+
+
 CACHES: Mapping[str, Callable[[BenchModel, PABConfig | None, int, Any], Cache]] = {
     "pab": _pab,
     "blocks": _blocks,
     "taylorseer": _taylorseer,
     "magcache": _magcache,
+    "firstblock": _firstblock,
 }
 """By name on the command line, made for a model, ranges of PAB (`None`: the model's), steps, and a clock."""
 
@@ -131,11 +141,12 @@ def _said(policy: Policy) -> str:
 
 def _candidates(model: nn.Module, where: Any) -> Iterator[tuple[str, str, str]]:
     """Kind and name of a part that policies like this one may be for, and the name of its module, or of one of them."""
+    if isinstance(where, Blocks):
+        blocks = [name for name, _ in model.named_modules() if EVERY_BLOCK.takes(MODULES, name)]
+        yield from ((BLOCKS, where.label, name) for name in blocks[where.first : where.last])
+        return
     for name, module in model.named_modules():
-        if isinstance(where, Blocks):
-            if EVERY_BLOCK.takes(MODULES, name):
-                yield BLOCKS, BLOCKS, name
-        elif isinstance(where, NamedModules):
+        if isinstance(where, NamedModules):
             yield MODULES, name, name
         elif is_attention(type(module)):
             yield "cross" if getattr(module, "is_cross_attention", False) else "spatial", name, name

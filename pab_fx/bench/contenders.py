@@ -145,6 +145,7 @@ MARKS: Mapping[str, Callable[[Any, Any], Any]] = {
     "pyramid_attention_broadcast": _cache_of_attention,
     "taylorseer_cache": _last_update,
     "mag_cache_leader_block_hook": _decision,
+    "fbc_leader_block_hook": _decision,
 }
 """By the name of a hook, for it and its mark before: an object that is another one after a step that computed."""
 
