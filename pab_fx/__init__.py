@@ -15,7 +15,7 @@ from .export.export import export
 from .export.rewrite import rewrite
 from .magnitudes import magnitude_ratios
 from .passes.specialize import specialize
-from .policy.change import Change
+from .policy.change import Change, ModulatedInput
 from .policy.config import LayerBroadcast, MLPBroadcast, PABConfig
 from .policy.files import load_policies, save_policies
 from .policy.how import Hermite, How, Last, Residual, Scalars, Taylor
@@ -40,6 +40,7 @@ __all__ = [
     "MLPBroadcast",
     "Magnitude",
     "Model",
+    "ModulatedInput",
     "PABBackend",
     "PABConfig",
     "Policy",

@@ -7,6 +7,7 @@ import math
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from test_blocks import TIMESTEPS, Denoiser, DiT, InPlaceDiT, JoinedMMDiT, MMDiT
 from torch import Tensor, nn
 
 import pab_fx
-from pab_fx import Blocks, Change, Every, Last, Model, Policy, Residual, Taylor
+from pab_fx import Blocks, Change, Every, Last, Model, ModulatedInput, Policy, Residual, Taylor
 from pab_fx.policy.when import Progress, Step
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -53,7 +54,7 @@ class Reference:
 
     def partly(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
         after = self.head(streams, embedding)
-        now = self.sample if isinstance(self.rule.of, Model) else after[0] - streams[0]
+        now = after[0] - streams[0] if isinstance(self.rule.of, Blocks) else self.sample
         reuse = self.reuses(now)
         if self.rule.accumulate or not reuse:
             self.before = now
@@ -62,7 +63,7 @@ class Reference:
             self.reused += 1
             found = tuple(each + added for each, added in zip(entering, self.kept, strict=True))
         else:
-            self.model.blocks = nn.ModuleList(self.blocks[1:])
+            self.model.blocks = nn.ModuleList(self.blocks[isinstance(self.rule.of, (Blocks, Model)) :])
             found = self.run(after, embedding)
             self.kept = [leaves - enters for leaves, enters in zip(found, entering, strict=True)]
         self.n, self.age = self.n + 1, self.age + 1 if reuse else 1
@@ -82,8 +83,18 @@ class Reference:
         return self.change <= rule.threshold
 
 
+class ModulatedReference(Reference):
+    """All blocks of a `DiT` run or are skipped, by what the first one's attention reads."""
+
+    def head(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        (x,), block = streams, self.blocks[0]
+        shift, scale, _ = block.modulation(embedding).unsqueeze(1).chunk(3, dim=-1)
+        self.sample = block.norm(x) * (1 + scale) + shift
+        return streams
+
+
 def policy_of(rule: Change) -> Policy:
-    return Policy(Blocks(1), rule, Residual())
+    return Policy(Blocks() if rule.of == ModulatedInput() else Blocks(1), rule, Residual())
 
 
 def enabled(model: nn.Module, rule: Change = FIRST, **kwargs: Any) -> Any:
@@ -104,6 +115,34 @@ def test_steps_reuse_while_a_signal_changes_little(kind: type[Denoiser], rule: C
     assert report.reused == reference.reused
     assert equal(found, expected)
     assert distance(found, plain) > 1e-3
+
+
+@lowerings
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_all_blocks_are_skipped_by_what_the_first_attention_reads(inner: str, lowering: str) -> None:
+    """TeaCache: the input of the first attention is computed once more, before the blocks."""
+    model = build(DiT)
+    rule = Change(ModulatedInput(), threshold=0.15, accumulate=True, cooldown=1, rescale=(1.5, 0.0))
+    reference, plain = ModulatedReference(model, rule), trajectory(model)
+    expected = trajectory(reference)
+    assert 0 < reference.reused < len(TIMESTEPS) - 2
+    with enabled(model, rule, lowering=lowering, inner=inner) as pab:
+        found = trajectory(model)
+        assert pab.report().reused == reference.reused
+    assert equal(found, expected) if inner == "eager" else distance(found, expected) < 1e-4  # what Inductor fuses
+    assert distance(found, plain) > 1e-3
+
+
+def test_an_exported_program_measures_what_the_first_attention_reads() -> None:
+    model, rule = build(DiT), Change(ModulatedInput(), threshold=0.15, accumulate=True)
+    names = ("hidden_states", "timestep", "text")
+    given = dict(zip(names, inputs(0, TIMESTEPS[0]), strict=True))
+    program = pab_fx.export(model, given, policy_of(rule), timesteps=TIMESTEPS).module()
+    reference = ModulatedReference(model, rule)
+    expected = trajectory(reference)
+    steps = map(inputs, range(len(TIMESTEPS)), TIMESTEPS)
+    assert equal([program(**dict(zip(names, step, strict=True))).clone() for step in steps], expected)
+    assert 0 < reference.reused < len(TIMESTEPS) - 1
 
 
 @lowerings
@@ -165,6 +204,25 @@ def test_branches_of_guidance_have_signals_of_their_own(inner: Any) -> None:
     reused = [reference.reused for reference in references.values()]
     assert reused[0] != reused[1]
     assert all(reused)
+
+
+def test_branches_of_guidance_may_share_the_decision_of_the_first() -> None:
+    """The second one changes much, and reuses all the same, its own residual."""
+    model = build(DiT)
+    alone = Reference(model, FIRST)
+    expected = trajectory(alone)
+    with enabled(model, replace(FIRST, share_decision=True)) as pab:
+        found, kept = [], []
+        for step, t in enumerate(TIMESTEPS):
+            x, *others = inputs(step, t)
+            for name, scale in (("cond", 1.0), ("uncond", 1 + step)):
+                with pab_fx.cache_context(name):
+                    (found if name == "cond" else kept).append(model(scale * x, *others).clone())
+        report = pab.report()
+    assert equal(found, expected)
+    assert report.reused == 2 * alone.reused
+    assert report.numbers_read == len(TIMESTEPS) - 1
+    assert not equal(kept, found)
 
 
 def test_requests_in_turns_and_generations_that_were_cut_off_are_each_as_if_alone(inner: Any) -> None:
@@ -317,6 +375,35 @@ def test_a_packaged_program_decides_by_itself(tmp_path: Any) -> None:
     assert 0 < reference.reused < len(TIMESTEPS) - 1
 
 
+def test_an_autocast_around_the_blocks_holds_on_both_sides_of_the_cut() -> None:
+    class Autocast(DiT):
+        def run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+            with torch.autocast("cpu", torch.bfloat16):
+                (x,) = super().run(streams, embedding)
+                return (x.float(),)
+
+    model, rule = build(Autocast), Change(Blocks(0, 1), threshold=0.0, max_skips=1)
+    plain = trajectory(model)
+    with enabled(model, rule):
+        assert equal(trajectory(model), plain)
+    with enabled(model, replace(rule, threshold=1e9)) as pab:
+        found = trajectory(model)
+        assert pab.report().reused == len(TIMESTEPS) // 2
+    assert equal(found[::2], plain[::2])
+    assert not equal(found, plain)
+
+
+def test_warmup_compiles_what_a_signal_may_ask_for() -> None:
+    model = build(DiT)
+    with enabled(model) as pab:
+        model(*inputs(0, TIMESTEPS[0]))
+        pab.warmup()
+        before = pab.report().graphs
+        trajectory(model)
+        assert pab.report().reused > 0
+        assert pab.report().graphs == before == 3
+
+
 def test_another_threshold_needs_no_capture_and_another_signal_is_refused() -> None:
     model = build(DiT)
     with enabled(model) as pab:
@@ -400,6 +487,7 @@ def test_blocks_that_hold_their_own_signal_are_left_alone_and_it_is_said() -> No
         ({"threshold": -0.1}, "threshold must be a number >= 0"),
         ({"threshold": math.nan}, "threshold must be a number >= 0"),
         ({"accumulate": 1}, "accumulate"),
+        ({"share_decision": None}, "share_decision"),
         ({"warmup": 0}, "warmup must be an integer >= 1"),
         ({"cooldown": -1}, "cooldown must be an integer >= 0"),
         ({"max_skips": 0}, "max_skips must be an integer >= 1"),
@@ -412,7 +500,7 @@ def test_bad_fields_are_refused(fields: dict[str, Any], said: str) -> None:
 
 
 def test_a_rule_goes_into_a_file_and_back(tmp_path: Any) -> None:
-    policies = tuple(policy_of(rule) for rule in RULES.values())
+    policies = tuple(policy_of(rule) for rule in (*RULES.values(), Change(ModulatedInput(), 0.2, share_decision=True)))
     pab_fx.save_policies(policies, tmp_path / "rules.json")
     assert pab_fx.load_policies(tmp_path / "rules.json") == policies
 

@@ -101,6 +101,7 @@ def export(
         gm = copy_of(exported.module())  # type: ignore[arg-type]
         regions = tag_with_signals(gm, policies, ModuleNames.of(model))
         _check_regions(type(model).__name__, regions)
+        _check_shared(regions, contexts)
         _check_scale([region for region in regions if region.is_broadcast], timesteps, given)
         sink_state(fix_branch_strides(insert_conditions(gm, regions)), plan=plan, contexts=len(contexts))
         if contexts:
@@ -222,6 +223,13 @@ def _check_regions(name: str, regions: Sequence[Region]) -> None:
             raise ValueError(f"{where} yields a length that only the data tell: no buffer can hold it.")
     if unsafe:
         warn(f"pab_fx: computed in every step of the exported {name}:{reasons}")
+
+
+def _check_shared(regions: Sequence[Region], contexts: Sequence[str]) -> None:
+    rules = [region.policy.when for region in regions if region.is_broadcast and region.policy is not None]
+    shared = next((rule for rule in rules if rule is not None and rule.share_decision), None)
+    if shared is not None and len(contexts) > 1:
+        raise ValueError(f"{shared!r}: the contexts of an exported program decide each by itself: no share_decision.")
 
 
 def _check_scale(broadcast: Sequence[Region], plan: tuple[float, ...] | None, given: Any) -> None:

@@ -39,7 +39,7 @@ from torch import fx
 from .._torch import mean_over_ranks
 from ..graph import effects
 from ..graph.copies import copy_of, traced_into
-from ..graph.dataflow import is_tensor, value
+from ..graph.dataflow import backward, is_tensor, value
 from ..graph.modules import ModuleNames
 from ..policy.policy import Policy
 from ..policy.when import Rule
@@ -90,6 +90,9 @@ def add_signals(gm: fx.GraphModule, found: Sequence[Signal]) -> fx.Node | None:
     nows: list[fx.Node] = []
     for signal in found:
         through = signal.through
+        if signal.ahead is not None:
+            nows.append(_computed_ahead(graph, signal.now, signal.ahead))
+            continue
         with graph.inserting_before(_behind(graph, [signal.now, *(through.way(signal.now) if through else ())])):
             if through is None:  # the caller may update its tensor in place
                 nows += traced_into(graph, lambda given: (given.clone(),), signal.now)
@@ -102,6 +105,21 @@ def add_signals(gm: fx.GraphModule, found: Sequence[Signal]) -> fx.Node | None:
     output.meta[RULES] = tuple(signal.rule for signal in found)
     output.meta[SINGLE] = not isinstance(own, (tuple, list))
     return max(nows)
+
+
+def _computed_ahead(graph: fx.Graph, node: fx.Node, ahead: fx.Node) -> fx.Node:
+    """Compute a node a second time, before another one; what it needs of what comes after that too.
+
+    %y : blocks.0.norm(%x)               %n : blocks.0.norm(%x)
+    %z : blocks.0.attn(%y)       ->      %y : blocks.0.norm(%x)
+                                         %z : blocks.0.attn(%y)
+    """
+    needed = [each for each in backward([node]) if each >= ahead and each.op != "placeholder"]
+    copies: dict[fx.Node, fx.Node] = {}
+    with graph.inserting_before(ahead):
+        for each in sorted(needed):
+            copies[each] = graph.node_copy(each, lambda source: copies.get(source, source))
+    return copies[node]
 
 
 def rules_of(gm: fx.GraphModule) -> tuple[Rule, ...]:
@@ -145,8 +163,8 @@ def _is_input(node: fx.Node) -> bool:
 
 
 def _is_repeated(node: fx.Node) -> bool:
-    """Whether a node is computed on both sides: it is no tensor in a place of its own."""
-    return not is_tensor(node) or effects.is_view(node)
+    """Whether a node is computed on both sides: it is no tensor in a place of its own, or enters an autocast."""
+    return not is_tensor(node) or effects.is_view(node) or effects.sets_ambient_state(node)
 
 
 def _crossing(graph: fx.Graph, inside: set[fx.Node]) -> list[fx.Node]:

@@ -15,6 +15,14 @@ from .where import Blocks, Model
 
 
 @dataclass(frozen=True)
+class ModulatedInput:
+    """What the first attention of the first block reads, after norm and modulation: TeaCache's signal.
+
+    In blocks of two streams it is that of the sample's; where an attention reads both in one sequence, that sequence.
+    """
+
+
+@dataclass(frozen=True)
 class Change(Rule):
     """Reuse while a signal has changed by little: FirstBlockCache, DBCache, TeaCache and their like.
 
@@ -25,12 +33,15 @@ class Change(Rule):
 
     Args:
         of: whose signal: `Blocks(0, 1)` is what the first block adds to the stream of the sample
-            (`diffusers/hooks/first_block_cache.py`), `Model()` the sample that the model is given.
+            (`diffusers/hooks/first_block_cache.py`), `ModulatedInput()` what its attention reads (TeaCache), `Model()`
+            the sample that the model is given.
         threshold: a number >= 0.
         accumulate: add up changes from step to step (TeaCache, arXiv 2411.19108).
         warmup: how many steps at the beginning compute.
         cooldown: how many steps at the end compute; asks for the number of steps.
         max_skips: how many steps in a row reuse; `None` for any number.
+        share_decision: branches of guidance, called one after the other in cache contexts of their own, go by the
+            change of the first, as cache-dit and SGLang have it; else each goes by its own.
         rescale: coefficients of a polynomial of the change, the highest power first, that takes its place.
 
     Raises:
@@ -51,13 +62,15 @@ class Change(Rule):
     cooldown: int = 0
     max_skips: int | None = None
     rescale: Any = ()
+    share_decision: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.of) not in (Blocks, Model):
-            raise ValueError(f"Change: of must be Blocks(...) or Model(), got {self.of!r}.")
+        if type(self.of) not in (Blocks, ModulatedInput, Model):
+            raise ValueError(f"Change: of must be Blocks(...), ModulatedInput() or Model(), got {self.of!r}.")
         if not is_number(self.threshold) or not 0 <= self.threshold < math.inf:
             raise ValueError(f"Change: threshold must be a number >= 0, got {self.threshold!r}.")
         checked_flag("Change: accumulate", self.accumulate)
+        checked_flag("Change: share_decision", self.share_decision)
         check_integer("Change: warmup", self.warmup)
         check_integer("Change: cooldown", self.cooldown, least=0)
         if self.max_skips is not None:
@@ -112,7 +125,7 @@ class Change(Rule):
             'reused up to 3 steps in a row while blocks(0, 1) changes by at most 0.08'
         """
         skips = "" if self.max_skips is None else f" up to {self.max_skips} steps in a row"
-        whose = "the sample" if isinstance(self.of, Model) else self.of.label
+        whose = {Model: "the sample", ModulatedInput: "the modulated input"}.get(type(self.of)) or self.of.label
         how = "the changes of {} add up to" if self.accumulate else "{} changes by"
         return f"reused{skips} while {how.format(whose)} at most {self.threshold:g}"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .change import Change
+from .change import Change, ModulatedInput
 from .checks import check_fields, is_iterable
 from .how import Hermite, Last, Residual, Taylor
 from .lists import Magnitude, Steps
@@ -24,6 +24,8 @@ KINDS: Mapping[str, tuple[type, ...]] = {
     "when": (SkipRange, AfterTimesteps, Every, Steps, Magnitude, Change),
     "how": (Last, Residual, Taylor, Hermite),
 }
+SIGNALS = {**KINDS, "of": (ModulatedInput,)}
+"""What a field may hold."""
 
 
 def save_policies(policies: Policy | Sequence[Policy], path: str | PathLike[str]) -> None:
@@ -81,8 +83,8 @@ def as_json(policies: Sequence[Policy]) -> list[dict[str, Any]]:
 def _part(part: str, given: Any) -> dict[str, Any] | None:
     if given is None and part == "when":
         return None
-    if type(given) not in KINDS[part]:
-        names = ", ".join(kind.__name__ for kind in KINDS[part])
+    if type(given) not in SIGNALS[part]:
+        names = ", ".join(kind.__name__ for kind in SIGNALS[part])
         raise ValueError(f"{part}={given!r} is code, and has no JSON; what has is {names}.")
     changed = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
     changed = {name: value for name, value in changed.items() if value != _default(type(given), name)}
@@ -95,7 +97,7 @@ def _default(kind: type, name: str) -> Any:
 
 
 def _value(given: Any) -> Any:
-    for part, kinds in KINDS.items():  # what another one forecasts, whose change it looks at
+    for part, kinds in SIGNALS.items():  # what another one forecasts, whose change it looks at
         if type(given) in kinds:
             return _part(part, given)
     if not isinstance(given, torch.dtype):
@@ -123,7 +125,7 @@ def _policy(found: Any) -> Policy:
 def _made(part: str, found: Any) -> Any:
     if found is None and part == "when":
         return None
-    kinds = {kind.__name__: kind for kind in KINDS[part]}
+    kinds = {kind.__name__: kind for kind in SIGNALS[part]}
     if not isinstance(found, Mapping) or found.get("kind") not in kinds:
         raise ValueError(f"{part} must be an object whose kind is one of {', '.join(kinds)}, got {found!r}.")
     fields = {name: _read(value) for name, value in found.items() if name != "kind"}
@@ -138,6 +140,6 @@ def _made(part: str, found: Any) -> Any:
 def _read(value: Any) -> Any:
     """A field's value: lists as tuples, an object as the part of a policy that it is."""
     if isinstance(value, Mapping):
-        names = {kind.__name__: part for part, kinds in KINDS.items() for kind in kinds}
+        names = {kind.__name__: part for part, kinds in SIGNALS.items() for kind in kinds}
         return _made(names.get(str(value.get("kind")), "how"), value)
     return tuple(map(_read, value)) if isinstance(value, list) else value

@@ -70,10 +70,12 @@ class Rule(ABC):
         signal: whose tensor the rule looks at, a selector as in a policy; `None` where it looks at none.
         accumulates: whether `signal` is what was measured since the last step that computed, added up, each time
             against the step before; otherwise it is measured against that step.
+        share_decision: whether all cache contexts go by what the first one of a step has measured.
     """
 
     signal: Any = None
     accumulates: bool = False
+    share_decision: bool = False
 
     def measured(self, now: Any, before: Any) -> Any:
         """The number that is measured, a tensor of shape []; asked for in a graph, if there is a `signal`.

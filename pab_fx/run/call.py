@@ -339,16 +339,17 @@ class BroadcastGraph:
         self, args: tuple[Any, ...], modules: Lockstep, store: StateStore, step: Step, call: Call
     ) -> tuple[tuple[Any, ...], Measured]:
         """The inputs with what the graph's head computes, and what rules measure; also another piece's of the model."""
-        context, rules = (current_cache_context.get(), step.branch), self.lowerings.rules
+        context, rules, n = (current_cache_context.get(), step.branch), self.lowerings.rules, modules.first.count.n
+        of_step = {of: each for of, each in store.measured.items() if (each.t, each.n) == (call.t, n)}
         if not rules:
-            known = store.measured.get(context)
-            return args, known if known is not None and known.t == call.t else Measured((), (), call.t, self._read)
+            return args, of_step.get(context) or Measured((), (), call.t, n, self._read)
         kept = [None if cell.caches is None else self._kept(cell, 0) for cell in modules.signals]
         specs = self.lowerings.signal_specs(args)
         before = [self._runtime.unread(spec) if each is None else each for each, spec in zip(kept, specs, strict=True)]
         numbers, nows, further = self.lowerings.measured(args, before)
         known = [None if each is None else number for each, number in zip(kept, numbers, strict=True)]
-        store.measured[context] = found = Measured(rules, known, call.t, self._read)
+        first = next((each for of, each in of_step.items() if of != context), None)
+        store.measured[context] = found = Measured(rules, known, call.t, n, self._read, first)
         modules.nows = tuple(nows)
         return (*args, *further), found
 

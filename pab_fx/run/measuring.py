@@ -16,7 +16,9 @@ class Measured:
         rules: the rules of which there are numbers.
         numbers: for each the number, a tensor of shape [], `None` where there was no signal before.
         t: the timestep of the call.
+        n: how many calls there were before it in its cache context.
         on_read: is told a number that was read.
+        first: what the first of the cache contexts measured that are called in this step, `None` if this is the first.
     """
 
     def __init__(
@@ -24,19 +26,19 @@ class Measured:
         rules: Sequence[Rule],
         numbers: Sequence[torch.Tensor | None],
         t: float,
+        n: int,
         on_read: Callable[[Rule, float], None],
+        first: Measured | None = None,
     ) -> None:
-        self.t = t
+        self.t, self.n, self._first = t, n, first
         self._numbers = {measure_of(rule): number for rule, number in zip(rules, numbers, strict=True)}
         self._read: dict[Hashable, float] = {}
         self._on_read = on_read
 
-    def __contains__(self, rule: Rule) -> bool:
-        """Whether a rule's signal was measured, if it has changed from anything or not."""
-        return measure_of(rule) in self._numbers
-
     def __call__(self, rule: Rule) -> float | None:
-        """The number that a rule measures, `None` where there is none."""
+        """The number that a rule measures, `None` where there is none; the first context's where a rule shares that."""
+        if rule.share_decision and self._first is not None:
+            return self._first(rule)
         key = measure_of(rule)
         number = self._numbers.get(key)
         if number is None:

@@ -17,15 +17,15 @@ def reads_another_sequence(core: Core, acts: set[fx.Node], cores: dict[fx.Node, 
     Queries and keys that are projected from a common activation are one sequence. Otherwise both are
     followed to the graph's inputs along operations that keep the tokens' correspondence.
     """
-    from_query, from_keys = _projected(core.query, acts), set()
+    from_query, from_keys = projected(core.query, acts), set()
     for key in core.keys:
-        from_keys |= _projected(key, acts)
+        from_keys |= projected(key, acts)
     if from_query & from_keys:
         return False
     return not (_origins(from_query, acts, cores) & _origins(from_keys, acts, cores))
 
 
-def _projected(node: fx.Node, acts: set[fx.Node]) -> set[fx.Node]:
+def projected(node: fx.Node, acts: set[fx.Node]) -> set[fx.Node]:
     """The activations whose projections make up `node`; `node` itself where nothing is projected.
 
     Rotary tables and masks are activations too, but no projection of them reaches queries or keys.

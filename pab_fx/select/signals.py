@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from ..graph.dataflow import backward
 from ..graph.modules import ModuleNames, argument_of
+from ..policy.change import ModulatedInput
 from ..policy.policy import Policy
 from ..policy.when import Rule
 from ..policy.where import BLOCKS, Blocks
@@ -22,6 +24,7 @@ from .blocks import between_blocks, blocks, nodes_between
 from .bounds import bounded
 from .passing import passing
 from .region import Region
+from .sequences import projected
 from .streams import Streams, operand, streams
 from .view import View
 
@@ -34,11 +37,14 @@ class Signal:
         rule: the rule.
         now: the tensor, or what leaves the blocks of which it is the residual.
         through: the streams through those blocks; `None` for the tensor itself.
+        ahead: the node before which the tensor is computed a second time, since it lies in what may be skipped; `None`
+            where it is taken as it is.
     """
 
     rule: Rule
     now: fx.Node
     through: Streams | None = None
+    ahead: fx.Node | None = None
 
 
 def signals(gm: fx.GraphModule, policies: Iterable[Policy], names: ModuleNames | None = None) -> tuple[Signal, ...]:
@@ -53,29 +59,48 @@ def signals(gm: fx.GraphModule, policies: Iterable[Policy], names: ModuleNames |
     if not rules:
         return ()
     view = View(gm.graph, names or ModuleNames())
-    found = {rule: _of_blocks(view, rule) if isinstance(rule.signal, Blocks) else _sample(view, rule) for rule in rules}
-    return tuple(signal for signal in found.values() if signal is not None)
+    finders = {Blocks: _of_blocks, ModulatedInput: _modulated_input}
+    found = [finders.get(type(rule.signal), _sample)(view, rule) for rule in rules]
+    return tuple(signal for signal in found if signal is not None)
 
 
 def _of_blocks(view: View, rule: Rule) -> Signal | None:
     """The residual of a range of blocks, on the stream that becomes the output of the model."""
-    all_blocks = replace(rule.signal, first=0, last=None)
-    every = blocks(view, all_blocks)
+    every = blocks(view, replace(rule.signal, first=0, last=None))
     chosen = every[rule.signal.first : rule.signal.last]
     if not chosen:
         return None
-    nodes, outputs, _ = bounded(nodes_between(view, every), may_be_view=False, may_be_product=True)
-    whole = Region("", "", BLOCKS, None, "", nodes, outputs)
-    way = passing(view, whole, between_blocks(view, all_blocks, nodes))
     nodes, outputs, _ = bounded(nodes_between(view, chosen), may_be_view=False, may_be_product=True)
     through = streams(nodes, outputs, view.acts)
     carried = [output for output in outputs if output in through.carried]
-    if way is not None and len(carried) > 1:
-        entering = operand(way.entering)
+    entering = _entering(view, replace(rule.signal, first=0, last=None))
+    if entering is not None and len(carried) > 1:
         carried = [output for output in carried if through.sources([output]) == [entering]]
     entered = {tuple(through.sources([output])) for output in carried}
     # the same stream may leave twice, as before and after a sum: where the blocks end is the last of them
     return Signal(rule, max(carried), through) if len(entered) == 1 else None
+
+
+def _entering(view: View, where: Blocks) -> fx.Node | None:
+    """Where the stream that becomes the output of the model enters the blocks, `None` where that is not known."""
+    every = blocks(view, where)
+    nodes, outputs, _ = bounded(nodes_between(view, every), may_be_view=False, may_be_product=True)
+    whole = Region("", "", BLOCKS, None, "", nodes, outputs)
+    way = passing(view, whole, between_blocks(view, where, nodes))
+    return None if way is None else operand(way.entering)
+
+
+def _modulated_input(view: View, rule: Rule) -> Signal | None:
+    """What the first attention of the first block projects to its queries."""
+    every = blocks(view, Blocks())
+    core = next((view.cores[node] for node in (view.entries[every[0]] if every else ()) if node in view.cores), None)
+    if core is None:
+        return None
+    read = sorted(projected(core.query, view.acts))
+    entering = _entering(view, Blocks())
+    if entering is not None and len(read) > 1:
+        read = [node for node in read if entering in backward([node])]
+    return Signal(rule, read[-1], ahead=min(nodes_between(view, every))) if read else None
 
 
 def _sample(view: View, rule: Rule) -> Signal | None:
