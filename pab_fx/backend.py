@@ -39,7 +39,7 @@ from .report.captured import Captured, Plain
 from .report.report import Report
 from .run.call import BroadcastGraph
 from .run.holding import addresses, holder_for
-from .run.measuring import measure_of
+from .run.measuring import position_of
 from .run.owners import anchors
 from .run.running import module_names, running_modules
 from .run.runtime import Runtime
@@ -193,10 +193,10 @@ class PABBackend:
                     f"{region.name} ({role}) was captured to be {_captured(region)}, and the new config has it "
                     f"{policy.describe()}: that has to be captured anew, by disable() and enable()."
                 )
-        measured = {measure_of(rule) for graph in self.graphs for rule in graph.lowerings.rules}
+        measured = [rule for graph in self.graphs for rule in graph.lowerings.rules]
         for region, _, policy, _ in found:
             rule = None if policy is None else policy.when
-            if rule is not None and rule.signal is not None and measure_of(rule) not in measured:
+            if rule is not None and rule.signal is not None and position_of(rule, measured) is None:
                 raise ValueError(
                     f"{region.name}: the model was captured without what {rule!r} looks at. It has to be "
                     "captured anew, by disable() and enable()."

@@ -419,17 +419,18 @@ def test_another_threshold_needs_no_capture_and_another_signal_is_refused() -> N
 
 def test_numbers_that_are_not_finite_compute_and_it_is_said_once() -> None:
     model = build(DiT)
-    with enabled(model, inner="eager") as pab, warnings.catch_warnings(record=True) as said:
+    computed = []
+    with enabled(model, replace(FIRST, threshold=1e9)) as pab, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for step, t in enumerate(TIMESTEPS):
             x, *others = inputs(step, t)
             model(x * (math.nan if step in (4, 5, 6) else 1), *others)
-        report = pab.report()
+            computed.append(pab.backend.runtime.counts["blocks", False])
     told = [str(each.message) for each in said if "nan" in str(each.message)]
     assert len(told) == 1
     assert "such a step computes" in told[0]
-    # 4 to 6 compute, and so does 7: what it is measured against is nan
-    assert report.roles[0].computed >= 4
+    steps = [step for step, before in enumerate([0, *computed[:-1]]) if computed[step] > before]
+    assert steps == [0, 4, 5, 6, 7]  # what 7 is measured against is nan
 
 
 def test_nothing_changed_is_no_change_at_all() -> None:
@@ -443,6 +444,37 @@ def test_nothing_changed_is_no_change_at_all() -> None:
         for t in TIMESTEPS:
             model(torch.zeros_like(given[0]), torch.full((2,), t), given[2])
         assert pab.report().reused == len(TIMESTEPS) - 1
+
+
+def test_two_thresholds_on_one_signal_are_each_measured_against_steps_of_their_own() -> None:
+    parts = [Policy(Blocks(1, 2), FIRST, Residual()), Policy(Blocks(2), replace(FIRST, threshold=0.3), Residual())]
+    reused = []
+    for policies in (parts[:1], parts[1:], parts):
+        with pab_fx.enable(model := build(DiT), policies, inner="eager", timesteps=TIMESTEPS) as pab:
+            trajectory(model)
+            reused.append(pab.report().reused)
+    assert 0 < reused[0] < reused[1]
+    assert reused[2] == reused[0] + reused[1]
+
+
+def test_the_last_blocks_may_compute_in_every_step() -> None:
+    """DBCache's F1B1: the residual is that of what lies between."""
+
+    class EndingReference(Reference):
+        def __init__(self, model: Denoiser, rule: Change) -> None:
+            super().__init__(model, rule)
+            self.last = self.blocks.pop()
+
+        def partly(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+            return (self.last(*super().partly(streams, embedding), embedding),)
+
+    model = build(DiT)
+    reference = EndingReference(model, FIRST)
+    expected = trajectory(reference)
+    policy = Policy(Blocks(1, -1), FIRST, Residual())
+    with pab_fx.enable(model, policy, inner="eager", timesteps=TIMESTEPS) as pab:
+        assert equal(trajectory(model), expected)
+        assert pab.report().reused == reference.reused > 0
 
 
 def test_forecasts_and_other_policies_go_by_signals_too() -> None:

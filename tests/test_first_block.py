@@ -13,7 +13,7 @@ import pytest
 import torch
 import zoo
 from test_magcache import in_default
-from test_taylorseer import BREAKS, STEPS, Hooked, are_equal, tensors, timesteps_of
+from test_taylorseer import BREAKS, STEPS, Hooked, are_equal, check_pipeline, tensors, timesteps_of
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -123,18 +123,7 @@ def test_a_model_that_the_hooks_refuse_is_cached(name: str) -> None:
 
 
 def test_a_pipeline_equals_the_hooks_bitwise() -> None:
-    """Two generations: the second one starts afresh by itself. Its branches of guidance name their contexts."""
-    entry = pipelines.BY_NAME["FluxPipeline-true_cfg"]
-    config = hooks.FirstBlockCacheConfig(0.5)
-    hooked = entry.build()
-    hooked.transformer.enable_cache(config)
-    plain, expected = pipelines.run(entry.build(), entry), pipelines.run(hooked, entry)
-    assert not torch.equal(plain, expected)
-    pipe = entry.build()
-    with pab_fx.enable(pipe, config, inner="eager") as pab:
-        assert torch.equal(pipelines.run(pipe, entry), expected)
-        assert torch.equal(pipelines.run(pipe, entry), expected)
-        assert pab.report().reused > 0
+    check_pipeline(pipelines.BY_NAME["FluxPipeline-true_cfg"], hooks.FirstBlockCacheConfig(0.5))
 
 
 def test_it_takes_over_from_enable_cache_and_gives_back() -> None:

@@ -12,7 +12,7 @@ import pipelines
 import pytest
 import torch
 import zoo
-from test_taylorseer import STEPS, Hooked, are_equal, expected_of, tensors, trajectory
+from test_taylorseer import STEPS, Hooked, are_equal, check_pipeline, expected_of, tensors, trajectory
 from torch import Tensor
 
 import pab_fx
@@ -155,18 +155,9 @@ def test_it_takes_over_from_enable_cache_and_gives_back() -> None:
 
 @pytest.mark.parametrize("name", ["FluxPipeline-true_cfg", "CogVideoXPipeline"])
 def test_a_pipeline_equals_the_hooks_bitwise(name: str) -> None:
-    """Two generations: the second one starts afresh by itself. Its branches of guidance name their contexts."""
     entry = pipelines.BY_NAME[name]
     config = config_of(num_inference_steps=entry.steps, threshold=1.0)
-    hooked = entry.build()
-    hooked.transformer.enable_cache(config)
-    plain, expected = pipelines.run(entry.build(), entry), pipelines.run(hooked, entry)
-    assert not torch.equal(plain, expected)
-    pipe = entry.build()
-    with pab_fx.enable(pipe, config, inner="eager") as pab:
-        for _ in range(2):
-            assert torch.equal(pipelines.run(pipe, entry), expected)
-        assert pab.report().reused > 0
+    check_pipeline(entry, config)
 
 
 def test_calibrate_measures_what_the_hooks_measure(capsys: Any, tmp_path: Path) -> None:

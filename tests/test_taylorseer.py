@@ -87,6 +87,19 @@ def check(
     assert report.reused > 0
 
 
+def check_pipeline(entry: pipelines.PipelineEntry, config: Any) -> None:
+    """Two generations: the second one starts afresh by itself. Branches of guidance name their contexts."""
+    hooked = entry.build()
+    hooked.transformer.enable_cache(config)
+    plain, expected = pipelines.run(entry.build(), entry), pipelines.run(hooked, entry)
+    assert not torch.equal(plain, expected)
+    pipe = entry.build()
+    with pab_fx.enable(pipe, config, inner="eager") as pab:
+        for _ in range(2):
+            assert torch.equal(pipelines.run(pipe, entry), expected)
+        assert pab.report().reused > 0
+
+
 BREAKS = {"MochiTransformer3DModel"}
 """Whose graph breaks inside of an attention without the flag."""
 
@@ -139,19 +152,10 @@ def test_it_takes_over_from_enable_cache_and_gives_back() -> None:
 
 @pytest.mark.parametrize("name", ["FluxPipeline-true_cfg", "CogVideoXPipeline"])
 def test_a_pipeline_equals_the_hooks_bitwise(name: str) -> None:
-    """Two generations: the second one starts afresh by itself. Its branches of guidance name their contexts."""
     entry = pipelines.BY_NAME[name]
     config = hooks.TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2)
     config.cache_identifiers = [ATTENTIONS]
-    hooked = entry.build()
-    hooked.transformer.enable_cache(config)
-    plain, expected = pipelines.run(entry.build(), entry), pipelines.run(hooked, entry)
-    assert not torch.equal(plain, expected)
-    pipe = entry.build()
-    with pab_fx.enable(pipe, config, inner="eager") as pab:
-        for _ in range(2):
-            assert torch.equal(pipelines.run(pipe, entry), expected)
-        assert pab.report().reused > 0
+    check_pipeline(entry, config)
 
 
 def test_modules_inside_of_each_other_are_refused() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .checks import check_integer, checked_flag, is_iterable, is_number
-from .when import Progress, Rule, Step
+from .when import Progress, Rule, Step, unknown_end
 from .where import Blocks, Model
 
 
@@ -131,9 +131,4 @@ class Change(Rule):
 
     def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:
         """As `Rule.mismatch`: the number of steps is asked for, and is not known."""
-        if not self.cooldown or timesteps:
-            return None
-        return (
-            f"{self!r} computes the last {self.cooldown} steps, and how many steps the generation has is not known: "
-            "none of them counts as one of the last. Pass timesteps=, such as scheduler.timesteps."
-        )
+        return unknown_end(self, self.cooldown, timesteps)

@@ -20,8 +20,8 @@ class Policy:
 
     Args:
         where: `Attentions`, `FeedForwards`, `Blocks` or `Model`.
-        when: a rule: `SkipRange`, `AfterTimesteps`, `Every`, `Steps`, `Magnitude`, or one of your own; `None` leaves
-            these parts alone.
+        when: a rule: `SkipRange`, `AfterTimesteps`, `Every`, `Steps`, `Magnitude`, `Change`, or one of your own; `None`
+            leaves these parts alone.
         how: `Last` (the last output, as it was), `Residual` (what the part adds), `Taylor` or `Hermite` (a forecast),
             or one of your own.
 

@@ -83,7 +83,7 @@ class Rule(ABC):
         Args:
             now, before: the tensor in this step and in an earlier one, see `accumulates`.
         """
-        raise NotImplementedError(f"{self!r} has a signal, and no function measured(now, before).")
+        raise TypeError(f"{self!r} has a signal, and no function measured(now, before) that measures it.")
 
     def weighed(self, number: Any) -> Any:
         """What counts of a number that was measured; on the host or in a graph, as for `decide`."""
@@ -344,12 +344,17 @@ class Every(Rule):
 
     def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:
         """As `Rule.mismatch`: the number of steps is asked for, and is not known."""
-        if not self.cooldown or timesteps:
-            return None
-        return (
-            f"{self!r} computes the last {self.cooldown} steps, and how many steps the generation has is not known: "
-            "none of them counts as one of the last. Pass timesteps=, such as scheduler.timesteps."
-        )
+        return unknown_end(self, self.cooldown, timesteps)
+
+
+def unknown_end(rule: Rule, cooldown: int, timesteps: Sequence[float] | None) -> str | None:
+    """`Rule.mismatch` of a rule that computes the last steps: it has to know how many there are."""
+    if not cooldown or timesteps:
+        return None
+    return (
+        f"{rule!r} computes the last {cooldown} steps, and how many steps the generation has is not known: none of "
+        "them counts as one of the last. Pass timesteps=, such as scheduler.timesteps."
+    )
 
 
 def _ordinal(number: int) -> str:

@@ -27,7 +27,7 @@ from .contexts import current_cache_context
 from .deciding import Call, Decision, Lockstep
 from .holding import addresses
 from .kept import Kept
-from .measuring import Measured, measure_of
+from .measuring import keep_signals, measure, position_of
 from .owners import Anchor, instance_of
 from .running import name_of_caller
 from .runtime import Runtime
@@ -119,14 +119,15 @@ class BroadcastGraph:
             if self.once is not None:
                 args = (*args, *self._computed_once(args, step, modules.first.count.n == 0))
                 expected = self.lowerings.expected(args)  # of another variant, if the guess was wrong
-            args, measured = self._measured(args, modules, store, step, call)
+            context = (current_cache_context.get(), step.branch)
+            args, measured = measure(runtime, self.lowerings, modules, store, context, args, call.t)
             decisions = modules.advance(call, measured)
             for decision in decisions:
                 decision.record(runtime.counts)
             if call.generation is None and before.n > 0 and before.t == t:
                 self._warn_of_second_call(t, decisions)
             if self.lowerings.rules:
-                self._keep_signals(modules, decisions)
+                keep_signals(runtime, self.lowerings.rules, modules, decisions)
             outputs = self._run(args, self._plan(modules, decisions), decisions, expected)
             if runtime.has_cuda_graphs:
                 self.overwrites = addresses(outputs)
@@ -212,8 +213,9 @@ class BroadcastGraph:
         self, args: Sequence[Any], store: StateStore, context: Hashable, cells: Sequence[Cell]
     ) -> Iterator[Cell]:
         """For each rule that looks at a signal, where that is kept: beside the first module that goes by it."""
-        for i, rule in enumerate(self.lowerings.rules):
-            m = next((m for m, cell in enumerate(cells) if cell.rule and measure_of(cell.rule) == measure_of(rule)), 0)
+        rules = self.lowerings.rules
+        for i in range(len(rules)):
+            m = next((m for m, cell in enumerate(cells) if cell.rule and position_of(cell.rule, rules) == i), 0)
             owner, key = self._place(m, args)
             key = (*key, "signal", i)
             yield store.find(owner, key, context) or store.add(owner, key, context, Cell("signal", None))
@@ -333,45 +335,6 @@ class BroadcastGraph:
             return None
         return self._runtime.store(step.request).buffers.setdefault(self, {}).setdefault(context, [])
 
-    # ------------------------------------------------------------------------------------------- measure
-
-    def _measured(
-        self, args: tuple[Any, ...], modules: Lockstep, store: StateStore, step: Step, call: Call
-    ) -> tuple[tuple[Any, ...], Measured]:
-        """The inputs with what the graph's head computes, and what rules measure; also another piece's of the model."""
-        context, rules, n = (current_cache_context.get(), step.branch), self.lowerings.rules, modules.first.count.n
-        of_step = {of: each for of, each in store.measured.items() if (each.t, each.n) == (call.t, n)}
-        if not rules:
-            return args, of_step.get(context) or Measured((), (), call.t, n, self._read)
-        kept = [None if cell.caches is None else self._kept(cell, 0) for cell in modules.signals]
-        specs = self.lowerings.signal_specs(args)
-        before = [self._runtime.unread(spec) if each is None else each for each, spec in zip(kept, specs, strict=True)]
-        numbers, nows, further = self.lowerings.measured(args, before)
-        known = [None if each is None else number for each, number in zip(kept, numbers, strict=True)]
-        first = next((each for of, each in of_step.items() if of != context), None)
-        store.measured[context] = found = Measured(rules, known, call.t, n, self._read, first)
-        modules.nows = tuple(nows)
-        return (*args, *further), found
-
-    def _read(self, rule: Rule, number: float) -> None:
-        """Note that the host has read a number."""
-        self._runtime.numbers_read += 1
-        if not math.isfinite(number):
-            self._runtime.warn_once(
-                "not finite",
-                f"pab_fx: the change that {rule!r} looks at is {number}: such a step computes. If it stays so, the "
-                "model's activations are not finite.",
-            )
-
-    def _keep_signals(self, modules: Lockstep, decisions: Sequence[Decision]) -> None:
-        """Keep what later steps are measured against: the signals of steps that compute, or of all where it adds up."""
-        for rule, cell, now in zip(self.lowerings.rules, modules.signals, modules.nows, strict=True):
-            alike = [each for each in decisions if each.group.rule and measure_of(each.group.rule) == measure_of(rule)]
-            if rule.accumulates or not any(any(each.reuses) or each.rests for each in alike):
-                holder = self._runtime.holder
-                cell.caches = (now,) if holder is None else holder.hold(cell, (now,))
-        modules.nows = ()
-
     # ------------------------------------------------------------------------------------------- decide
 
     def _plan(self, modules: Lockstep, decisions: Sequence[Decision]) -> Plan:
@@ -441,7 +404,7 @@ class BroadcastGraph:
         for position, i, call, which, device in plan.scalars:
             inputs[position] = runtime.scalar(decisions[i].scalars[call][which], device)
         for position, cell, i in plan.reads:
-            inputs[position] = self._kept(cell, i)
+            inputs[position] = runtime.lend(cell, i)
         for cell in plan.drops:
             cell.caches = None
         outputs = plan.compiled.run(inputs)
@@ -449,14 +412,9 @@ class BroadcastGraph:
         if is_new:
             _check_slots(outputs, plan, expected.slots)
         for cell, m, positions in plan.writes:
-            written = tuple([outputs[i] if i is not None else self._kept(cell, c) for c, i in enumerate(positions)])
-            holder = runtime.holder
-            cell.caches, cell.specs = written if holder is None else holder.hold(cell, written), expected.slots[m]
+            written = tuple([outputs[i] if i is not None else runtime.lend(cell, c) for c, i in enumerate(positions)])
+            cell.caches, cell.specs = runtime.hold(cell, written), expected.slots[m]
         return outputs[: self.lowerings.outputs]
-
-    def _kept(self, cell: Cell, i: int) -> torch.Tensor:
-        kept = cell.caches[i]  # type: ignore[index]
-        return kept if self._runtime.holder is None else self._runtime.holder.lend(kept)
 
 
 def _check_slots(outputs: Any, plan: Plan, expected: Sequence[Sequence[TensorSpec]]) -> None:

@@ -1,12 +1,18 @@
-"""What rules measure in a call: numbers that the host reads where a rule asks for them."""
+"""Measure: run the head of a graph, and let the host read the numbers that rules ask for."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 
+from ..compile.lowering import Lowerings
 from ..policy.when import Rule
+from .deciding import Decision, Lockstep
+from .runtime import Runtime
+from .state import StateStore
 
 
 class Measured:
@@ -15,40 +21,95 @@ class Measured:
     Args:
         rules: the rules of which there are numbers.
         numbers: for each the number, a tensor of shape [], `None` where there was no signal before.
-        t: the timestep of the call.
-        n: how many calls there were before it in its cache context.
+        step: the timestep of the call, and how many calls there were before it in its cache context.
         on_read: is told a number that was read.
-        first: what the first of the cache contexts measured that are called in this step, `None` if this is the first.
+        first: the numbers of the cache context that was called first in this step, `None` if this is it.
     """
 
     def __init__(
         self,
         rules: Sequence[Rule],
         numbers: Sequence[torch.Tensor | None],
-        t: float,
-        n: int,
+        step: tuple[float, int],
         on_read: Callable[[Rule, float], None],
         first: Measured | None = None,
     ) -> None:
-        self.t, self.n, self._first = t, n, first
-        self._numbers = {measure_of(rule): number for rule, number in zip(rules, numbers, strict=True)}
-        self._read: dict[Hashable, float] = {}
-        self._on_read = on_read
+        self.step = step
+        self._rules, self._numbers, self._on_read, self._first = rules, numbers, on_read, first
+        self._read: dict[int, float] = {}
 
     def __call__(self, rule: Rule) -> float | None:
-        """The number that a rule measures, `None` where there is none; the first context's where a rule shares that."""
+        """What a rule goes by, `None` where there is no number; with `share_decision` it is the first context's."""
         if rule.share_decision and self._first is not None:
             return self._first(rule)
-        key = measure_of(rule)
-        number = self._numbers.get(key)
-        if number is None:
+        i = position_of(rule, self._rules)
+        number = None if i is None else self._numbers[i]
+        if i is None or number is None:
             return None
-        if key not in self._read:
-            self._read[key] = float(number)
-            self._on_read(rule, self._read[key])
-        return self._read[key]
+        if i not in self._read:
+            self._read[i] = float(number)
+            self._on_read(rule, self._read[i])
+        return self._read[i]
 
 
-def measure_of(rule: Rule) -> Hashable:
-    """What a rule measures: the same for those that differ in what they make of it."""
+def position_of(rule: Rule, rules: Sequence[Rule]) -> int | None:
+    """Which of the rules that a graph was captured with measures for a rule: itself, or one that measures the same."""
+    if rule in rules:
+        return rules.index(rule)
+    return next((i for i, each in enumerate(rules) if _measures(each) == _measures(rule)), None)
+
+
+def _measures(rule: Rule) -> Hashable:
     return type(rule), rule.signal, rule.accumulates
+
+
+def measure(
+    runtime: Runtime,
+    lowerings: Lowerings,
+    modules: Lockstep,
+    store: StateStore,
+    context: Hashable,
+    args: tuple[Any, ...],
+    t: float,
+) -> tuple[tuple[Any, ...], Measured]:
+    """Run the head of a graph: the inputs with what it hands on, and what it measures.
+
+    A graph without a head goes by what another piece of the model, whose graph breaks, has measured in this step.
+    """
+    step, rules = (t, modules.first.count.n), lowerings.rules
+    of_step = {of: each for of, each in store.measured.items() if each.step == step}
+    if not rules:
+        return args, of_step.get(context) or Measured((), (), step, _noted(runtime))
+    kept = [None if cell.caches is None else runtime.lend(cell, 0) for cell in modules.signals]
+    specs = lowerings.signal_specs(args)
+    before = [runtime.unread(spec) if each is None else each for each, spec in zip(kept, specs, strict=True)]
+    numbers, nows, further = lowerings.measured(args, before)
+    known = [None if each is None else number for each, number in zip(kept, numbers, strict=True)]
+    first = next((each for of, each in of_step.items() if of != context), None)
+    store.measured[context] = found = Measured(rules, known, step, _noted(runtime), first)
+    modules.nows = tuple(nows)
+    return (*args, *further), found
+
+
+def _noted(runtime: Runtime) -> Callable[[Rule, float], None]:
+    """What counts the numbers that are read, and warns of those that tell nothing."""
+
+    def note(rule: Rule, number: float) -> None:
+        runtime.numbers_read += 1
+        if not math.isfinite(number):
+            runtime.warn_once(
+                "not finite",
+                f"pab_fx: the change that {rule!r} looks at is {number}: such a step computes. If it stays so, the "
+                "model's activations are not finite.",
+            )
+
+    return note
+
+
+def keep_signals(runtime: Runtime, rules: Sequence[Rule], modules: Lockstep, decisions: Sequence[Decision]) -> None:
+    """Keep what later steps are measured against: the signals of steps that compute, or of all where changes add up."""
+    for i, (rule, cell, now) in enumerate(zip(rules, modules.signals, modules.nows, strict=True)):
+        alike = [each for each in decisions if each.group.rule and position_of(each.group.rule, rules) == i]
+        if rule.accumulates or not any(any(each.reuses) or each.rests for each in alike):
+            cell.caches = runtime.hold(cell, (now,))
+    modules.nows = ()

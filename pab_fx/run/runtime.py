@@ -130,6 +130,15 @@ class Runtime:
             self.at_end(cell for _, _, cell in store.cells())
             store.reset()
 
+    def hold(self, cell: Cell, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        """What a cell keeps of these tensors, where caches are to lie."""
+        return tensors if self.holder is None else self.holder.hold(cell, tensors)
+
+    def lend(self, cell: Cell, i: int) -> torch.Tensor:
+        """One of the tensors that a cell keeps, as it was kept."""
+        kept = cell.caches[i]  # type: ignore[index]
+        return kept if self.holder is None else self.holder.lend(kept)
+
     def unread(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor to pass where a slot is demanded but not read; it goes with what holds it."""
         found = self._unread.get(spec)

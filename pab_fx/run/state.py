@@ -105,8 +105,8 @@ class Count(NamedTuple):
             reuse = number is not None and decided(rule, step, progress, change)
         computed, computed_t = (self.computed, self.computed_t) if reuse else (self.n, t)
         filled = self.filled if reuse else 1 + (self.filled if has_cache else 0)
-        after = Count(self.n + 1, t, computed, computed_t, filled, self.first_t if self.n else t)
-        after = after._replace(generation=self.generation, change=change if reuse else 0.0)
+        first_t, change = self.first_t if self.n else t, change if reuse else 0.0
+        after = Count(self.n + 1, t, computed, computed_t, filled, first_t, self.generation, change)
         keeps = rule.keeps(step, Progress(after.n - computed, computed_t), next_t)
         return after, reuse, keeps or (remembers and next_t != END and not rule.is_over(t))
 
