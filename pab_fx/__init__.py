@@ -18,7 +18,7 @@ from .passes.specialize import specialize
 from .policy.change import Change, ModulatedInput
 from .policy.config import LayerBroadcast, MLPBroadcast, PABConfig
 from .policy.files import load_policies, save_policies
-from .policy.how import Hermite, How, Last, Residual, Scalars, Taylor
+from .policy.how import Hermite, How, Last, RatedResidual, Residual, Scalars, Taylor
 from .policy.lists import Magnitude, Steps
 from .policy.policy import Policy
 from .policy.when import AfterTimesteps, Every, Progress, Rule, SkipRange, Step
@@ -45,6 +45,7 @@ __all__ = [
     "PABConfig",
     "Policy",
     "Progress",
+    "RatedResidual",
     "Residual",
     "Rule",
     "Scalars",

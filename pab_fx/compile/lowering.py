@@ -174,18 +174,21 @@ class Lowerings:
         further = [value(node) for node in gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]]
         return [*example_inputs, *(further if self._symbols else map(faked_for_compiler, further))]
 
-    def measured(self, args: Sequence[Any], before: Sequence[torch.Tensor]) -> tuple[Any, Any, Any]:
+    def measured(
+        self, args: Sequence[Any], before: Sequence[torch.Tensor], rates: Sequence[torch.Tensor]
+    ) -> tuple[Any, Any, Any]:
         """Measure signals: for each rule the number, and the signal now; and what the conditional graph takes further.
 
         Args:
             args: the captured graph's inputs.
             before: for each rule its signal in an earlier step.
+            rates: for each rule that goes by a rate, that.
         """
         if self._head is None:
             assert self._parts is not None
             with compile_lock(), traced_shapes(self._parts.head) as inputs:
                 self._head = self._head or boxed(compiled_later(self._compiler, self._parts.head, inputs))
-        found, of = self._head([*args, *before]), len(self.rules)
+        found, of = self._head([*args, *before, *rates]), len(self.rules)
         return found[:of], found[of : 2 * of], found[2 * of :]
 
     def signal_specs(self, args: Sequence[Any]) -> tuple[TensorSpec, ...]:

@@ -29,11 +29,12 @@ computed on both sides (views, sizes, numbers, items of tuples); what the head c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx
 
 from .._torch import mean_over_ranks
@@ -59,8 +60,9 @@ class Cut:
     """A graph in two.
 
     Args:
-        head: takes the graph's inputs and, for each rule, its signal in an earlier step. Returns for each rule the
-            number that is measured, then for each its signal now, then what the rest takes.
+        head: takes the graph's inputs, for each rule its signal in an earlier step, and for each that goes by a rate
+            (`Rule.by_rate`) that rate. Returns for each rule the number that is measured, then for each its signal
+            now, then what the rest takes.
         rest: takes the graph's inputs and what the head returns in the end. Returns what the graph returned.
         rules: whose signals they are.
     """
@@ -184,13 +186,13 @@ def _copies(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]
     return made, dict(zip(gm.graph.nodes, made.graph.nodes, strict=True))
 
 
-def _add_inputs(graph: fx.Graph, names: Iterable[str], like: Iterable[fx.Node]) -> list[fx.Node]:
+def _add_inputs(graph: fx.Graph, names: Iterable[str], looks: Iterable[Any]) -> list[fx.Node]:
     inputs = graph.find_nodes(op="placeholder")
     with graph.inserting_before(inputs[-1].next if inputs else next(iter(graph.nodes))):
         made = [graph.placeholder(name) for name in names]
-    for node, source in zip(made, like, strict=True):
-        if value(source) is not None:
-            node.meta = {"example_value": value(source)}
+    for node, look in zip(made, looks, strict=True):
+        if look is not None:
+            node.meta = {"example_value": look}
     return made
 
 
@@ -207,10 +209,14 @@ def _head(
         for enter, leave in effects.contexts(gm.graph):
             if enter in inside and leave not in inside:
                 graph.node_copy(leave, copies.__getitem__)
-    befores = _add_inputs(graph, [f"pab_before_{i}" for i in range(len(rules))], nows)
+    befores = _add_inputs(graph, [f"pab_before_{i}" for i in range(len(rules))], map(value, nows))
+    rated = [i for i, rule in enumerate(rules) if rule.by_rate]
+    known = [value(nows[i]) for i in rated]
+    looks = [None if now is None else now.new_empty((), dtype=torch.float32) for now in known]
+    rates = dict(zip(rated, _add_inputs(graph, [f"pab_rate_{i}" for i in rated], looks), strict=True))
     with graph.inserting_before(output):
         own = [copies[now] for now in nows]
-        numbers = measure(graph, rules, own, befores, effects.process_groups(gm.graph))
+        numbers = measure(graph, rules, own, befores, effects.process_groups(gm.graph), rates)
     output.args = ((*numbers, *own, *(copies[node] for node in crossing)),)
     output.meta = {}
     for node in reversed(gm.graph.nodes):
@@ -220,7 +226,12 @@ def _head(
 
 
 def measure(
-    graph: fx.Graph, rules: Sequence[Rule], nows: Sequence[fx.Node], befores: Sequence[fx.Node], groups: Sequence[str]
+    graph: fx.Graph,
+    rules: Sequence[Rule],
+    nows: Sequence[fx.Node],
+    befores: Sequence[fx.Node],
+    groups: Sequence[str],
+    rates: Mapping[int, fx.Node],
 ) -> list[fx.Node]:
     """The numbers that rules measure, made where a graph inserts nodes now: shape [].
 
@@ -230,23 +241,29 @@ def measure(
         nows, befores: for each its signal in this step and in an earlier one.
         groups: names of the process groups among whose ranks the model is spread. Each measures a part of the signal;
             of these numbers the mean counts, so that all ranks decide alike.
+        rates: by position of a rule that goes by one.
     """
 
-    def measured(rule: Rule, now: Any, before: Any) -> tuple[Any]:
+    def measured(rule: Rule, now: Any, before: Any, *rate: Any) -> tuple[Any]:
         number = rule.measured(now, before)
+        for each in rate:
+            number = number * each
         for group in groups:
             number = mean_over_ranks(number, group)
         return (number,)
 
-    every = zip(rules, nows, befores, strict=True)
-    return [node for rule, *given in every for node in traced_into(graph, partial(measured, rule), *given)]
+    numbers: list[fx.Node] = []
+    for i, (rule, *given) in enumerate(zip(rules, nows, befores, strict=True)):
+        rate = (rates[i],) if i in rates else ()
+        numbers += traced_into(graph, partial(measured, rule), *given, *rate)
+    return numbers
 
 
 def _rest(gm: fx.GraphModule, crossing: Sequence[fx.Node], inside: set[fx.Node]) -> fx.GraphModule:
     rest, copies = _copies(gm)
     graph = rest.graph
     take_signals(rest)
-    given = _add_inputs(graph, [f"pab_crossing_{i}" for i in range(len(crossing))], crossing)
+    given = _add_inputs(graph, [f"pab_crossing_{i}" for i in range(len(crossing))], map(value, crossing))
     for node, instead in zip(crossing, given, strict=True):
         copies[node].replace_all_uses_with(instead)
     for node in reversed(gm.graph.nodes):

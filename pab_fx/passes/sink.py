@@ -151,9 +151,20 @@ def _sink_signals(gm: fx.GraphModule, buffers: Buffers) -> dict[Rule, _Sunk]:
                 before = gm.graph.call_function(fitting, (before, now))
             if value(now) is not None:
                 before.meta["example_value"] = value(now)
-            (number,) = measure(gm.graph, [rule], [now], [before], effects.process_groups(gm.graph))
+            rates = {0: buffers.read(_rate_of(gm, rule))} if rule.by_rate else {}
+            (number,) = measure(gm.graph, [rule], [now], [before], effects.process_groups(gm.graph), rates)
         found[rule] = _Sunk(now, before, number)
     return found
+
+
+def _rate_of(gm: fx.GraphModule, rule: Rule) -> str:
+    """The buffer of the rate that a rule goes by: the last slot of the part that it decides."""
+    decided = next(each for each in all_conditionals(gm) if each.policy.when == rule)
+    return _buffer_of(decided.slots[-1])
+
+
+def _buffer_of(slot: Slot) -> str:
+    return f"pab_slot_{slot.module}_{slot.index}"
 
 
 def _hand_on_once(gm: fx.GraphModule) -> None:
@@ -190,7 +201,7 @@ def _sink_slots(gm: fx.GraphModule, buffers: Buffers) -> None:
     """Read each slot from a buffer, and write it there once it has its last value."""
     graph = gm.graph
     for slot, given in inputs_of(gm, Slot).items():
-        name = f"pab_slot_{slot.module}_{slot.index}"
+        name = _buffer_of(slot)
         buffers.register(name, _buffer_for(gm, value(given)))
         (reader,) = given.users  # the first call of its module
         with graph.inserting_before(reader):
@@ -209,7 +220,7 @@ def _sink_slots(gm: fx.GraphModule, buffers: Buffers) -> None:
     output.meta.pop(MARK, None)
     for slot, node in kept.items():
         with graph.inserting_before(effects.end_of_updates(graph, node)):
-            buffers.write(f"pab_slot_{slot.module}_{slot.index}", node, sizes=not _is_sized(value(node)))
+            buffers.write(_buffer_of(slot), node, sizes=not _is_sized(value(node)))
 
 
 def _is_sized(recorded: Any) -> bool:

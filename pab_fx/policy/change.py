@@ -43,6 +43,9 @@ class Change(Rule):
         share_decision: branches of guidance, called one after the other in cache contexts of their own, go by the
             change of the first, as cache-dit and SGLang have it; else each goes by its own.
         rescale: coefficients of a polynomial of the change, the highest power first, that takes its place.
+        by_rate: the change is `mean(abs(now - before))` times the rate at which the part's output changes with it,
+            which the policy's how keeps (`RatedResidual`): EasyCache, arXiv 2507.02860. Two steps compute before the
+            rate is known, so `warmup` is at least 2.
 
     Raises:
         ValueError: naming the field and what it must be.
@@ -63,6 +66,7 @@ class Change(Rule):
     max_skips: int | None = None
     rescale: Any = ()
     share_decision: bool = False
+    by_rate: bool = False
 
     def __post_init__(self) -> None:
         if type(self.of) not in (Blocks, ModulatedInput, Model):
@@ -71,7 +75,8 @@ class Change(Rule):
             raise ValueError(f"Change: threshold must be a number >= 0, got {self.threshold!r}.")
         checked_flag("Change: accumulate", self.accumulate)
         checked_flag("Change: share_decision", self.share_decision)
-        check_integer("Change: warmup", self.warmup)
+        checked_flag("Change: by_rate", self.by_rate)
+        check_integer("Change: warmup", self.warmup, least=2 if self.by_rate else 1)
         check_integer("Change: cooldown", self.cooldown, least=0)
         if self.max_skips is not None:
             check_integer("Change: max_skips", self.max_skips)
@@ -91,8 +96,13 @@ class Change(Rule):
         return self.accumulate
 
     def measured(self, now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """As `Rule.measured`: the relative change; 0 where nothing changed, whatever it is relative to."""
+        """As `Rule.measured`: the relative change; 0 where nothing changed, whatever it is relative to.
+
+        With `by_rate` the change itself.
+        """
         difference, size = (now - before).abs().mean(), before.abs().mean()
+        if self.by_rate:
+            return difference
         return torch.where(difference > 0, difference / size, difference)
 
     def weighed(self, change: Any) -> Any:
@@ -127,6 +137,8 @@ class Change(Rule):
         skips = "" if self.max_skips is None else f" up to {self.max_skips} steps in a row"
         whose = {Model: "the sample", ModulatedInput: "the modulated input"}.get(type(self.of)) or self.of.label
         how = "the changes of {} add up to" if self.accumulate else "{} changes by"
+        if self.by_rate:
+            how = how.format("the output") + ", as {} predicts,"
         return f"reused{skips} while {how.format(whose)} at most {self.threshold:g}"
 
     def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:

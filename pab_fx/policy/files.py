@@ -13,7 +13,7 @@ import torch
 
 from .change import Change, ModulatedInput
 from .checks import check_fields, is_iterable
-from .how import Hermite, Last, Residual, Taylor
+from .how import Hermite, Last, RatedResidual, Residual, Taylor
 from .lists import Magnitude, Steps
 from .policy import Policy
 from .when import AfterTimesteps, Every, SkipRange
@@ -22,7 +22,7 @@ from .where import Attentions, Blocks, FeedForwards, Model
 KINDS: Mapping[str, tuple[type, ...]] = {
     "where": (Attentions, FeedForwards, Blocks, Model),
     "when": (SkipRange, AfterTimesteps, Every, Steps, Magnitude, Change),
-    "how": (Last, Residual, Taylor, Hermite),
+    "how": (Last, Residual, RatedResidual, Taylor, Hermite),
 }
 SIGNALS = {**KINDS, "of": (ModulatedInput,)}
 """What a field may hold."""

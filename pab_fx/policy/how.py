@@ -49,6 +49,8 @@ class How(ABC):
         reads_streams: whether `inputs` are, for each output, the tensor of its shape and dtype that enters where that
             leaves, as the residual stream of a block. A part that has none is left alone then. Otherwise they are all
             activations that the part reads.
+        keeps_rate: whether the last slot is a number, shape [] and float32: how much the outputs change, relative to
+            their size, for each unit that a signal changes by. Rules with `by_rate` ask for it.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class How(ABC):
 
     keeps_updates: bool = False
     reads_streams: bool = False
+    keeps_rate: bool = False
 
     @abstractmethod
     def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
@@ -155,6 +158,49 @@ class Residual(How):
     def describe(self) -> str:
         """How it is read in words."""
         return "as a residual"
+
+
+@dataclass(frozen=True)
+class RatedResidual(Residual):
+    """As `Residual`, and the rate at which the output changes with what enters (EasyCache, arXiv 2507.02860).
+
+    With `x` for what enters, `y` for the output, and both of the last two steps that computed, the rate is
+    `mean(abs(y - y before)) / mean(abs(x - x before)) / mean(abs(y))`, of the first output. It is infinite after the
+    first step: a rule with `by_rate` computes there.
+
+    Args: none.
+
+    Example:
+        >>> how, far = RatedResidual(), Scalars(torch.tensor(1.0), torch.tensor(1.0))
+        >>> before = (torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor(0.0))
+        >>> how.update(before, (torch.tensor([2.0]),), (torch.tensor([4.0]),), far)
+        (tensor([2.]), tensor([4.]), tensor(0.5000))
+        >>> how.read((torch.tensor([2.0]), torch.tensor([5.0]), torch.tensor(0.75)), (torch.tensor([3.0]),), far)
+        (tensor([6.]),)
+    """
+
+    keeps_rate = True
+
+    def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
+        """What enters where each output leaves, the outputs, and the rate."""
+        return (*outputs, *outputs, outputs[0].new_empty((), dtype=torch.float32))
+
+    def update(self, slots: Tensors, inputs: Tensors, outputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
+        """What has entered, what has left, and the rate between the steps that computed."""
+        now, before = (inputs[0], outputs[0]), (slots[0], slots[len(inputs)])
+        entered, left = ((new - old).float().abs().mean() for new, old in zip(now, before, strict=True))
+        rate = left / entered / outputs[0].float().abs().mean()
+        return (*inputs, *outputs, torch.where(scalars.filled > 0, rate, torch.inf))
+
+    def read(self, slots: Tensors, inputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
+        """Each input and what was added to it last."""
+        of = len(inputs)
+        added = [left - entered for entered, left in zip(slots[:of], slots[of : 2 * of], strict=True)]
+        return super().read(added, inputs, scalars)
+
+    def describe(self) -> str:
+        """How it is read in words."""
+        return "as a residual, with its rate"
 
 
 @dataclass(frozen=True)

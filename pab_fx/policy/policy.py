@@ -22,8 +22,8 @@ class Policy:
         where: `Attentions`, `FeedForwards`, `Blocks` or `Model`.
         when: a rule: `SkipRange`, `AfterTimesteps`, `Every`, `Steps`, `Magnitude`, `Change`, or one of your own; `None`
             leaves these parts alone.
-        how: `Last` (the last output, as it was), `Residual` (what the part adds), `Taylor` or `Hermite` (a forecast),
-            or one of your own.
+        how: `Last` (the last output, as it was), `Residual` or `RatedResidual` (what the part adds), `Taylor` or
+            `Hermite` (a forecast), or one of your own.
 
     Raises:
         ValueError: for anything else.
@@ -51,6 +51,10 @@ class Policy:
             raise ValueError(f"Policy: how must be a how, such as Last() or Taylor(1), got {self.how!r}.")
         if self.when is not None:
             _check_hashable("when", self.when)
+            if self.when.by_rate and not self.how.keeps_rate:
+                raise ValueError(
+                    f"Policy: when={self.when!r} goes by a rate, and how={self.how!r} keeps none: RatedResidual() does."
+                )
             try:
                 decided(self.when, Step(1, 500.0, 50), Progress(1, 520.0))
             except Exception as error:

@@ -71,11 +71,13 @@ class Rule(ABC):
         accumulates: whether `signal` is what was measured since the last step that computed, added up, each time
             against the step before; otherwise it is measured against that step.
         share_decision: whether all cache contexts go by what the first one of a step has measured.
+        by_rate: whether what is measured counts times the rate that the how keeps, see `How.keeps_rate`.
     """
 
     signal: Any = None
     accumulates: bool = False
     share_decision: bool = False
+    by_rate: bool = False
 
     def measured(self, now: Any, before: Any) -> Any:
         """The number that is measured, a tensor of shape []; asked for in a graph, if there is a `signal`.

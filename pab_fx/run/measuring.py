@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..compile.lowering import Lowerings
+from ..compile.specs import TensorSpec
 from ..policy.when import Rule
 from .deciding import Decision, Lockstep
 from .runtime import Runtime
@@ -60,7 +61,7 @@ def position_of(rule: Rule, rules: Sequence[Rule]) -> int | None:
 
 
 def _measures(rule: Rule) -> Hashable:
-    return type(rule), rule.signal, rule.accumulates
+    return type(rule), rule.signal, rule.accumulates, rule.by_rate
 
 
 def measure(
@@ -83,12 +84,21 @@ def measure(
     kept = [None if cell.caches is None else runtime.lend(cell, 0) for cell in modules.signals]
     specs = lowerings.signal_specs(args)
     before = [runtime.unread(spec) if each is None else each for each, spec in zip(kept, specs, strict=True)]
-    numbers, nows, further = lowerings.measured(args, before)
+    rates = [_rate(runtime, modules, rules, i, spec) for i, spec in enumerate(specs) if rules[i].by_rate]
+    numbers, nows, further = lowerings.measured(args, before, rates)
     known = [None if each is None else number for each, number in zip(kept, numbers, strict=True)]
     first = next((each for of, each in of_step.items() if of != context), None)
     store.measured[context] = found = Measured(rules, known, step, _noted(runtime), first)
     modules.nows = tuple(nows)
     return (*args, *further), found
+
+
+def _rate(runtime: Runtime, modules: Lockstep, rules: Sequence[Rule], i: int, spec: TensorSpec) -> torch.Tensor:
+    """The rate that a rule goes by, as the part that it decides keeps it; any number where nothing is kept."""
+    cell = next((cell for cell in modules.cells if cell.rule and position_of(cell.rule, rules) == i), None)
+    if cell is None or not cell.caches:
+        return runtime.scalar(0.0, spec.device)
+    return runtime.lend(cell, len(cell.caches) - 1)
 
 
 def _noted(runtime: Runtime) -> Callable[[Rule, float], None]:
