@@ -15,7 +15,7 @@ from .export.export import export
 from .export.rewrite import rewrite
 from .magnitudes import magnitude_ratios
 from .passes.specialize import specialize
-from .policy.change import Change, ModulatedInput
+from .policy.change import Change, Computed, ModulatedInput, Sigma
 from .policy.config import LayerBroadcast, MLPBroadcast, PABConfig
 from .policy.files import load_policies, save_policies
 from .policy.how import Hermite, How, Last, RatedResidual, Residual, Scalars, Taylor
@@ -31,6 +31,7 @@ __all__ = [
     "Attentions",
     "Blocks",
     "Change",
+    "Computed",
     "Every",
     "FeedForwards",
     "Hermite",
@@ -49,6 +50,7 @@ __all__ = [
     "Residual",
     "Rule",
     "Scalars",
+    "Sigma",
     "SkipRange",
     "Step",
     "Steps",

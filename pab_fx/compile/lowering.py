@@ -95,6 +95,7 @@ class Lowerings:
         inputs: the inputs of the captured graph.
         outputs: how many outputs the captured graph has.
         rules: the rules whose signals are measured before it runs.
+        takes_sigma: whether the noise level of the step is needed for that.
     """
 
     def __init__(self, conditional: fx.GraphModule, parts: Cut | None, compiler: Compiler, lowering: Lowering) -> None:
@@ -111,6 +112,7 @@ class Lowerings:
         self._returned = [value(node) if isinstance(node, fx.Node) else node for node in own]
         self.outputs = len(self._returned)
         self.rules = () if parts is None else parts.rules
+        self.takes_sigma = parts is not None and parts.takes_sigma
         self._head: Callable[[list[Any]], Sequence[Any]] | None = None
         self._slots = self._looks()
         self._symbols = [
@@ -182,7 +184,7 @@ class Lowerings:
         Args:
             args: the captured graph's inputs.
             before: for each rule its signal in an earlier step.
-            rates: for each rule that goes by a rate, that.
+            rates: for each rule that goes by a rate, that; and the noise level, if it is needed.
         """
         if self._head is None:
             assert self._parts is not None

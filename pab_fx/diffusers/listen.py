@@ -39,7 +39,8 @@ def listen() -> None:
     @functools.wraps(enter_context)
     @contextlib.contextmanager
     def cache_context_of_model(self: CacheMixin, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with cache_context(name), enter_context(self, name, *args, **kwargs):
+        told = (kwargs.get("sigma"), kwargs.get("num_inference_steps"))
+        with cache_context(name, *told), enter_context(self, name, *args, **kwargs):
             yield
 
     @functools.wraps(reset)

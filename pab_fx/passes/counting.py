@@ -77,7 +77,6 @@ class Counting:
         buffers: where counters are held.
         timestep_callback: yields the timestep in place of the graph's input.
         plan: the timesteps of a generation, which take the place of both: the graph counts through them.
-        numbers: what is measured in a step, for each rule that looks at a signal.
 
     Raises:
         ValueError: if there is no timestep.
@@ -89,9 +88,8 @@ class Counting:
         buffers: Buffers,
         timestep_callback: Callable[[], Any] | None = None,
         plan: Plan | None = None,
-        numbers: Mapping[Rule, fx.Node] | None = None,
     ) -> None:
-        self._numbers = numbers or {}
+        self._numbers: Mapping[Rule, fx.Node] = {}
         self.graph, self.gm, self._buffers, self._plan = gm.graph, gm, buffers, plan
         self._modules: dict[tuple[Rule, int, fx.Node | None], _Calls] = {}
         self._counts: list[tuple[str, fx.Node]] = []
@@ -103,6 +101,20 @@ class Counting:
                 self._count_through(plan)
             self.started = self.call("started", torch.gt, self.calls, 0.0)
             self._counts.insert(0, (CALLS, self.call("n_next", torch.add, self.calls, 1.0)))
+
+    def go_on_behind(self, numbers: Mapping[Rule, fx.Node]) -> None:
+        """Decide behind what is measured in a step, for each rule that looks at a signal."""
+        self._numbers = numbers
+        max(numbers.values()).append(self._end)
+
+    def noise_level(self) -> fx.Node:
+        """The noise level of the step, see `Sigma`; without a plan, timesteps up to 1 are taken as they are."""
+        with self.nodes():
+            if self._plan is not None:
+                return self.call("sigma", torch.div, self.timestep, 1.0 if self._plan.timesteps[0] <= 1 else 1000.0)
+            small = self.call("small", torch.le, self.timestep, 1.0)
+            scaled = self.call("scaled", torch.div, self.timestep, 1000.0)
+            return self.call("sigma", torch.where, small, self.timestep, scaled)
 
     def decided(self, rule: Rule, role: str, call: int, calls: int, around: Decided | None = None) -> Decided:
         """A call of a module that goes by a rule; modules with the same rule that are called equally often share it.

@@ -39,13 +39,13 @@ from torch import fx
 
 from .._torch import mean_over_ranks
 from ..graph import effects
-from ..graph.copies import copy_of, traced_into
+from ..graph.copies import copy_of, record, traced_into
 from ..graph.dataflow import backward, is_tensor, value
 from ..graph.modules import ModuleNames
 from ..policy.policy import Policy
 from ..policy.when import Rule
 from ..select.region import Region
-from ..select.signals import Signal, signals, with_signals
+from ..select.signals import Signal, Source, signals, with_signals
 from ..select.tag import tag
 
 RULES = "pab_rules"
@@ -60,16 +60,18 @@ class Cut:
     """A graph in two.
 
     Args:
-        head: takes the graph's inputs, for each rule its signal in an earlier step, and for each that goes by a rate
-            (`Rule.by_rate`) that rate. Returns for each rule the number that is measured, then for each its signal
-            now, then what the rest takes.
+        head: takes the graph's inputs, for each rule its signal in an earlier step, for each that goes by a rate
+            (`Rule.by_rate`) that rate, and the noise level if `takes_sigma`. Returns for each rule the number that is
+            measured, then for each its signal now, then what the rest takes.
         rest: takes the graph's inputs and what the head returns in the end. Returns what the graph returned.
         rules: whose signals they are.
+        takes_sigma: whether a signal is made of the noise level too.
     """
 
     head: fx.GraphModule
     rest: fx.GraphModule
     rules: tuple[Rule, ...]
+    takes_sigma: bool
 
 
 def tag_with_signals(
@@ -89,24 +91,61 @@ def add_signals(gm: fx.GraphModule, found: Sequence[Signal]) -> fx.Node | None:
     if not found:
         return None
     graph = gm.graph
-    nows: list[fx.Node] = []
-    for signal in found:
-        through = signal.through
-        if signal.ahead is not None:
-            nows.append(_computed_ahead(graph, signal.now, signal.ahead))
-            continue
-        with graph.inserting_before(_behind(graph, [signal.now, *(through.way(signal.now) if through else ())])):
-            if through is None:  # the caller may update its tensor in place
-                nows += traced_into(graph, lambda given: (given.clone(),), signal.now)
-            else:
-                entering = through.entering(signal.now, graph, lambda node: node)
-                nows += traced_into(graph, lambda leaves, enters: (leaves - enters,), signal.now, entering)
+    nows = [_added(graph, signal) for signal in found]
     output = graph.output_node()
     own: Any = output.args[0]
     output.args = ((*(own if isinstance(own, (tuple, list)) else (own,)), *nows),)
     output.meta[RULES] = tuple(signal.rule for signal in found)
     output.meta[SINGLE] = not isinstance(own, (tuple, list))
     return max(nows)
+
+
+def _added(graph: fx.Graph, signal: Signal) -> fx.Node:
+    """The node of a signal, added to a graph behind all that it is made of."""
+    nodes = [_added_source(graph, source) for source in signal.sources if source is not None]
+    if signal.function is None:
+        return nodes[0]
+    with graph.inserting_before(_behind(graph, nodes)):
+        following = iter(nodes)
+        given = [next(following) if source else _noise_level(graph, nodes[0]) for source in signal.sources]
+        function = signal.function
+        target: Any = function if hasattr(function, "__name__") else function.__call__
+        made = graph.call_function(target, tuple(given))
+    try:
+        record(made)
+    except Exception as error:
+        raise ValueError(
+            f"{signal.rule.signal!r} cannot be computed, {type(error).__name__}: {error}. It is given tensors of the "
+            f"shapes {[tuple(value(node).shape) for node in given if value(node) is not None]}."
+        ) from error
+    return made
+
+
+def _added_source(graph: fx.Graph, source: Source) -> fx.Node:
+    through = source.through
+    if source.ahead is not None:
+        return _computed_ahead(graph, source.now, source.ahead)
+    with graph.inserting_before(_behind(graph, [source.now, *(through.way(source.now) if through else ())])):
+        if through is None:  # the caller may update its tensor in place
+            return traced_into(graph, lambda given: (given.clone(),), source.now)[0]
+        entering = through.entering(source.now, graph, lambda node: node)
+        return traced_into(graph, lambda leaves, enters: (leaves - enters,), source.now, entering)[0]
+
+
+def noise_level(like: torch.Tensor) -> torch.Tensor:
+    """Stands for the noise level of a step until something tells it: an input of the head, or the timestep.
+
+    Raises:
+        RuntimeError: if it is run.
+    """
+    raise RuntimeError("the noise level of a step is told from outside of a graph.")
+
+
+def _noise_level(graph: fx.Graph, like: fx.Node) -> fx.Node:
+    made = graph.call_function(noise_level, (like,))
+    if value(like) is not None:
+        made.meta["example_value"] = value(like).new_empty((), dtype=torch.float32)
+    return made
 
 
 def _computed_ahead(graph: fx.Graph, node: fx.Node, ahead: fx.Node) -> fx.Node:
@@ -149,7 +188,13 @@ def cut(gm: fx.GraphModule) -> Cut:
     last = max(nows)
     inside = [node for node in gm.graph.nodes if node <= last or node.op == "placeholder"]
     crossing = _crossing(gm.graph, set(inside))
-    return Cut(_head(gm, rules, nows, crossing, set(inside)), _rest(gm, crossing, set(inside)), rules)
+    head, rest = _head(gm, rules, nows, crossing, set(inside)), _rest(gm, crossing, set(inside))
+    return Cut(head, rest, rules, bool(noise_levels(gm.graph)))
+
+
+def noise_levels(graph: fx.Graph) -> list[fx.Node]:
+    """What stands for the noise level in a graph."""
+    return graph.find_nodes(op="call_function", target=noise_level)
 
 
 def _behind(graph: fx.Graph, nodes: Iterable[fx.Node]) -> fx.Node:
@@ -214,6 +259,11 @@ def _head(
     known = [value(nows[i]) for i in rated]
     looks = [None if now is None else now.new_empty((), dtype=torch.float32) for now in known]
     rates = dict(zip(rated, _add_inputs(graph, [f"pab_rate_{i}" for i in rated], looks), strict=True))
+    for told in noise_levels(graph):
+        if not (given := graph.find_nodes(op="placeholder", target="pab_sigma")):
+            given = _add_inputs(graph, ["pab_sigma"], [value(told)])
+        told.replace_all_uses_with(given[0])
+        graph.erase_node(told)
     with graph.inserting_before(output):
         own = [copies[now] for now in nows]
         numbers = measure(graph, rules, own, befores, effects.process_groups(gm.graph), rates)

@@ -40,7 +40,7 @@ from ..graph.dataflow import value
 from ..policy.when import Rule
 from .buffers import CONTEXT, Buffers
 from .counting import Counting, Decided, Plan
-from .cut import measure, take_signals
+from .cut import measure, noise_levels, take_signals
 from .form import (
     MARK,
     Predicate,
@@ -83,12 +83,13 @@ def sink_state(
     first = last.next
     buffers = Buffers(gm, contexts)
     _sink_slots(gm, buffers)
-    signals = _sink_signals(gm, buffers)
-    if signals:  # what is decided by them is decided behind them
-        first = max(signal.number for signal in signals.values()).next
     with gm.graph.inserting_before(first):
-        numbers = {rule: signal.number for rule, signal in signals.items()}
-        counting = Counting(gm, buffers, timestep_callback, plan, numbers)
+        counting = Counting(gm, buffers, timestep_callback, plan)
+    for told in noise_levels(gm.graph):
+        _give_noise_level(counting, told)
+    signals = _sink_signals(gm, buffers)
+    if signals:
+        counting.go_on_behind({rule: signal.number for rule, signal in signals.items()})
     found: dict[int, Decided] = {}
     for conditional in all_conditionals(gm):
         assert conditional.policy.when is not None
@@ -195,6 +196,13 @@ def _give(gm: fx.GraphModule, mark: Predicate | Scalar, node: fx.Node) -> None:
 def _as_scalar(counting: Counting, node: fx.Node, device: torch.device) -> fx.Node:
     with counting.nodes():
         return counting.call("scalar", torch.Tensor.to, node, device, torch.float32)
+
+
+def _give_noise_level(counting: Counting, told: fx.Node) -> None:
+    """Put the noise level by the timestep in the place of what stands for it."""
+    like: Any = told.args[0]
+    told.replace_all_uses_with(_as_scalar(counting, counting.noise_level(), device_of(like)))
+    counting.graph.erase_node(told)
 
 
 def _sink_slots(gm: fx.GraphModule, buffers: Buffers) -> None:

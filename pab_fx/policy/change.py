@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,63 @@ class ModulatedInput:
 
 
 @dataclass(frozen=True)
+class Sigma:
+    """The noise level of the step, from 0 to 1; a tensor of shape [] and dtype float32, for `Computed`.
+
+    It is what a pipeline says with its cache context (`cache_context("cond", sigma=...)`), else the timestep: as it is
+    where the first one is at most 1, else divided by 1000.
+    """
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A signal of your own: what a function makes of tensors that the graph has.
+
+    Args:
+        function: takes tensors and returns one, of any shape. It is torch code that a compiler can trace; it updates
+            nothing in place. What it takes besides are its own fields, so it is a function or a frozen dataclass.
+        of: which tensors, one or several, in order: `Model()` is the sample, `ModulatedInput()` and `Blocks(0, n)` are
+            as for `Change`, `Sigma()` is the noise level, and a string is the qualified name of a module, for its
+            output (the first tensor of it).
+
+    Raises:
+        ValueError: for a function that is none or not hashable, and for anything else in `of`.
+
+    Example:
+        >>> lowest = Computed(lambda sample: torch.nn.functional.avg_pool2d(sample, 8), Model())
+        >>> Change(lowest, threshold=0.1).describe()
+        'reused while what <lambda> makes of the sample changes by at most 0.1'
+    """
+
+    function: Callable[..., Any]
+    of: Any = field(default_factory=Model)
+
+    def __post_init__(self) -> None:
+        if not callable(self.function) or not isinstance(self.function, Hashable):
+            raise ValueError(f"Computed: function must be a function, hashable, got {self.function!r}.")
+        given = tuple(self.of) if isinstance(self.of, (tuple, list)) else (self.of,)
+        if not given or not all(type(each) in (*TENSORS, Sigma) or isinstance(each, str) for each in given):
+            raise ValueError(
+                "Computed: of must be Model(), ModulatedInput(), Blocks(0, n), Sigma(), names of modules, or several "
+                f"of those, got {self.of!r}."
+            )
+        object.__setattr__(self, "of", given)
+
+
+TENSORS = (Blocks, ModulatedInput, Model)
+"""What a signal may be of by itself."""
+
+
+def _named(of: Any) -> str:
+    """A signal in words."""
+    if isinstance(of, Computed):
+        whose = " and ".join(map(_named, of.of))
+        return f"what {getattr(of.function, '__name__', repr(of.function))} makes of {whose}"
+    said = {Model: "the sample", ModulatedInput: "the modulated input", Sigma: "the noise level"}
+    return said.get(type(of)) or (of if isinstance(of, str) else of.label)
+
+
+@dataclass(frozen=True)
 class Change(Rule):
     """Reuse while a signal has changed by little: FirstBlockCache, DBCache, TeaCache and their like.
 
@@ -34,7 +91,7 @@ class Change(Rule):
     Args:
         of: whose signal: `Blocks(0, 1)` is what the first block adds to the stream of the sample
             (`diffusers/hooks/first_block_cache.py`), `ModulatedInput()` what its attention reads (TeaCache), `Model()`
-            the sample that the model is given.
+            the sample that the model is given, `Computed(...)` what a function of yours makes of those.
         threshold: a number >= 0.
         accumulate: add up changes from step to step (TeaCache, arXiv 2411.19108).
         warmup: how many steps at the beginning compute.
@@ -69,8 +126,10 @@ class Change(Rule):
     by_rate: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.of) not in (Blocks, ModulatedInput, Model):
-            raise ValueError(f"Change: of must be Blocks(...), ModulatedInput() or Model(), got {self.of!r}.")
+        if type(self.of) not in (*TENSORS, Computed):
+            raise ValueError(
+                f"Change: of must be Blocks(...), ModulatedInput(), Model() or Computed(...), got {self.of!r}."
+            )
         if not is_number(self.threshold) or not 0 <= self.threshold < math.inf:
             raise ValueError(f"Change: threshold must be a number >= 0, got {self.threshold!r}.")
         checked_flag("Change: accumulate", self.accumulate)
@@ -135,7 +194,7 @@ class Change(Rule):
             'reused up to 3 steps in a row while blocks(0, 1) changes by at most 0.08'
         """
         skips = "" if self.max_skips is None else f" up to {self.max_skips} steps in a row"
-        whose = {Model: "the sample", ModulatedInput: "the modulated input"}.get(type(self.of)) or self.of.label
+        whose = _named(self.of)
         how = "the changes of {} add up to" if self.accumulate else "{} changes by"
         if self.by_rate:
             how = how.format("the output") + ", as {} predicts,"

@@ -23,7 +23,7 @@ from ..policy.how import Scalars
 from ..policy.when import END, Rule
 from .checks import check_outputs, refuse
 from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
-from .contexts import current_cache_context
+from .contexts import current_cache_context, current_steps
 from .deciding import Call, Decision, Lockstep
 from .holding import addresses
 from .kept import Kept
@@ -109,7 +109,8 @@ class BroadcastGraph:
         runtime.calls += 1
         self.runs += 1
         t = self._timestep(args) if step.t is None else step.t
-        call = Call(t, step.next_t, step.timesteps or runtime.known_timesteps(), step.generation)
+        timesteps = step.timesteps or runtime.known_timesteps()
+        call = Call(t, step.next_t, timesteps, step.generation, current_steps.get())
         store = runtime.store(step.request)
         modules, expected = self._modules(args, step, store), self.lowerings.expected(args)
         store.enter(modules.first)
@@ -120,7 +121,7 @@ class BroadcastGraph:
                 args = (*args, *self._computed_once(args, step, modules.first.count.n == 0))
                 expected = self.lowerings.expected(args)  # of another variant, if the guess was wrong
             context = (current_cache_context.get(), step.branch)
-            args, measured = measure(runtime, self.lowerings, modules, store, context, args, call.t)
+            args, measured = measure(runtime, self.lowerings, modules, store, context, args, call)
             decisions = modules.advance(call, measured)
             for decision in decisions:
                 decision.record(runtime.counts)
@@ -252,7 +253,7 @@ class BroadcastGraph:
         if call.timesteps and call.generation is None and call.t not in call.timesteps:
             self._warn_of_other_timesteps(call.t, call.timesteps)
         for rule in {cell.rule for cell in modules.cells if cell.rule is not None} if is_first else ():
-            why = rule.mismatch(call.t, call.timesteps)
+            why = rule.mismatch(call.t, call.timesteps) if call.timesteps or not call.steps else None
             if why is not None:
                 self._runtime.warn_once(f"mismatch {type(rule).__name__}", f"pab_fx: {why}")
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 current_cache_context: ContextVar[str | None] = ContextVar("pab_fx_cache_context", default=None)
 """Name of the cache context that the running denoising call belongs to: "cond", "uncond" or none."""
 
 
+current_sigma: ContextVar[float | None] = ContextVar("pab_fx_sigma", default=None)
+"""Noise level that goes with it, `None` where it is not told."""
+
+
+current_steps: ContextVar[int | None] = ContextVar("pab_fx_steps", default=None)
+"""Number of steps that its generation has, `None` where it is not told."""
+
+
 @contextlib.contextmanager
-def cache_context(name: str | None) -> Iterator[None]:
+def cache_context(name: str | None, sigma: Any = None, steps: Any = None) -> Iterator[None]:
     """Run the denoising calls inside under a cache context of their own.
 
     Pipelines of diffusers that call the denoiser once per guidance branch say which with
@@ -19,14 +28,19 @@ def cache_context(name: str | None) -> Iterator[None]:
 
     Args:
         name: any name; each has its own counters and caches.
+        sigma: noise level of the step, a number from 0 to 1, for signals that are made of it (`Sigma`).
+        steps: how many steps the generation has, for rules that compute the last ones where no timesteps are known.
 
     Example:
         >>> with cache_context("cond"):
         ...     current_cache_context.get()
         'cond'
     """
-    token = current_cache_context.set(name)
+    told = (None if sigma is None else float(sigma), None if steps is None else int(steps))
+    token, level, of = current_cache_context.set(name), current_sigma.set(told[0]), current_steps.set(told[1])
     try:
         yield
     finally:
+        current_steps.reset(of)
+        current_sigma.reset(level)
         current_cache_context.reset(token)

@@ -29,12 +29,14 @@ class Call:
         next_t: the next one's, `None` where a pipeline does not tell.
         timesteps: those of the generation, if they are known.
         generation: its number, where a pipeline tells it.
+        steps: how many steps the generation has, where only that is known.
     """
 
     t: float
     next_t: float | None
     timesteps: Sequence[float] | None
     generation: int | None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class Lockstep:
         count, has_cache, keeps = first.count, first.caches is not None, False
         if not has_cache and count.filled:  # what was kept was let go: no later step was to read it
             count = count._replace(filled=0)
-        of = len(call.timesteps) * group.calls if call.timesteps else math.inf
+        of = (len(call.timesteps) if call.timesteps else call.steps or math.inf) * group.calls
         next_t = call.next_t
         if next_t is None:
             next_t = next_timestep(call.timesteps, count.n // group.calls, call.t)

@@ -11,7 +11,8 @@ import torch
 from ..compile.lowering import Lowerings
 from ..compile.specs import TensorSpec
 from ..policy.when import Rule
-from .deciding import Decision, Lockstep
+from .contexts import current_sigma
+from .deciding import Call, Decision, Lockstep
 from .runtime import Runtime
 from .state import StateStore
 
@@ -71,13 +72,13 @@ def measure(
     store: StateStore,
     context: Hashable,
     args: tuple[Any, ...],
-    t: float,
+    call: Call,
 ) -> tuple[tuple[Any, ...], Measured]:
     """Run the head of a graph: the inputs with what it hands on, and what it measures.
 
     A graph without a head goes by what another piece of the model, whose graph breaks, has measured in this step.
     """
-    step, rules = (t, modules.first.count.n), lowerings.rules
+    step, rules = (call.t, modules.first.count.n), lowerings.rules
     of_step = {of: each for of, each in store.measured.items() if each.step == step}
     if not rules:
         return args, of_step.get(context) or Measured((), (), step, _noted(runtime))
@@ -85,12 +86,23 @@ def measure(
     specs = lowerings.signal_specs(args)
     before = [runtime.unread(spec) if each is None else each for each, spec in zip(kept, specs, strict=True)]
     rates = [_rate(runtime, modules, rules, i, spec) for i, spec in enumerate(specs) if rules[i].by_rate]
+    if lowerings.takes_sigma:
+        rates.append(runtime.scalar(_noise_level(call, modules), specs[0].device))
     numbers, nows, further = lowerings.measured(args, before, rates)
     known = [None if each is None else number for each, number in zip(kept, numbers, strict=True)]
     first = next((each for of, each in of_step.items() if of != context), None)
     store.measured[context] = found = Measured(rules, known, step, _noted(runtime), first)
     modules.nows = tuple(nows)
     return (*args, *further), found
+
+
+def _noise_level(call: Call, modules: Lockstep) -> float:
+    """What `Sigma` is in a call."""
+    told = current_sigma.get()
+    if told is not None:
+        return told
+    first = call.timesteps[0] if call.timesteps else max(modules.first.count.first_t, call.t)
+    return call.t / (1.0 if first <= 1 else 1000.0)
 
 
 def _rate(runtime: Runtime, modules: Lockstep, rules: Sequence[Rule], i: int, spec: TensorSpec) -> torch.Tensor:

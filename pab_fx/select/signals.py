@@ -9,14 +9,15 @@ No graph is changed here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
-from ..graph.dataflow import backward
+from ..graph.dataflow import backward, is_tensor
 from ..graph.modules import ModuleNames, argument_of
-from ..policy.change import ModulatedInput
+from ..policy.change import Computed, ModulatedInput, Sigma
 from ..policy.policy import Policy
 from ..policy.when import Rule
 from ..policy.where import BLOCKS, Blocks
@@ -30,21 +31,34 @@ from .view import View
 
 
 @dataclass(frozen=True)
-class Signal:
-    """What a rule looks at, in a graph.
+class Source:
+    """A tensor of a graph that a rule looks at.
 
     Args:
-        rule: the rule.
         now: the tensor, or what leaves the blocks of which it is the residual.
         through: the streams through those blocks; `None` for the tensor itself.
         ahead: the node before which the tensor is computed a second time, since it lies in what may be skipped; `None`
             where it is taken as it is.
     """
 
-    rule: Rule
     now: fx.Node
     through: Streams | None = None
     ahead: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a rule looks at, in a graph.
+
+    Args:
+        rule: the rule.
+        sources: the tensors; `None` stands for the noise level, which no graph has.
+        function: makes one tensor of them; `None` where there is one.
+    """
+
+    rule: Rule
+    sources: tuple[Source | None, ...]
+    function: Callable[..., Any] | None = None
 
 
 def signals(gm: fx.GraphModule, policies: Iterable[Policy], names: ModuleNames | None = None) -> tuple[Signal, ...]:
@@ -59,26 +73,43 @@ def signals(gm: fx.GraphModule, policies: Iterable[Policy], names: ModuleNames |
     if not rules:
         return ()
     view = View(gm.graph, names or ModuleNames())
-    finders = {Blocks: _of_blocks, ModulatedInput: _modulated_input}
-    found = [finders.get(type(rule.signal), _sample)(view, rule) for rule in rules]
-    return tuple(signal for signal in found if signal is not None)
+    found = []
+    for rule in rules:
+        of, function = rule.signal, None
+        if isinstance(of, Computed):
+            of, function = of.of, of.function
+        wanted = of if isinstance(of, tuple) else (of,)
+        sources = [None if isinstance(each, Sigma) else _source(view, each) for each in wanted]
+        if all(source or isinstance(each, Sigma) for source, each in zip(sources, wanted, strict=True)):
+            found.append(Signal(rule, tuple(sources), function))
+    return tuple(found)
 
 
-def _of_blocks(view: View, rule: Rule) -> Signal | None:
+def _source(view: View, of: Any) -> Source | None:
+    """A tensor that a rule looks at, `None` if the graph has none."""
+    finders: dict[type, Callable[[View, Any], Source | None]] = {
+        Blocks: _of_blocks,
+        ModulatedInput: _modulated_input,
+        str: _of_module,
+    }
+    return finders.get(type(of), _sample)(view, of)
+
+
+def _of_blocks(view: View, of: Blocks) -> Source | None:
     """The residual of a range of blocks, on the stream that becomes the output of the model."""
-    every = blocks(view, replace(rule.signal, first=0, last=None))
-    chosen = every[rule.signal.first : rule.signal.last]
+    every = blocks(view, replace(of, first=0, last=None))
+    chosen = every[of.first : of.last]
     if not chosen:
         return None
     nodes, outputs, _ = bounded(nodes_between(view, chosen), may_be_view=False, may_be_product=True)
     through = streams(nodes, outputs, view.acts)
     carried = [output for output in outputs if output in through.carried]
-    entering = _entering(view, replace(rule.signal, first=0, last=None))
+    entering = _entering(view, replace(of, first=0, last=None))
     if entering is not None and len(carried) > 1:
         carried = [output for output in carried if through.sources([output]) == [entering]]
     entered = {tuple(through.sources([output])) for output in carried}
     # the same stream may leave twice, as before and after a sum: where the blocks end is the last of them
-    return Signal(rule, max(carried), through) if len(entered) == 1 else None
+    return Source(max(carried), through) if len(entered) == 1 else None
 
 
 def _entering(view: View, where: Blocks) -> fx.Node | None:
@@ -90,7 +121,7 @@ def _entering(view: View, where: Blocks) -> fx.Node | None:
     return None if way is None else operand(way.entering)
 
 
-def _modulated_input(view: View, rule: Rule) -> Signal | None:
+def _modulated_input(view: View, of: ModulatedInput) -> Source | None:
     """What the first attention of the first block projects to its queries."""
     every = blocks(view, Blocks())
     core = next((view.cores[node] for node in (view.entries[every[0]] if every else ()) if node in view.cores), None)
@@ -100,10 +131,10 @@ def _modulated_input(view: View, rule: Rule) -> Signal | None:
     entering = _entering(view, Blocks())
     if entering is not None and len(read) > 1:
         read = [node for node in read if entering in backward([node])]
-    return Signal(rule, read[-1], ahead=min(nodes_between(view, every))) if read else None
+    return Source(read[-1], ahead=min(nodes_between(view, every))) if read else None
 
 
-def _sample(view: View, rule: Rule) -> Signal | None:
+def _sample(view: View, of: Any) -> Source | None:
     """The sample, which diffusion models take first."""
     if view.names.frame or not view.names.begins:
         return None
@@ -112,7 +143,18 @@ def _sample(view: View, rule: Rule) -> Signal | None:
     if model is not None:
         parameters = list(inspect.signature(model.forward).parameters)
         given = [node for node in given if argument_of(node, parameters) == parameters[0]]
-    return Signal(rule, given[0]) if given else None
+    return Source(given[0]) if given else None
+
+
+def _of_module(view: View, of: str) -> Source | None:
+    """The first tensor that a module of that name yields, computed ahead where it lies in blocks."""
+    nodes = next((nodes for call, nodes in view.sites.items() if call.name == of), ())
+    inside = set(nodes)
+    yielded = [node for node in nodes if is_tensor(node) and (not node.users or not inside.issuperset(node.users))]
+    if not yielded:
+        return None
+    every = nodes_between(view, blocks(view, Blocks()))
+    return Source(yielded[0], ahead=min(every) if yielded[0] in every else None)
 
 
 def with_signals(
