@@ -16,9 +16,16 @@ from ..policy.where import ATTENTION_ROLES, Modules
 from .first_block import FirstBlockCacheConfig, policies_of_first_block
 from .hooks import is_attention
 from .magcache import MagCacheConfig, policies_of_magcache
+from .sea_cache import SeaCacheConfig, policies_of_sea_cache
 from .taylorseer import TaylorSeerCacheConfig, policies_of_taylorseer
 
-HOOKS_CONFIGS = (PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig, MagCacheConfig, FirstBlockCacheConfig)
+HOOKS_CONFIGS = (
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    MagCacheConfig,
+    FirstBlockCacheConfig,
+    SeaCacheConfig,
+)
 """Configs of diffusers' hooks that become policies."""
 
 
@@ -27,7 +34,7 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
 
     Args:
         config: a `PABConfig`, a config of diffusers (`PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`,
-            `MagCacheConfig`, `FirstBlockCacheConfig`), a `Policy`, or several of these.
+            `MagCacheConfig`, `FirstBlockCacheConfig`, `SeaCacheConfig`), a `Policy`, or several of these.
 
     Raises:
         ValueError: for anything else, with what was probably meant.
@@ -50,6 +57,8 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
         return policies_of_magcache(config)
     if isinstance(config, FirstBlockCacheConfig):
         return policies_of_first_block(config)
+    if isinstance(config, SeaCacheConfig):
+        return policies_of_sea_cache(config)
     if isinstance(config, Iterable) and not isinstance(config, (str, bytes, Mapping)):
         policies = tuple(policy for each in config if each is not None for policy in policies_of(each))
         if policies:
@@ -63,7 +72,7 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
         hint = f" That is the class: write {config.__name__}(...)."
     raise ValueError(
         "config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig, "
-        f"MagCacheConfig or FirstBlockCacheConfig, a Policy, or a list of those, got {config!r}.{hint}"
+        f"MagCacheConfig, FirstBlockCacheConfig or SeaCacheConfig, a Policy, or a list of those, got {config!r}.{hint}"
     )
 
 

@@ -108,9 +108,8 @@ def _added(graph: fx.Graph, signal: Signal) -> fx.Node:
     with graph.inserting_before(_behind(graph, nodes)):
         following = iter(nodes)
         given = [next(following) if source else _noise_level(graph, nodes[0]) for source in signal.sources]
-        function = signal.function
-        target: Any = function if hasattr(function, "__name__") else function.__call__
-        made = graph.call_function(target, tuple(given))
+        function: Any = signal.function
+        made = graph.call_function(function if hasattr(function, "__name__") else function.__call__, tuple(given))
     try:
         record(made)
     except Exception as error:
