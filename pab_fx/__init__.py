@@ -13,14 +13,16 @@ from .enable import PAB, disable, enable, report
 from .explain import explain
 from .export.export import export
 from .export.rewrite import rewrite
+from .fitting import fit_rescale
 from .magnitudes import magnitude_ratios
 from .passes.specialize import specialize
-from .policy.change import Change, Computed, ModulatedInput, Sigma
+from .policy.change import Change, Computed, ModulatedInput, Output, Sigma
 from .policy.config import LayerBroadcast, MLPBroadcast, PABConfig
 from .policy.files import load_policies, save_policies
 from .policy.how import Hermite, How, Last, RatedResidual, Residual, Scalars, Taylor
 from .policy.lists import Magnitude, Steps
 from .policy.policy import Policy
+from .policy.presets import preset
 from .policy.when import AfterTimesteps, Every, Progress, Rule, SkipRange, Step
 from .policy.where import Attentions, Blocks, FeedForwards, Model
 from .run.contexts import cache_context
@@ -42,6 +44,7 @@ __all__ = [
     "Magnitude",
     "Model",
     "ModulatedInput",
+    "Output",
     "PABBackend",
     "PABConfig",
     "Policy",
@@ -61,9 +64,11 @@ __all__ = [
     "enable",
     "explain",
     "export",
+    "fit_rescale",
     "load_policies",
     "magnitude_ratios",
     "pab_backend",
+    "preset",
     "report",
     "rewrite",
     "save_policies",

@@ -57,9 +57,9 @@ class PABBackend:
 
     Args:
         config: a `PABConfig` (default: spatial attention every 2nd step in (100, 800)), diffusers'
-            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig` or `FirstBlockCacheConfig`,
-            with which roles and outputs are those of its hooks, a `Policy`, or a list of these, of which the first that
-            is for a part counts.
+            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `FirstBlockCacheConfig` or
+            `SeaCacheConfig`, with which roles and outputs are those of its hooks, a `Policy`, or a list of these, of
+            which the first that is for a part counts.
         inner: compiles the lowered graphs: the name of a registered Dynamo backend, or a callable
             `(gm, example_inputs) -> callable`.
         lowering: "specialize" compiles one graph for each set of reusing regions that occurs, without

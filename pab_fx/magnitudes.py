@@ -50,7 +50,7 @@ def magnitude_ratios(
     with enable(model, measuring(steps), inner="eager") as pab:
         pab.backend.runtime.at_end = lambda cells: ended.extend(measured_in(cells))
         generate()
-        measured = ended or measured_in(cell for _, _, cell in pab.backend.runtime.cells())
+        measured = ended or measured_in(pab.backend.runtime.cells())
     if not measured:
         raise ValueError(
             "nothing was measured: the model has no blocks that a stream goes through, or no step of it ran."

@@ -14,6 +14,7 @@ CASES_BY_DEFAULT = {
     "test_a_pass_that_corrupts_the_graph_is_refused_by_name": 5,
     "test_a_pass_that_hides_attentions_runs_after_the_rewrite_or_is_refused": 1,
     "test_a_pipeline_equals_the_hooks_bitwise_and_no_step_waits_for_the_device": 4,
+    "test_a_preset_finds_its_signal_in_the_class_that_it_is_for": 2,
     "test_a_policy_does_what_its_three_functions_say": 6,
     "test_a_reset_of_dynamo_in_the_middle_begins_a_generation": 1,
     "test_a_rewritten_and_an_exported_program_forecast_by_themselves": 1,

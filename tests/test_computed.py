@@ -13,7 +13,7 @@ from test_change import ModulatedReference
 from torch import Tensor
 
 import pab_fx
-from pab_fx import Blocks, Change, Computed, Model, ModulatedInput, Policy, Residual, Sigma
+from pab_fx import Blocks, Change, Computed, Model, ModulatedInput, Output, Policy, Residual, Sigma
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -44,7 +44,7 @@ class Reference(ModulatedReference):
 
     def head(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
         found = super().head(streams, embedding)
-        if "blocks.0.norm" in self.rule.of.of:
+        if Output("blocks.0.norm") in self.rule.of.of:
             self.sample = self.blocks[0].norm(streams[0])
         tensors = (self.given, self.sample, self.sigma)[: 1 if self.rule.of.function is coarse else 3]
         self.sample = self.rule.of.function(*tensors)
@@ -54,7 +54,7 @@ class Reference(ModulatedReference):
 RULES = {
     "of the sample": Change(Computed(coarse), threshold=0.1, accumulate=True),
     "of several tensors": Change(Computed(Weighted(0.5), (Model(), ModulatedInput(), Sigma())), threshold=0.2),
-    "of a module": Change(Computed(Weighted(0.5), (Model(), "blocks.0.norm", Sigma())), threshold=0.2),
+    "of a module": Change(Computed(Weighted(0.5), (Model(), Output("blocks.0.norm"), Sigma())), threshold=0.2),
 }
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
@@ -134,7 +134,7 @@ def test_a_function_that_cannot_be_computed_is_refused_and_named() -> None:
 
 
 def test_a_module_that_the_model_lacks_leaves_it_alone_and_it_is_said() -> None:
-    model, rule = build(DiT), Change(Computed(coarse, "blocks.9.norm"), threshold=0.2)
+    model, rule = build(DiT), Change(Computed(coarse, Output("blocks.9.norm")), threshold=0.2)
     plain = trajectory(model)
     with pab_fx.enable(model, policy_of(rule), inner="eager", timesteps=TIMESTEPS) as pab:
         assert equal(trajectory(model), plain)
@@ -145,7 +145,7 @@ def test_what_is_no_function_or_no_tensor_is_refused() -> None:
     for given in (3, [coarse]):
         with pytest.raises(ValueError, match="Computed: function"):
             Computed(given)  # type: ignore[arg-type]
-    for of in ((), None, 3, (Model(), 3)):
+    for of in ((), None, 3, "blocks.0.norm", (Model(), 3)):
         with pytest.raises(ValueError, match="Computed: of"):
             Computed(coarse, of)
     with pytest.raises(ValueError, match="has no JSON"):

@@ -122,9 +122,9 @@ def measuring(steps: int) -> Policy:
     return Policy(PassedBlocks(lists=lists_of_blocks()), Measuring(), Magnitudes(steps))
 
 
-def measured_in(cells: Iterable[Any]) -> list[tuple[float, ...]]:
+def measured_in(cells: Iterable[tuple[Any, Any, Any]]) -> list[tuple[float, ...]]:
     """The ratios that were measured of each cache context, from the cells of a generation."""
-    kept = [cell.caches[1].tolist() for cell in cells if isinstance(cell.rule, Measuring) and cell.caches]
+    kept = [cell.caches[1].tolist() for _, _, cell in cells if isinstance(cell.rule, Measuring) and cell.caches]
     return [tuple(ratio for ratio in ratios if not math.isnan(ratio)) for ratios in kept]
 
 

@@ -23,6 +23,24 @@ class ModulatedInput:
 
 
 @dataclass(frozen=True)
+class Output:
+    """The first tensor that a module yields.
+
+    Args:
+        name: qualified name of the module, such as "time_embedding" or "blocks.0.norm1".
+
+    Raises:
+        ValueError: for anything but a name.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"Output: name must be the qualified name of a module, got {self.name!r}.")
+
+
+@dataclass(frozen=True)
 class Sigma:
     """The noise level of the step, from 0 to 1; a tensor of shape [] and dtype float32, for `Computed`.
 
@@ -38,9 +56,8 @@ class Computed:
     Args:
         function: takes tensors and returns one, of any shape. It is torch code that a compiler can trace; it updates
             nothing in place. What it takes besides are its own fields, so it is a function or a frozen dataclass.
-        of: which tensors, one or several, in order: `Model()` is the sample, `ModulatedInput()` and `Blocks(0, n)` are
-            as for `Change`, `Sigma()` is the noise level, and a string is the qualified name of a module, for its
-            output (the first tensor of it).
+        of: which tensors, one or several, in order: `Model()`, `ModulatedInput()`, `Blocks(0, n)` and `Output(name)`
+            are as for `Change`, and `Sigma()` is the noise level.
 
     Raises:
         ValueError: for a function that is none or not hashable, and for anything else in `of`.
@@ -58,15 +75,15 @@ class Computed:
         if not callable(self.function) or not isinstance(self.function, Hashable):
             raise ValueError(f"Computed: function must be a function, hashable, got {self.function!r}.")
         given = tuple(self.of) if isinstance(self.of, (tuple, list)) else (self.of,)
-        if not given or not all(type(each) in (*TENSORS, Sigma) or isinstance(each, str) for each in given):
+        if not given or not all(type(each) in (*TENSORS, Sigma) for each in given):
             raise ValueError(
-                "Computed: of must be Model(), ModulatedInput(), Blocks(0, n), Sigma(), names of modules, or several "
-                f"of those, got {self.of!r}."
+                "Computed: of must be Model(), ModulatedInput(), Blocks(0, n), Output(name), Sigma(), or several of "
+                f"those, got {self.of!r}."
             )
         object.__setattr__(self, "of", given)
 
 
-TENSORS = (Blocks, ModulatedInput, Model)
+TENSORS = (Blocks, ModulatedInput, Model, Output)
 """What a signal may be of by itself."""
 
 
@@ -76,7 +93,7 @@ def _named(of: Any) -> str:
         whose = " and ".join(map(_named, of.of))
         return f"what {getattr(of.function, '__name__', repr(of.function))} makes of {whose}"
     said = {Model: "the sample", ModulatedInput: "the modulated input", Sigma: "the noise level"}
-    return said.get(type(of)) or (of if isinstance(of, str) else of.label)
+    return said.get(type(of)) or (of.name if isinstance(of, Output) else of.label)
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,8 @@ class Change(Rule):
     Args:
         of: whose signal: `Blocks(0, 1)` is what the first block adds to the stream of the sample
             (`diffusers/hooks/first_block_cache.py`), `ModulatedInput()` what its attention reads (TeaCache), `Model()`
-            the sample that the model is given, `Computed(...)` what a function of yours makes of those.
+            the sample that the model is given, `Output(name)` what a module yields, and `Computed(...)` what a function
+            of yours makes of those.
         threshold: a number >= 0.
         accumulate: add up changes from step to step (TeaCache, arXiv 2411.19108).
         warmup: how many steps at the beginning compute.
@@ -128,7 +146,8 @@ class Change(Rule):
     def __post_init__(self) -> None:
         if type(self.of) not in (*TENSORS, Computed):
             raise ValueError(
-                f"Change: of must be Blocks(...), ModulatedInput(), Model() or Computed(...), got {self.of!r}."
+                "Change: of must be Blocks(...), ModulatedInput(), Model(), Output(name) or Computed(...), got "
+                f"{self.of!r}."
             )
         if not is_number(self.threshold) or not 0 <= self.threshold < math.inf:
             raise ValueError(f"Change: threshold must be a number >= 0, got {self.threshold!r}.")

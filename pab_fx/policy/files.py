@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .change import Change, ModulatedInput
+from .change import Change, ModulatedInput, Output
 from .checks import check_fields, is_iterable
 from .how import Hermite, Last, RatedResidual, Residual, Taylor
 from .lists import Magnitude, Steps
@@ -24,7 +24,7 @@ KINDS: Mapping[str, tuple[type, ...]] = {
     "when": (SkipRange, AfterTimesteps, Every, Steps, Magnitude, Change),
     "how": (Last, Residual, RatedResidual, Taylor, Hermite),
 }
-SIGNALS = {**KINDS, "of": (ModulatedInput,)}
+SIGNALS = {**KINDS, "of": (ModulatedInput, Output)}
 """What a field may hold."""
 
 

@@ -81,7 +81,7 @@ def measure(
     step, rules = (call.t, modules.first.count.n), lowerings.rules
     of_step = {of: each for of, each in store.measured.items() if each.step == step}
     if not rules:
-        return args, of_step.get(context) or Measured((), (), step, _noted(runtime))
+        return args, of_step.get(context) or Measured((), (), step, _noted(runtime, context))
     kept = [None if cell.caches is None else runtime.lend(cell, 0) for cell in modules.signals]
     specs = lowerings.signal_specs(args)
     before = [runtime.unread(spec) if each is None else each for each, spec in zip(kept, specs, strict=True)]
@@ -91,7 +91,7 @@ def measure(
     numbers, nows, further = lowerings.measured(args, before, rates)
     known = [None if each is None else number for each, number in zip(kept, numbers, strict=True)]
     first = next((each for of, each in of_step.items() if of != context), None)
-    store.measured[context] = found = Measured(rules, known, step, _noted(runtime), first)
+    store.measured[context] = found = Measured(rules, known, step, _noted(runtime, context), first)
     modules.nows = tuple(nows)
     return (*args, *further), found
 
@@ -113,11 +113,12 @@ def _rate(runtime: Runtime, modules: Lockstep, rules: Sequence[Rule], i: int, sp
     return runtime.lend(cell, len(cell.caches) - 1)
 
 
-def _noted(runtime: Runtime) -> Callable[[Rule, float], None]:
+def _noted(runtime: Runtime, context: Hashable) -> Callable[[Rule, float], None]:
     """What counts the numbers that are read, and warns of those that tell nothing."""
 
     def note(rule: Rule, number: float) -> None:
         runtime.numbers_read += 1
+        runtime.on_number(context, rule, number)
         if not math.isfinite(number):
             runtime.warn_once(
                 "not finite",

@@ -36,7 +36,9 @@ class Runtime:
     Attributes:
         roots: models that are known to be whole.
         rule_of: rules that take the place of the captured ones.
-        at_end: called with what a request has, before it is given back at the end of a pipeline's call.
+        at_end: called with what a request has, as `cells` yields it, before it is given back at the end of a
+            pipeline's call.
+        on_number: called with a cache context, a rule and the number that was read for it.
         counts: calls of each role, by whether they reused.
         calls: calls of graphs that broadcast.
         computed_once: how often what does not change was computed.
@@ -56,7 +58,8 @@ class Runtime:
         self.timesteps, self.callback, self.holder, self.warn_once = timesteps, callback, holder, warn_once
         self.checks_invariants, self.has_cuda_graphs = checks_invariants, has_cuda_graphs
         self.rule_of: Assigned | None = None
-        self.at_end: Callable[[Iterable[Cell]], object] = lambda cells: None
+        self.at_end: Callable[[Iterable[tuple[Any, Any, Cell]]], object] = lambda cells: None
+        self.on_number: Callable[[Any, Rule, float], object] = lambda context, rule, number: None
         self.roots: Any = ()
         self.clear()
 
@@ -127,7 +130,7 @@ class Runtime:
         if pipeline in self._clocks:
             self.clock(pipeline).end()
             store = self.store(request_of(pipeline))
-            self.at_end(cell for _, _, cell in store.cells())
+            self.at_end(store.cells())
             store.reset()
 
     def hold(self, cell: Cell, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:

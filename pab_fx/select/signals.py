@@ -17,7 +17,7 @@ from torch import fx
 
 from ..graph.dataflow import backward, is_tensor
 from ..graph.modules import ModuleNames, argument_of
-from ..policy.change import Computed, ModulatedInput, Sigma
+from ..policy.change import Computed, ModulatedInput, Output, Sigma
 from ..policy.policy import Policy
 from ..policy.when import Rule
 from ..policy.where import BLOCKS, Blocks
@@ -90,7 +90,7 @@ def _source(view: View, of: Any) -> Source | None:
     finders: dict[type, Callable[[View, Any], Source | None]] = {
         Blocks: _of_blocks,
         ModulatedInput: _modulated_input,
-        str: _of_module,
+        Output: _of_module,
     }
     return finders.get(type(of), _sample)(view, of)
 
@@ -146,9 +146,9 @@ def _sample(view: View, of: Any) -> Source | None:
     return Source(given[0]) if given else None
 
 
-def _of_module(view: View, of: str) -> Source | None:
+def _of_module(view: View, of: Output) -> Source | None:
     """The first tensor that a module of that name yields, computed ahead where it lies in blocks."""
-    nodes = next((nodes for call, nodes in view.sites.items() if call.name == of), ())
+    nodes = next((nodes for call, nodes in view.sites.items() if call.name == of.name), ())
     inside = set(nodes)
     yielded = [node for node in nodes if is_tensor(node) and (not node.users or not inside.issuperset(node.users))]
     if not yielded:
