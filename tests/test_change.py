@@ -274,6 +274,20 @@ def test_sizes_may_change_between_generations(lowering: str, inner: Any) -> None
             assert equal(trajectory(model, **shape), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"lowering": "cond"}], ids=str)
+def test_other_sizes_begin_a_generation_even_where_the_timestep_does_not_rise(options: dict[str, Any]) -> None:
+    """What is kept of a signal has the old size then."""
+    model = build(DiT)
+    first = [inputs(step, t) for step, t in enumerate(TIMESTEPS[:6])]
+    then = [inputs(step, t / 3, tokens=10) for step, t in enumerate(TIMESTEPS)]
+    references = [Reference(model, FIRST), Reference(model, FIRST)]
+    expected = [ref(*step).clone() for ref, steps in zip(references, (first, then), strict=True) for step in steps]
+    with enabled(model, timesteps=None, **options) as pab:
+        assert equal([model(*step).clone() for step in (*first, *then)], expected)
+        assert pab.report().reused == sum(reference.reused for reference in references)
+    assert all(reference.reused for reference in references)
+
+
 def model_of(model: nn.Module) -> Denoiser:
     """The same weights without anything that is enabled."""
     plain = build(type(model))  # type: ignore[arg-type]
@@ -492,6 +506,24 @@ def test_the_report_shows_what_a_signal_decides() -> None:
         said = str(pab.report())
     assert "? ? ?" in said
     assert "while blocks(0, 1) changes by at most 0.1" in said
+
+
+@pytest.mark.parametrize("rule", [replace(FIRST, warmup=2), RULES["added up"]], ids=["first block", "added up"])
+@pytest.mark.parametrize("cache_device", [None, "cpu"])
+def test_the_report_counts_the_signal_among_the_caches_and_it_goes_with_them(rule: Change, cache_device: Any) -> None:
+    model = build(DiT)
+    tensor = 2 * 6 * 8 * 4  # of the stream: a batch of 2, 6 tokens, 8 channels, 4 bytes
+    with enabled(model, rule, cache_device=cache_device) as pab:
+        for step, t in enumerate(TIMESTEPS):
+            for name in ("cond", "uncond"):
+                with pab_fx.cache_context(name):
+                    model(*inputs(step, t))
+            (role,) = pab.report().roles
+            kept = 2 * tensor * (rule.warmup - 1 <= step < len(TIMESTEPS) - 1)  # the residual and the signal
+            assert [(each.context, each.cache_bytes) for each in role.contexts] == [("cond", kept), ("uncond", kept)]
+            assert role.modules == 1
+        (region,) = pab.report().regions
+        assert role.full_bytes == 2 * region.cache_bytes == 4 * tensor
 
 
 def test_a_model_without_the_signal_is_left_alone_and_it_is_said() -> None:

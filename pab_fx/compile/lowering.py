@@ -139,6 +139,19 @@ class Lowerings:
         return tuple(tuple(map(_size, slots.values())) for slots in self._slots)
 
     @property
+    def signal_bytes(self) -> tuple[int, ...]:
+        """Bytes of each signal when it is held, at the sizes that were captured."""
+        return tuple(map(_size, self._signals))
+
+    @property
+    def _signals(self) -> list[Any]:
+        """What was recorded of each signal."""
+        if self._parts is None:
+            return []
+        nows: Any = self._parts.head.graph.output_node().args[0]
+        return [value(node) for node in nows[len(self.rules) : 2 * len(self.rules)]]
+
+    @property
     def head(self) -> fx.GraphModule | None:
         """What measures the signals, `None` if there are none."""
         return None if self._parts is None else self._parts.head
@@ -190,11 +203,8 @@ class Lowerings:
 
     def signal_specs(self, args: Sequence[Any]) -> tuple[TensorSpec, ...]:
         """What the signals look like in a call with these inputs."""
-        if self._parts is None:
-            return ()
-        nows: Any = self._parts.head.graph.output_node().args[0]
         known = [(symbol, args[i]) for i, symbol in self._symbols]
-        return tuple(_spec(value(node), known) for node in nows[len(self.rules) : 2 * len(self.rules)])
+        return tuple(_spec(each, known) for each in self._signals)
 
     def expected(self, args: Sequence[Any]) -> Expected:
         """What a call with inputs of these sizes keeps and returns; the same object for the same sizes."""
