@@ -13,12 +13,25 @@ from typing import Any
 import pytest
 import torch
 from reference import distance, equal
-from test_blocks import TIMESTEPS, Denoiser, DiT, InPlaceDiT, JoinedMMDiT, MMDiT, build, inputs, lowerings, trajectory
+from test_blocks import (
+    TIMESTEPS,
+    Block,
+    Denoiser,
+    DiT,
+    InPlaceDiT,
+    JoinedMMDiT,
+    MMDiT,
+    build,
+    inputs,
+    lowerings,
+    trajectory,
+)
 from torch import Tensor, nn
 
 import pab_fx
 from pab_fx import Blocks, Change, Every, Last, Model, ModulatedInput, Policy, Residual, Taylor
 from pab_fx.policy.when import Progress, Step
+from pab_fx.testing import replaying
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -296,6 +309,7 @@ def model_of(model: nn.Module) -> Denoiser:
 
 
 def test_what_the_caller_updates_in_place_is_remembered_as_it_was() -> None:
+    """As sglang PR 33827: what was kept by reference came to be what it is compared with, and each change a NaN."""
     rule = RULES["the sample, added up"]
     model = build(DiT)
     expected = trajectory(Reference(model, rule))
@@ -307,6 +321,48 @@ def test_what_the_caller_updates_in_place_is_remembered_as_it_was() -> None:
             found.append(model(latents, *others).clone())
         assert pab.report().reused > 0
     assert equal(found, expected)
+
+
+class OverwritingBlock(Block):
+    """Updates the tensor that it is given in place."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x += self.attn(self.norm(x) + embedding.unsqueeze(1))
+        x += self.ff(self.norm(x))
+        return x
+
+
+class OverwritingDiT(DiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[0] = OverwritingBlock()
+
+
+def test_a_block_that_overwrites_what_it_is_given_is_no_signal_and_it_is_said() -> None:
+    """As sglang PR 33827: the residual of such a block was 0, the change a NaN, and nothing was ever reused."""
+    model = build(OverwritingDiT)
+    plain = trajectory(model)
+    with enabled(model) as pab:
+        with pytest.warns(UserWarning, match="computed in every step"):
+            assert equal(trajectory(model), plain)
+        (region,) = pab.report().regions
+    assert "update the tensor that they are given in place" in str(region.left_alone)
+    with enabled(model, RULES["the sample"]) as pab:
+        assert not equal(trajectory(model), plain)
+        assert pab.report().reused > 0
+
+
+@lowerings
+@pytest.mark.parametrize("rule", [FIRST, RULES["added up"]], ids=["first block", "added up"])
+def test_cuda_graphs_leave_the_cache_on(rule: Change, lowering: str) -> None:
+    """As sglang issue 34177: with them the cache was off, and nobody was told. They are simulated here."""
+    model = build(MMDiT)
+    reference = Reference(model, rule)
+    expected = [trajectory(reference), trajectory(Reference(model, rule))]
+    with enabled(model, rule, lowering=lowering, inner=replaying) as pab:
+        found = [trajectory(model), trajectory(model)]
+        assert pab.report().reused == 2 * reference.reused > 0
+    assert all(map(equal, found, expected))
 
 
 def test_a_step_that_a_mask_decides_reads_no_number_and_others_read_one() -> None:
@@ -369,6 +425,25 @@ def test_a_model_that_is_compiled_already_is_compiled_again() -> None:
     model.compile(backend="eager")
     with enabled(model):
         assert equal(trajectory(model), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [FIRST, RULES["added up"]], ids=["first block", "added up"])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_model_of_quantised_weights_decides_as_it_does_in_eager(inner: str, rule: Change) -> None:
+    """By torchao, to int8, weights only; cache-dit issue 1089: with a cache and a compiler they failed."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = build(DiT)
+    full = trajectory(Reference(model, rule))
+    quantization.quantize_(model.blocks, quantization.Int8WeightOnlyConfig())
+    reference = Reference(model, rule)
+    expected = trajectory(reference)
+    assert not equal(expected, full)
+    with enabled(model, rule, inner=inner) as pab:
+        found = trajectory(model)
+        assert pab.report().reused == reference.reused
+    assert 0 < reference.reused < len(TIMESTEPS) - 1
+    assert equal(found, expected) if inner == "eager" else distance(found, expected) < 1e-4
 
 
 @pytest.mark.slow

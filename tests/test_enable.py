@@ -416,7 +416,10 @@ def test_either_order_of_compile_and_enable_works(order: str, compiled: Any, pol
         reused = pab.report().reused
     assert reused > 0
     assert unequal(expected, plain) > 0
-    call = compiled(model) if order == "compile first" else model
+    call = model
+    if order == "compile first":
+        call = compiled(model)
+        assert unequal(generation(call, entry), plain) == 0
     with pab_fx.enable(model, policy, inner="eager") as pab:
         call = call if order == "compile first" else compiled(model)
         assert unequal(generation(call, entry), expected) == 0
