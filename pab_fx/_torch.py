@@ -515,11 +515,6 @@ def recompiles_of_its_own() -> dict[str, Any]:
     return {}
 
 
-def is_compiled_call(call: Any) -> bool:
-    """Whether that is what `torch.compile` makes of a function. `_torchdynamo_orig_callable` seen in 2.13."""
-    return hasattr(call, "_torchdynamo_orig_callable")
-
-
 def calling_modules() -> list[nn.Module]:
     """The modules whose methods are running on this thread's Python stack, innermost first.
 

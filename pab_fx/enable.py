@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ._torch import is_compiled_call, recompiles_of_its_own
+from ._torch import recompiles_of_its_own
 from .backend import PABBackend, backend_that_captured
 from .diffusers import listen
 from .diffusers.configs import HOOKS_CONFIGS
@@ -31,11 +32,10 @@ _enabled: weakref.WeakKeyDictionary[nn.Module, PAB] = weakref.WeakKeyDictionary(
 
 @dataclass(frozen=True)
 class _Enabled:
-    """A model that PAB is on, held weakly, its call, and what to restore: the compiled call that it had before."""
+    """A model that PAB is on, its call, both held weakly, and the config of diffusers' hooks to restore."""
 
     model: weakref.ref[nn.Module]
-    call: weakref.ref[Any]
-    before: Any
+    call: weakref.ref[SteppingCall]
     hooks: Any
 
 
@@ -116,7 +116,6 @@ class PAB:
 
     def report(self) -> Report:
         """What is broadcast, what is left alone and why, what was computed and reused so far (or up to `disable`)."""
-        self._check_calls()
         return self._last_report or self.backend.report()
 
     def disable(self) -> None:
@@ -127,10 +126,11 @@ class PAB:
             model: Any = enabled.model()
             if model is None:
                 continue
-            if not _is_replaced(enabled):  # by what the user compiled since
+            call = enabled.call()
+            if call is not None:
                 vars(model).pop("_compiled_call_impl", None)
-                if enabled.before is not None:
-                    model._compiled_call_impl = enabled.before
+                if call.before is not None:
+                    model._compiled_call_impl = call.before
             _enabled.pop(model, None)
             if enabled.hooks is not None:
                 model.enable_cache(enabled.hooks)
@@ -146,16 +146,6 @@ class PAB:
         if self._last_report is not None:
             raise RuntimeError("PAB was disabled on this model, which runs as it did before: call pab_fx.enable again.")
 
-    def _check_calls(self) -> None:
-        """Warn of models that were compiled by other means since, which takes the place of their call."""
-        for enabled in filter(_is_replaced, self._models):
-            name = type(enabled.model()).__name__
-            self.backend.notices.warn_once(
-                f"replaced {name}",
-                f"pab_fx: {name} was compiled again since pab_fx.enable, by its compile(), and runs without "
-                "broadcasting. Call disable(), and enable() in place of compile(): it compiles the model too.",
-            )
-
     def _enable(
         self,
         model: Any,
@@ -163,20 +153,19 @@ class PAB:
         owner: weakref.ref[DiffusionPipeline] | None,
     ) -> None:
         prepare_split_hooks(model)
-        before = model._compiled_call_impl
         call = SteppingCall(model, partial(self._compiled, model), self.backend, owner)
+        call.before = model._compiled_call_impl
         # a torch.compile around the model has to run this call, not to trace into it
         model._compiled_call_impl = torch.compiler.disable(call)
-        self._models.append(_Enabled(weakref.ref(model), weakref.ref(model._compiled_call_impl), before, hooks))
+        self._models.append(_Enabled(weakref.ref(model), weakref.ref(call), hooks))
         self.backend.roots.add(model)
         _enabled[model] = self
 
-
-def _is_replaced(enabled: _Enabled) -> bool:
-    """Whether the model's `compile()` has put another compiled call in the place of the one that `enable` gave it."""
-    model = enabled.model()
-    call = None if model is None else vars(model).get("_compiled_call_impl")
-    return call is not enabled.call() and is_compiled_call(call)
+    def _keep_call(self, model: Any, call: Any) -> None:
+        """Let a model that was compiled since go on with this call; `disable` goes back to what `compile` has made."""
+        (own,) = (each.call() for each in self._models if each.model() is model)
+        if own is not None:
+            own.before, model._compiled_call_impl = model._compiled_call_impl, call
 
 
 def enable(
@@ -328,12 +317,17 @@ def _refuse_cache(model: Any, config: Any) -> None:
         )
 
 
-def _check_calls(pipeline: Any) -> None:
-    """Listens to the end of a pipeline's call."""
-    for model in vars(pipeline).values():
-        if isinstance(model, nn.Module) and model in _enabled:
-            _enabled[model]._check_calls()
+_compile = nn.Module.compile
 
 
+@functools.wraps(_compile)
+def _compile_module(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """In place of `Module.compile`: an enabled model, which is compiled already, stays so. Either order works."""
+    call = vars(self).get("_compiled_call_impl")
+    _compile(self, *args, **kwargs)
+    if self in _enabled:
+        _enabled[self]._keep_call(self, call)
+
+
+nn.Module.compile = _compile_module  # type: ignore[method-assign]
 listen.on_enable_cache.append(_refuse_cache)
-listen.on_end.append(_check_calls)

@@ -97,8 +97,9 @@ class Notices:
         self.warn_once(
             "no capture",
             f"pab_fx: Dynamo compiled nothing of {name}, which runs as it is, so nothing is reused. Compiling is "
-            "switched off (torch.compiler.disable, torch.compiler.set_stance, TORCHDYNAMO_DISABLE=1), or the code of "
-            "the model was compiled as often as Dynamo allows. In that case raise torch._dynamo.config.recompile_limit "
+            "switched off (torch.compiler.disable, torch.compiler.set_stance, TORCHDYNAMO_DISABLE=1), or its forward "
+            "was replaced by a compiled one (model.forward = torch.compile(...): leave that out), or the code of the "
+            "model was compiled as often as Dynamo allows. In that case raise torch._dynamo.config.recompile_limit "
             f"({config.recompile_limit}) and accumulated_recompile_limit ({config.accumulated_recompile_limit}), or "
             "call torch.compiler.reset().",
         )

@@ -25,7 +25,12 @@ class SteppingCall:
         compiled: its call.
         backend: what it is compiled with.
         owner: the pipeline that was enabled, which the config's callback is about; `None` if it was a model.
+
+    Attributes:
+        before: what `compile()` made of the model's call, `None` if it was not compiled: to go back to.
     """
+
+    before: Any = None
 
     def __init__(
         self,

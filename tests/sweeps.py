@@ -36,6 +36,7 @@ CASES_BY_DEFAULT = {
     "test_decided_graphs_agree_with_one_that_decides_by_itself": 1,
     "test_dynamic_shapes_serve_three_resolutions_without_a_recompile": 1,
     "test_each_scheduler_equals_the_hooks": 2,
+    "test_either_order_of_compile_and_enable_works": 1,
     "test_every_field_does_what_it_does_for_the_hooks": 2,
     "test_every_step_yields_the_same_to_the_bit": 2,
     "test_forecasts_with_dynamic_shapes": 2,

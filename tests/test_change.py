@@ -13,12 +13,25 @@ from typing import Any
 import pytest
 import torch
 from reference import distance, equal
-from test_blocks import TIMESTEPS, Denoiser, DiT, InPlaceDiT, JoinedMMDiT, MMDiT, build, inputs, lowerings, trajectory
+from test_blocks import (
+    TIMESTEPS,
+    Block,
+    Denoiser,
+    DiT,
+    InPlaceDiT,
+    JoinedMMDiT,
+    MMDiT,
+    build,
+    inputs,
+    lowerings,
+    trajectory,
+)
 from torch import Tensor, nn
 
 import pab_fx
 from pab_fx import Blocks, Change, Every, Last, Model, ModulatedInput, Policy, Residual, Taylor
 from pab_fx.policy.when import Progress, Step
+from pab_fx.testing import replaying
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -274,6 +287,20 @@ def test_sizes_may_change_between_generations(lowering: str, inner: Any) -> None
             assert equal(trajectory(model, **shape), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"lowering": "cond"}], ids=str)
+def test_other_sizes_begin_a_generation_even_where_the_timestep_does_not_rise(options: dict[str, Any]) -> None:
+    """What is kept of a signal has the old size then."""
+    model = build(DiT)
+    first = [inputs(step, t) for step, t in enumerate(TIMESTEPS[:6])]
+    then = [inputs(step, t / 3, tokens=10) for step, t in enumerate(TIMESTEPS)]
+    references = [Reference(model, FIRST), Reference(model, FIRST)]
+    expected = [ref(*step).clone() for ref, steps in zip(references, (first, then), strict=True) for step in steps]
+    with enabled(model, timesteps=None, **options) as pab:
+        assert equal([model(*step).clone() for step in (*first, *then)], expected)
+        assert pab.report().reused == sum(reference.reused for reference in references)
+    assert all(reference.reused for reference in references)
+
+
 def model_of(model: nn.Module) -> Denoiser:
     """The same weights without anything that is enabled."""
     plain = build(type(model))  # type: ignore[arg-type]
@@ -282,6 +309,7 @@ def model_of(model: nn.Module) -> Denoiser:
 
 
 def test_what_the_caller_updates_in_place_is_remembered_as_it_was() -> None:
+    """As sglang PR 33827: what was kept by reference came to be what it is compared with, and each change a NaN."""
     rule = RULES["the sample, added up"]
     model = build(DiT)
     expected = trajectory(Reference(model, rule))
@@ -293,6 +321,48 @@ def test_what_the_caller_updates_in_place_is_remembered_as_it_was() -> None:
             found.append(model(latents, *others).clone())
         assert pab.report().reused > 0
     assert equal(found, expected)
+
+
+class OverwritingBlock(Block):
+    """Updates the tensor that it is given in place."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x += self.attn(self.norm(x) + embedding.unsqueeze(1))
+        x += self.ff(self.norm(x))
+        return x
+
+
+class OverwritingDiT(DiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[0] = OverwritingBlock()
+
+
+def test_a_block_that_overwrites_what_it_is_given_is_no_signal_and_it_is_said() -> None:
+    """As sglang PR 33827: the residual of such a block was 0, the change a NaN, and nothing was ever reused."""
+    model = build(OverwritingDiT)
+    plain = trajectory(model)
+    with enabled(model) as pab:
+        with pytest.warns(UserWarning, match="computed in every step"):
+            assert equal(trajectory(model), plain)
+        (region,) = pab.report().regions
+    assert "update the tensor that they are given in place" in str(region.left_alone)
+    with enabled(model, RULES["the sample"]) as pab:
+        assert not equal(trajectory(model), plain)
+        assert pab.report().reused > 0
+
+
+@lowerings
+@pytest.mark.parametrize("rule", [FIRST, RULES["added up"]], ids=["first block", "added up"])
+def test_cuda_graphs_leave_the_cache_on(rule: Change, lowering: str) -> None:
+    """As sglang issue 34177: with them the cache was off, and nobody was told. They are simulated here."""
+    model = build(MMDiT)
+    reference = Reference(model, rule)
+    expected = [trajectory(reference), trajectory(Reference(model, rule))]
+    with enabled(model, rule, lowering=lowering, inner=replaying) as pab:
+        found = [trajectory(model), trajectory(model)]
+        assert pab.report().reused == 2 * reference.reused > 0
+    assert all(map(equal, found, expected))
 
 
 def test_a_step_that_a_mask_decides_reads_no_number_and_others_read_one() -> None:
@@ -355,6 +425,25 @@ def test_a_model_that_is_compiled_already_is_compiled_again() -> None:
     model.compile(backend="eager")
     with enabled(model):
         assert equal(trajectory(model), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [FIRST, RULES["added up"]], ids=["first block", "added up"])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_model_of_quantised_weights_decides_as_it_does_in_eager(inner: str, rule: Change) -> None:
+    """By torchao, to int8, weights only; cache-dit issue 1089: with a cache and a compiler they failed."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = build(DiT)
+    full = trajectory(Reference(model, rule))
+    quantization.quantize_(model.blocks, quantization.Int8WeightOnlyConfig())
+    reference = Reference(model, rule)
+    expected = trajectory(reference)
+    assert not equal(expected, full)
+    with enabled(model, rule, inner=inner) as pab:
+        found = trajectory(model)
+        assert pab.report().reused == reference.reused
+    assert 0 < reference.reused < len(TIMESTEPS) - 1
+    assert equal(found, expected) if inner == "eager" else distance(found, expected) < 1e-4
 
 
 @pytest.mark.slow
@@ -492,6 +581,24 @@ def test_the_report_shows_what_a_signal_decides() -> None:
         said = str(pab.report())
     assert "? ? ?" in said
     assert "while blocks(0, 1) changes by at most 0.1" in said
+
+
+@pytest.mark.parametrize("rule", [replace(FIRST, warmup=2), RULES["added up"]], ids=["first block", "added up"])
+@pytest.mark.parametrize("cache_device", [None, "cpu"])
+def test_the_report_counts_the_signal_among_the_caches_and_it_goes_with_them(rule: Change, cache_device: Any) -> None:
+    model = build(DiT)
+    tensor = 2 * 6 * 8 * 4  # of the stream: a batch of 2, 6 tokens, 8 channels, 4 bytes
+    with enabled(model, rule, cache_device=cache_device) as pab:
+        for step, t in enumerate(TIMESTEPS):
+            for name in ("cond", "uncond"):
+                with pab_fx.cache_context(name):
+                    model(*inputs(step, t))
+            (role,) = pab.report().roles
+            kept = 2 * tensor * (rule.warmup - 1 <= step < len(TIMESTEPS) - 1)  # the residual and the signal
+            assert [(each.context, each.cache_bytes) for each in role.contexts] == [("cond", kept), ("uncond", kept)]
+            assert role.modules == 1
+        (region,) = pab.report().regions
+        assert role.full_bytes == 2 * region.cache_bytes == 4 * tensor
 
 
 def test_a_model_without_the_signal_is_left_alone_and_it_is_said() -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from diffusers import FasterCacheConfig, PixArtTransformer2DModel
 from torch import nn
 
 import pab_fx
-from pab_fx import PAB, LayerBroadcast, PABConfig
+from pab_fx import PAB, Blocks, Change, Every, LayerBroadcast, PABConfig, Policy, Residual
 
 TIMESTEPS = (900, 700, 600, 500, 400, 50)
 ENTRY = zoo.BY_NAME["PixArtTransformer2DModel"]  # self- and cross-attention; its timestep is on the scheduler's scale
@@ -375,3 +377,76 @@ def test_a_layer_that_no_attention_is_called_warns_while_others_are_broadcast() 
         generation(model)
     assert pab.report().reused
     assert not any("blocks.0.attn1'" in each for each in pab.report().warnings)
+
+
+# ------------------------------------------------------------------------------------------ the order of compiling
+
+
+def compiled_in_place(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_around(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_by_block(model: Any) -> Any:
+    model.compile_repeated_blocks(backend="eager")
+    return model
+
+
+POLICIES = {
+    "a signal": Policy(Blocks(1), Change(Blocks(0, 1), 1.0, max_skips=2), Residual()),
+    "blocks": Policy(Blocks(), Every(2), Residual()),
+    "PAB": CONFIG,
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+@pytest.mark.parametrize("compiled", [compiled_in_place, compiled_around, compiled_by_block])
+@pytest.mark.parametrize("order", ["enable first", "compile first"])
+def test_either_order_of_compile_and_enable_works(order: str, compiled: Any, policy: Any) -> None:
+    """TensorRT-LLM PR 16508, sglang PR 25328, ComfyUI issue 14795: in one order the cache, or the compiler, is idle."""
+    entry = zoo.BY_NAME["WanTransformer3DModel"]
+    model = entry.build()
+    plain = generation(model, entry)
+    with pab_fx.enable(model, policy, inner="eager") as pab:
+        expected = generation(model, entry)
+        reused = pab.report().reused
+    assert reused > 0
+    assert unequal(expected, plain) > 0
+    call = model
+    if order == "compile first":
+        call = compiled(model)
+        assert unequal(generation(call, entry), plain) == 0
+    with pab_fx.enable(model, policy, inner="eager") as pab:
+        call = call if order == "compile first" else compiled(model)
+        assert unequal(generation(call, entry), expected) == 0
+        assert pab.report().reused == reused
+        assert not pab.report().warnings
+    assert unequal(generation(call, entry), plain) == 0
+
+
+@pytest.mark.parametrize("order", ["compile first", "enable first"])
+def test_a_forward_that_is_compiled_by_itself_runs_without_a_cache_and_says_so(order: str) -> None:
+    model = ENTRY.build()
+    plain, forward = generation(model), torch.compile(model.forward, backend="eager")
+    if order == "compile first":
+        model.forward = forward
+    with pab_fx.enable(model, CONFIG, inner="eager"):
+        model.forward = forward
+        with pytest.warns(UserWarning, match="its forward was replaced by a compiled one"):
+            assert unequal(generation(model), plain) == 0
+
+
+def test_a_compiled_model_that_was_enabled_is_freed_with_its_last_user() -> None:
+    model = ENTRY.build()
+    model.compile(backend="eager")
+    pab_fx.enable(model, CONFIG, inner="eager")
+    compiled_in_place(model)
+    generation(model)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None

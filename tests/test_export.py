@@ -27,12 +27,15 @@ from diffusers.models.attention import AttentionModuleMixin
 from pages import blocks, stand_in
 from pages import run as run_block
 from pipelines import prompted
+from test_blocks import TIMESTEPS as FALLING
+from test_blocks import MMDiT, build
+from test_blocks import inputs as step_of
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import pab_fx
-from pab_fx import Blocks, Every, MLPBroadcast, PABConfig, Policy, Residual, Taylor
+from pab_fx import Blocks, Change, Every, MLPBroadcast, PABConfig, Policy, Residual, Taylor
 from pab_fx.passes.counting import TIMESTEP_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -470,10 +473,15 @@ oracles = pytest.mark.parametrize(
 )
 
 
-def packaged(program: torch.export.ExportedProgram) -> Path:
+def temporary_folder() -> Path:
+    """That lasts as long as the process."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2")))
+    return folder
+
+
+def packaged(program: torch.export.ExportedProgram) -> Path:
+    return Path(torch._inductor.aoti_compile_and_package(program, package_path=str(temporary_folder() / "model.pt2")))
 
 
 def loaded(package: Path) -> Callable[..., Any]:
@@ -536,12 +544,18 @@ def test_a_package_keeps_a_state_for_each_context_and_is_reset(timesteps: Sequen
 
 # ------------------------------------------------------------------------------------------- C++, no Python
 
+SIGNALS = {
+    "first block": Change(Blocks(0, 1), threshold=0.1),
+    "added up": Change(Blocks(0, 1), threshold=0.15, accumulate=True),
+    "at most 2 in a row": Change(Blocks(0, 1), threshold=0.3, max_skips=2, warmup=3, cooldown=2),
+}
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build_example(folder: Path) -> Path:
-    """examples/export_cpp, built against the installed torch as its first lines say."""
-    program = folder / "broadcast"
+@functools.cache
+def built_example() -> Path:
+    """examples/export_cpp, built once against the installed torch as its first lines say."""
+    program = temporary_folder() / "broadcast"
     command = [
         *(str(COMPILER), "-std=c++20", str(ROOT / "examples/export_cpp/main.cpp"), "-o", str(program)),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
@@ -553,13 +567,35 @@ def build_example(folder: Path) -> Path:
     return program
 
 
+def run_without_python(folder: Path, package: Path, calls: list[list[Tensor]]) -> Outputs:
+    """The outputs of a package that a C++ program calls, in which no Python is; a call of no tensors is a reset."""
+    torch.save(calls, folder / "calls.pt")
+    program = built_example()
+    refused = subprocess.run([str(program), "none.pt2", "none.pt", "outputs.pt"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr) == (1, "cannot read none.pt\n")
+    command = [str(program), str(package), str(folder / "calls.pt"), str(folder / "outputs.pt")]
+    libraries = {"LD_DEBUG": "files", "LD_DEBUG_OUTPUT": str(folder / "libraries")}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **libraries}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{sum(map(bool, calls))} calls\n"
+    trace = "".join(path.read_text() for path in folder.glob("libraries*"))
+    opened = set(re.findall(r"calling init: (\S+)", trace))
+    assert any("libtorch_cpu" in path for path in opened), "the linker did not tell what it loaded"
+    assert any(path.endswith(".wrapper.so") or "model" in path for path in opened), opened
+    assert not [path for path in opened if "python" in Path(path).name]
+    return [tuple(call) for call in torch.load(folder / "outputs.pt")]
+
+
 def tensors_of(entry: zoo.Entry, t: float, seed: int) -> list[Tensor]:
     """The inputs of one call as a package takes them."""
     return list(zoo.tensors(tuple(kwargs_of(entry, t, seed).values())))
 
 
+has_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+@has_compiler
 @oracles
 def test_a_cpp_program_without_python_equals_the_hooks(
     policy: Any, oracle: Callable[..., Outputs], tmp_path: Path
@@ -575,30 +611,33 @@ def test_a_cpp_program_without_python_equals_the_hooks(
         calls += [tensors_of(entry, t, seed) for seed, t in enumerate(timesteps, 10 * i)] or [[]]
         outputs += oracle(entry, model, timesteps, first=10 * i)
         plain += generation(entry, model, timesteps, first=10 * i)
-    torch.save(calls, tmp_path / "calls.pt")
-
-    program = build_example(tmp_path)
-    refused = subprocess.run([str(program), "none.pt2", "none.pt", "outputs.pt"], capture_output=True, text=True)
-    assert (refused.returncode, refused.stderr) == (1, "cannot read none.pt\n")
-    command = [
-        str(program),
-        str(package_of(entry.name, policy)),
-        str(tmp_path / "calls.pt"),
-        str(tmp_path / "outputs.pt"),
-    ]
-    libraries = {"LD_DEBUG": "files", "LD_DEBUG_OUTPUT": str(tmp_path / "libraries")}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **libraries}, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [tuple(call) for call in torch.load(tmp_path / "outputs.pt")]
-    assert done.stdout == f"{len(outputs)} calls\n"
+    found = run_without_python(tmp_path, package_of(entry.name, policy), calls)
     assert max(distance(found, outputs)) <= ROUNDING
     assert sum(d > 100 * ROUNDING for d in distance(found, plain)) > len(outputs) // 2
 
-    trace = "".join(path.read_text() for path in tmp_path.glob("libraries*"))
-    opened = set(re.findall(r"calling init: (\S+)", trace))
-    assert any("libtorch_cpu" in path for path in opened), "the linker did not tell what it loaded"
-    assert any(path.endswith(".wrapper.so") or "model" in path for path in opened), opened
-    assert not [path for path in opened if "python" in Path(path).name]
+
+@pytest.mark.slow
+@has_compiler
+@pytest.mark.parametrize("rule", SIGNALS.values(), ids=SIGNALS.keys())
+def test_a_cpp_program_without_python_decides_by_a_signal(rule: Change, tmp_path: Path) -> None:
+    """The same steps compute as in an enabled model: those whose outputs are the model's own."""
+    model, names = build(MMDiT), ("hidden_states", "timestep", "text")
+    policy = Policy(Blocks(1), rule, Residual())
+    steps = [step_of(n, t) for n, t in enumerate(FALLING)]
+    program = pab_fx.export(model, dict(zip(names, steps[0], strict=True)), policy, timesteps=FALLING)
+    plain, outputs, reused = [(model(*step),) for step in steps], [], []
+    with pab_fx.enable(model, policy, inner="eager", timesteps=FALLING) as pab:
+        for step in steps:
+            outputs.append((model(*step).clone(),))
+            reused.append(pab.report().reused)
+    computes = [after == before for before, after in zip([0, *reused], reused, strict=False)]
+    assert 2 < sum(computes) < len(FALLING) - 2
+    calls = [*map(list, steps), *map(list, steps), *map(list, steps[:4]), [], *map(list, steps)]
+    expected = [*outputs, *outputs, *outputs[:4], *outputs]
+    found = run_without_python(tmp_path, packaged(program), calls)
+    assert max(distance(found, expected)) <= ROUNDING
+    own = [d <= ROUNDING for d in distance(found, [*plain, *plain, *plain[:4], *plain])]
+    assert own == [*computes, *computes, *computes[:4], *computes]
 
 
 # --------------------------------------------------------------------------------------------- docs/export.md

@@ -138,6 +138,28 @@ def test_it_takes_over_from_enable_cache_and_gives_back() -> None:
     assert model._cache_config is config
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CACHED[:3])
+def test_a_model_of_quantised_weights_equals_the_hooks_bitwise(name: str) -> None:
+    """By torchao, to int8, weights only."""
+    quantization = pytest.importorskip("torchao.quantization")
+    entry = zoo.BY_NAME[name]
+
+    def build() -> Any:
+        model = entry.build()
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        return model
+
+    config = hooks.FirstBlockCacheConfig(threshold_of(entry))
+    expected = trajectory(entry, Hooked(build(), config))
+    model = build()
+    assert not are_equal(expected, trajectory(entry, Hooked(entry.build(), config)))
+    assert not are_equal(expected, trajectory(entry, model))
+    with pab_fx.enable(model, config, inner="eager") as pab:
+        assert are_equal(trajectory(entry, model), expected)
+        assert 0 < pab.report().reused < STEPS - 1
+
+
 @pytest.mark.parametrize("threshold", [-0.1, math.nan, math.inf, "much"])
 def test_a_bad_threshold_is_refused(threshold: Any) -> None:
     with pytest.raises(ValueError, match="threshold must be a number >= 0"):

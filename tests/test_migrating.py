@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -420,22 +421,27 @@ def test_the_settings_for_cache_dit_reuse_in_10_of_28_steps(monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_cache_dit_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights change more from step to step, so here the threshold lets everything pass."""
+    """Random weights change more from step to step, so here the threshold is the median of what is measured."""
     cache_dit = pytest.importorskip("cache_dit")
     made, summaries = prompted.flux(), []
     summary = cache_dit.summary
     monkeypatch.setattr(diffusers.FluxPipeline, "from_pretrained", lambda *args, **kwargs: made)
-    monkeypatch.setattr(cache_dit, "summary", lambda pipe: summaries.extend(summary(pipe)))
-    monkeypatch.setitem(BLOCKS, "cache-dit, before", BLOCKS["cache-dit, before"].replace("0.12", "1e9"))
+    monkeypatch.setattr(cache_dit, "summary", lambda pipe: summaries.extend(summary(pipe)[:1]))
+    code = BLOCKS["cache-dit, before"]
+    monkeypatch.setitem(BLOCKS, "cache-dit, before", code.replace("0.12", "1e-9"))
+    run_block("cache-dit, before")
+    threshold = statistics.median(summaries[0].residual_diffs.values())
+    monkeypatch.setitem(BLOCKS, "cache-dit, before", code.replace("0.12", str(threshold)))
     before = run_block("cache-dit, before")
-    cached = [stats.cached_steps for stats in summaries if stats.cached_steps]
-    assert [len(steps) for steps in cached] == [10]
+    assert [len(each.cached_steps) for each in summaries[:1]] == [0]
+    cached = summaries[1].cached_steps
+    assert 2 < len(cached) < 10
     plain = latents(prompted.flux())
     assert torch.equal(latents(made), plain)
-    code = BLOCKS["cache-dit, the same rule"].replace("0.12", "1e9")
+    code = BLOCKS["cache-dit, the same rule"].replace("0.12", str(threshold))
     code = code.replace("enable(pipe,", 'enable(pipe, inner="eager", config=')
     monkeypatch.setitem(BLOCKS, "cache-dit, the same rule", code)
-    assert_decides_as_dbcache(cached[0], before["image"])
+    assert_decides_as_dbcache(cached, before["image"])
     assert not np.array_equal(before["image"], image_of(prompted.flux()))
     outputs = []
     for pipe in (made, prompted.flux()):  # after cache-dit was there, and on a fresh pipeline

@@ -141,6 +141,19 @@ class Lowerings:
         return tuple(tuple(map(_size, slots.values())) for slots in self._slots)
 
     @property
+    def signal_bytes(self) -> tuple[int, ...]:
+        """Bytes of each signal when it is held, at the sizes that were captured."""
+        return tuple(map(_size, self._signals))
+
+    @property
+    def _signals(self) -> list[Any]:
+        """What was recorded of each signal."""
+        if self._parts is None:
+            return []
+        nows: Any = self._parts.head.graph.output_node().args[0]
+        return [value(node) for node in nows[len(self.rules) : 2 * len(self.rules)]]
+
+    @property
     def head(self) -> fx.GraphModule | None:
         """What measures the signals, `None` if there are none."""
         return None if self._parts is None else self._parts.head
@@ -177,29 +190,26 @@ class Lowerings:
         return [*example_inputs, *(further if self._symbols else map(faked_for_compiler, further))]
 
     def measured(
-        self, args: Sequence[Any], before: Sequence[torch.Tensor], rates: Sequence[torch.Tensor]
+        self, args: Sequence[Any], before: Sequence[torch.Tensor], further: Sequence[torch.Tensor]
     ) -> tuple[Any, Any, Any]:
         """Measure signals: for each rule the number, and the signal now; and what the conditional graph takes further.
 
         Args:
             args: the captured graph's inputs.
             before: for each rule its signal in an earlier step.
-            rates: for each rule that goes by a rate, that; and the noise level, if it is needed.
+            further: for each rule that goes by a rate, that; and the noise level, if it is needed.
         """
         if self._head is None:
             assert self._parts is not None
             with compile_lock(), traced_shapes(self._parts.head) as inputs:
                 self._head = self._head or boxed(compiled_later(self._compiler, self._parts.head, inputs))
-        found, of = self._head([*args, *before, *rates]), len(self.rules)
+        found, of = self._head([*args, *before, *further]), len(self.rules)
         return found[:of], found[of : 2 * of], found[2 * of :]
 
     def signal_specs(self, args: Sequence[Any]) -> tuple[TensorSpec, ...]:
         """What the signals look like in a call with these inputs."""
-        if self._parts is None:
-            return ()
-        nows: Any = self._parts.head.graph.output_node().args[0]
         known = [(symbol, args[i]) for i, symbol in self._symbols]
-        return tuple(_spec(value(node), known) for node in nows[len(self.rules) : 2 * len(self.rules)])
+        return tuple(_spec(each, known) for each in self._signals)
 
     def expected(self, args: Sequence[Any]) -> Expected:
         """What a call with inputs of these sizes keeps and returns; the same object for the same sizes."""

@@ -93,7 +93,7 @@ def _roles(runtime: Runtime, regions: Sequence[Region]) -> tuple[RoleReport, ...
         if not owned and (found or not names):  # blocks that share a graph may have a role that is left alone
             continue
         computed, reused = runtime.counts[role, False], runtime.counts[role, True]
-        contexts = _contexts((context, cell) for _, context, cell in found if cell.rule)
+        contexts = _contexts((context, cell) for _, context, cell in found if cell.rule or cell.is_signal)
         roles.append(RoleReport(role, len({owner for owner, _ in owned}) or len(names), computed, reused, contexts))
     return tuple(roles)
 

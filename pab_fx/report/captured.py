@@ -13,6 +13,7 @@ from ..compile.variants import ORIGIN
 from ..policy.when import Rule
 from ..run.call import BroadcastGraph
 from ..run.holding import addresses
+from ..run.measuring import keeper_of
 from ..select.region import Region
 from .costs import flops, spared_by
 
@@ -79,11 +80,15 @@ class Captured:
 
     @property
     def cache_bytes(self) -> dict[str, int]:
-        """Bytes that the slots of each module hold when kept, by its `module_id`."""
+        """Bytes that each module holds when kept, by its `module_id`: its slots, and a signal that lies beside it."""
         if self.graph is None:
             return {}
-        sizes = self.graph.lowerings.slot_bytes
-        return {anchor.module_id: sum(each) for anchor, each in zip(self.graph.anchors, sizes, strict=True)}
+        lowerings = self.graph.lowerings
+        sizes = [sum(each) for each in lowerings.slot_bytes]
+        whens = [calls[0].policy.when for calls in lowerings.modules]
+        for i, size in enumerate(lowerings.signal_bytes):
+            sizes[keeper_of(i, lowerings.rules, whens)] += size
+        return {anchor.module_id: each for anchor, each in zip(self.graph.anchors, sizes, strict=True)}
 
     @cached_property
     def spared(self) -> Mapping[Region, tuple[fx.Node, ...]]:

@@ -27,7 +27,7 @@ from .contexts import current_cache_context, current_steps
 from .deciding import Call, Decision, Lockstep
 from .holding import addresses
 from .kept import Kept
-from .measuring import keep_signals, measure, position_of
+from .measuring import keep_signals, keeper_of, measure
 from .owners import Anchor, instance_of
 from .running import name_of_caller
 from .runtime import Runtime
@@ -216,10 +216,11 @@ class BroadcastGraph:
         """For each rule that looks at a signal, where that is kept: beside the first module that goes by it."""
         rules = self.lowerings.rules
         for i in range(len(rules)):
-            m = next((m for m, cell in enumerate(cells) if cell.rule and position_of(cell.rule, rules) == i), 0)
+            m = keeper_of(i, rules, [cell.rule for cell in cells])
             owner, key = self._place(m, args)
             key = (*key, "signal", i)
-            yield store.find(owner, key, context) or store.add(owner, key, context, Cell("signal", None))
+            made = Cell(cells[m].role, None, name=cells[m].name, is_signal=True)
+            yield store.find(owner, key, context) or store.add(owner, key, context, made)
 
     def _assigned(self, m: int) -> tuple[str, Rule | None, str]:
         """Role, rule and name of the module instance that runs now; by its name where many blocks run this graph."""

@@ -121,7 +121,7 @@ class Lockstep:
 
     Attributes:
         plans: what the decisions of a call came to, by whether each group reuses and keeps.
-        nows: the signals of the call that runs.
+        nows: the signals of the call that runs, each with what it looks like.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ def position_of(rule: Rule, rules: Sequence[Rule]) -> int | None:
     return next((i for i, each in enumerate(rules) if _measures(each) == _measures(rule)), None)
 
 
+def keeper_of(i: int, rules: Sequence[Rule], whens: Iterable[Rule | None]) -> int:
+    """Beside which part the signal of the `i`-th rule is kept: of those with these rules the first that goes by it."""
+    return next((m for m, when in enumerate(whens) if when is not None and position_of(when, rules) == i), 0)
+
+
 def _measures(rule: Rule) -> Hashable:
     return type(rule), rule.signal, rule.accumulates, rule.by_rate
 
@@ -82,18 +87,19 @@ def measure(
     of_step = {of: each for of, each in store.measured.items() if each.step == step}
     if not rules:
         return args, of_step.get(context) or Measured((), (), step, _noted(runtime, context))
-    kept = [None if cell.caches is None else runtime.lend(cell, 0) for cell in modules.signals]
-    specs = lowerings.signal_specs(args)
-    before = [runtime.unread(spec) if each is None else each for each, spec in zip(kept, specs, strict=True)]
-    rates = [_rate(runtime, modules, rules, i, spec) for i, spec in enumerate(specs) if rules[i].by_rate]
+    specs = [(spec,) for spec in lowerings.signal_specs(args)]
+    cells = zip(modules.signals, specs, strict=True)
+    kept = [runtime.lend(cell, 0) if cell.caches is not None and cell.fits(spec) else None for cell, spec in cells]
+    before = [runtime.unread(*spec) if each is None else each for each, spec in zip(kept, specs, strict=True)]
+    further = [_rate(runtime, modules, rules, i, spec) for i, (spec,) in enumerate(specs) if rules[i].by_rate]
     if lowerings.takes_sigma:
-        rates.append(runtime.scalar(_noise_level(call, modules), specs[0].device))
-    numbers, nows, further = lowerings.measured(args, before, rates)
+        further.append(runtime.scalar(_noise_level(call, modules), specs[0][0].device))
+    numbers, nows, crossing = lowerings.measured(args, before, further)
     known = [None if each is None else number for each, number in zip(kept, numbers, strict=True)]
     first = next((each for of, each in of_step.items() if of != context), None)
     store.measured[context] = found = Measured(rules, known, step, _noted(runtime, context), first)
-    modules.nows = tuple(nows)
-    return (*args, *further), found
+    modules.nows = tuple(zip(nows, specs, strict=True))
+    return (*args, *crossing), found
 
 
 def _noise_level(call: Call, modules: Lockstep) -> float:
@@ -130,9 +136,14 @@ def _noted(runtime: Runtime, context: Hashable) -> Callable[[Rule, float], None]
 
 
 def keep_signals(runtime: Runtime, rules: Sequence[Rule], modules: Lockstep, decisions: Sequence[Decision]) -> None:
-    """Keep what later steps are measured against: the signals of steps that compute, or of all where changes add up."""
-    for i, (rule, cell, now) in enumerate(zip(rules, modules.signals, modules.nows, strict=True)):
+    """Keep what later steps are measured against: the signals of steps that compute, or of all where changes add up.
+
+    Where no part that goes by it is kept, the next step computes whatever the change: a signal is let go then.
+    """
+    for i, (rule, cell, (now, spec)) in enumerate(zip(rules, modules.signals, modules.nows, strict=True)):
         alike = [each for each in decisions if each.group.rule and position_of(each.group.rule, rules) == i]
-        if rule.accumulates or not any(any(each.reuses) or each.rests for each in alike):
-            cell.caches = runtime.hold(cell, (now,))
+        if alike and not any(each.keeps for each in alike):
+            cell.caches = None
+        elif rule.accumulates or not any(any(each.reuses) or each.rests for each in alike):
+            cell.caches, cell.specs = runtime.hold(cell, (now,)), spec
     modules.nows = ()

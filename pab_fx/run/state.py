@@ -126,6 +126,7 @@ class Cell:
         specs: what `caches` look like, or looked like last, as the graph that kept them has it.
         buffers: where what is kept is copied to, where that has to be at one address; empty where it has not.
         name: qualified name of the part.
+        is_signal: whether it is what is kept of a signal, for parts that go by it, and no part itself.
     """
 
     role: str
@@ -135,6 +136,7 @@ class Cell:
     specs: Sequence[TensorSpec] = ()
     buffers: list[torch.Tensor] = field(default_factory=list)
     name: str = ""
+    is_signal: bool = False
 
     def reset(self) -> None:
         """Forget the generation: the next call is the first of a new one."""

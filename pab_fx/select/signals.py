@@ -173,7 +173,10 @@ def with_signals(
     for region in regions:
         rule = region.policy.when if region.policy is not None and region.is_broadcast else None
         if is_whole and rule is not None and rule.signal is not None and rule not in rules:
-            region = replace(region, unsafe=f"the model has nothing that its rule could look at ({rule.signal!r})")
+            why = f"the model has nothing that its rule could look at ({rule.signal!r})"
+            if isinstance(rule.signal, Blocks):
+                why = f"{why}: there are no such blocks, or they update the tensor that they are given in place"
+            region = replace(region, unsafe=why)
         elif rule is not None and last is not None and region.nodes[0] < last:
             region = replace(region, unsafe=f"it begins before what a rule looks at is computed ({last.name})")
         checked.append(region)

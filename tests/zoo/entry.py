@@ -65,11 +65,15 @@ class Entry:
 
     def of_one_block(self) -> Entry:
         """The same with one block of each kind, for tests that have no use for a second one."""
+        return self.of_blocks(1)
+
+    def of_blocks(self, count: int) -> Entry:
+        """The same with so many blocks of each kind."""
 
         def make() -> Any:
             model = self.make()
-            fewer = {name: 1 for name in ("num_layers", "num_single_layers") if name in model.config}
-            return type(model).from_config({**model.config, **fewer})
+            counts = {name: count for name in ("num_layers", "num_single_layers") if name in model.config}
+            return type(model).from_config({**model.config, **counts})
 
         return replace(self, make=make)
 
