@@ -14,11 +14,12 @@ from torch import nn
 from ..diffusers.configs import policies_of
 from ..diffusers.hooks import is_attention
 from ..diffusers.taylorseer import LITE
+from ..policy.change import Change
 from ..policy.config import PABConfig
-from ..policy.how import Residual, Taylor
+from ..policy.how import RatedResidual, Residual, Taylor
 from ..policy.policy import Policy, assigned
 from ..policy.when import Every, reused_calls
-from ..policy.where import BLOCKS, MODULES, ROLES, Blocks, NamedModules
+from ..policy.where import BLOCKS, MODEL, MODULES, ROLES, Blocks, Model, NamedModules
 from .models import BenchModel, diffusers_config
 
 
@@ -68,12 +69,25 @@ def _firstblock(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any
     return Cache(config, None if model.name == "latte" else config)
 
 
+def _dbcache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
+    """The first and the last block run in every step; the threshold is as for `_firstblock`."""
+    return Cache(Policy(Blocks(1, -1), Change(Blocks(0, 1), 1e9, warmup=2, max_skips=3), Residual()))
+
+
+def _easycache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
+    """The whole model, by how far its sample has changed; the threshold is as for `_firstblock`."""
+    rule = Change(Model(), 1e9, accumulate=True, warmup=2, max_skips=3, by_rate=True)
+    return Cache(Policy(Model(), rule, RatedResidual()))
+
+
 CACHES: Mapping[str, Callable[[BenchModel, PABConfig | None, int, Any], Cache]] = {
     "pab": _pab,
     "blocks": _blocks,
     "taylorseer": _taylorseer,
     "magcache": _magcache,
     "firstblock": _firstblock,
+    "dbcache": _dbcache,
+    "easycache": _easycache,
 }
 """By name on the command line, made for a model, ranges of PAB (`None`: the model's), steps, and a clock."""
 
@@ -112,7 +126,7 @@ class Plan:
         rules = {role: next(iter(policies)).when for role, policies in roles.items()}
         return cls(
             {role: tuple(names) for role, names in modules.items()},
-            {role: 1 if role == BLOCKS else len(names) for role, names in modules.items()},
+            {role: 1 if role in (BLOCKS, MODEL) else len(names) for role, names in modules.items()},
             {role: reused_calls(rule, timesteps) for role, rule in rules.items() if rule},
             ", ".join(f"{role} {' or '.join(map(_said, policies))}" for role, policies in roles.items()),
         )
@@ -141,6 +155,9 @@ def _said(policy: Policy) -> str:
 
 def _candidates(model: nn.Module, where: Any) -> Iterator[tuple[str, str, str]]:
     """Kind and name of a part that policies like this one may be for, and the name of its module, or of one of them."""
+    if isinstance(where, Model):
+        yield MODEL, "", ""
+        return
     if isinstance(where, Blocks):
         blocks = [name for name, _ in model.named_modules() if EVERY_BLOCK.takes(MODULES, name)]
         yield from ((BLOCKS, where.label, name) for name in blocks[where.first : where.last])

@@ -211,9 +211,11 @@ class LowerBound(Contender):
         self._calls[frozenset()] = compiled
 
     def without(self, roles: Collection[str]) -> nn.Module:
-        """The model without the parts of these roles."""
+        """The model without the parts of these roles; the model itself may be one."""
         model = sharing_weights(self.model)
         for name in (name for role in roles for name in self._plan.modules[role]):
+            if not name:
+                return self._constants[name]
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, self._constants[name])
         return model

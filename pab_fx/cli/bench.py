@@ -23,7 +23,9 @@ def bench(
             "both (hooks + compile). All."
         ),
     ] = None,
-    policy: Annotated[str, typer.Option(help="The step cache: pab, blocks, taylorseer or magcache.")] = "pab",
+    policy: Annotated[
+        str, typer.Option(help="The step cache: pab, blocks, taylorseer, magcache, firstblock, dbcache, easycache.")
+    ] = "pab",
     config: Annotated[
         str | None,
         typer.Option(help="Of pab: cogvideox, latte, open-sora, or like spatial=2,cross=6 (also window=100:800)."),
