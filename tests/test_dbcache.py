@@ -128,10 +128,13 @@ def adapted(model: Any) -> Any:
 
 
 def by_policy(entry: zoo.Entry, policy: Policy, contexts: Sequence[str], **options: Any) -> Run:
-    """The same with a policy."""
+    """The same with a policy. The model is one graph: it breaks at each decision in DBCache (cache-dit issue 76)."""
     model, outputs, reused = entry.build(), [], [[] for _ in contexts]
     flags = {"capture_dynamic_output_shape_ops": entry.name in BREAKS}
-    with torch._dynamo.config.patch(flags), pab_fx.enable(model, policy, **{"inner": "eager", **options}) as pab:
+    with (
+        torch._dynamo.config.patch(flags),
+        pab_fx.enable(model, policy, inner="eager", fullgraph=True, **options) as pab,
+    ):
         for n in range(len(PLACES)):
             for branch, name in enumerate(contexts):
                 before = pab.backend.runtime.counts["blocks", True]
