@@ -538,6 +538,17 @@ def test_a_batch_that_cannot_be_halved_is_refused_before_anything_runs(name: str
         assert pab.backend.captured == []
 
 
+def test_a_pipeline_without_guidance_is_refused_before_anything_runs() -> None:
+    """Of two prompts none is the unconditional half of the other."""
+    entry = pipelines.BY_NAME["CogVideoXPipeline"]
+    pipe, config = entry.build(), hooks.FasterCacheConfig(tensor_format="BFCHW")
+    given = {name: torch.cat([each, each]) for name, each in entry.call().items() if name.endswith("prompt_embeds")}
+    with pab_fx.enable(pipe, config, inner="eager") as pab:
+        with pytest.raises(ValueError, match=r"CogVideoXPipeline runs without.*is_guidance_distilled=True"):
+            pipelines.run(pipe, entry, guidance_scale=1.0, **given)
+        assert pab.backend.captured == []
+
+
 @slow
 def test_tensors_by_position_are_halved_too() -> None:
     model, config, clock = small()

@@ -121,7 +121,7 @@ class Both(Rule):
 
     def describe(self) -> str:
         """The rule in words."""
-        return f"{self.skip.describe()}, and where the unconditional half is"
+        return f"{self.skip.describe()}, and with a whole batch, {self.batch.describe().removeprefix('computed ')}"
 
     def mismatch(self, t: float, timesteps: Any) -> str | None:
         """As `Rule.mismatch`."""

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._torch import mark_batch_static
 from ..compile.specs import TensorSpec
 from ..passes.strides import stride_order
+from ..policy.checks import is_number
 from ..policy.policy import Policy
 from ..policy.when import SkipRange
 from ..policy.where import UNCOND
-from ..run.clock import Step, as_number, current_step, given_timestep, timestep_from
+from ..run.clock import Step, as_number, current_step, given_timestep, running_pipeline, timestep_from
 from ..run.contexts import current_cache_context
 from ..run.deciding import Call, Lockstep
 from ..run.runtime import Runtime
@@ -153,8 +155,9 @@ class HalvingCall:
         t = self._timestep(step, args, kwargs)
         call = Call(t, step.next_t, step.timesteps or runtime.known_timesteps(), step.generation)
         state.modules.begin(call, (state.cell.specs,))
-        if state.cell.count.n == 0:  # weights may be others than in the last generation
-            store.forget_once(context)
+        if state.cell.count.n == 0:
+            self._check_guidance()
+            store.forget_once(context)  # weights may be others than in the last generation
         (decision,) = state.modules.advance(call, lambda rule: None)
         decision.record(runtime.counts)
         if any(decision.reuses):
@@ -170,6 +173,20 @@ class HalvingCall:
                 cell = store.add(model, UNCOND, context, Cell(UNCOND, self._config.when, name=UNCOND))
             found[context] = _State(cell, Lockstep((cell,), (1,), (False,), (None,), ()))
         return found[context]
+
+    def _check_guidance(self) -> None:
+        """Refuse a pipeline that says it has no guidance: the halves of its batch are different prompts."""
+        pipeline = running_pipeline()
+        has_guidance = getattr(pipeline, "do_classifier_free_guidance", None)
+        if has_guidance is None:
+            scale: Any = getattr(pipeline, "guidance_scale", None)
+            has_guidance = not is_number(scale) or scale > 1
+        if not has_guidance:
+            raise ValueError(
+                f"{type(pipeline).__name__} runs without guidance, as its guidance_scale says, so its batch has no "
+                "unconditional half for FasterCacheConfig to leave out. Set a guidance_scale above 1, or "
+                "is_guidance_distilled=True, which leaves the attentions."
+            )
 
     def _timestep(self, step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
         """As the graphs of this call take it."""
@@ -270,9 +287,7 @@ class HalvingCall:
             seen, seen_version, half = state.halves[name]
             if seen() is tensor and seen_version == version:
                 return half
-        half = tensor.chunk(2)[1]
-        if self._is_static:  # else Dynamo takes the batch for a symbol, as it has seen a whole one
-            torch._dynamo.mark_static(half, 0)
+        half = mark_batch_static(tensor.chunk(2)[1]) if self._is_static else tensor.chunk(2)[1]
         state.halves[name] = (weakref.ref(tensor), version, half)
         return half
 
