@@ -485,6 +485,7 @@ def test_it_takes_over_from_enable_cache_and_gives_back() -> None:
         assert not model.is_cache_enabled
         assert are_equal(trajectory(SMALL, model, clock), expected)
         assert pab.report().reused > 0
+        assert ">uncond<" in pab.report().html()
     assert model._cache_config is config
     model._reset_stateful_cache()
     assert are_equal(trajectory(SMALL, model, clock), expected)
