@@ -21,7 +21,6 @@ from torch import nn
 
 from .._torch import mark_batch_static
 from ..compile.specs import TensorSpec
-from ..passes.strides import stride_order
 from ..policy.checks import is_number
 from ..policy.policy import Policy
 from ..policy.when import SkipRange
@@ -249,7 +248,7 @@ class HalvingCall:
     def _keep(self, cell: Cell, differences: Sequence[torch.Tensor]) -> None:
         cell.caches = self._runtime.hold(cell, tuple(differences))
         cell.specs = tuple(
-            TensorSpec(tuple(each.shape), each.dtype, each.device, stride_order(each)) for each in differences
+            TensorSpec(tuple(each.shape), each.dtype, each.device, tuple(range(each.dim()))) for each in differences
         )
 
     # ------------------------------------------------------------------------------------------- inputs and outputs
