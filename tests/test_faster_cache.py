@@ -253,7 +253,8 @@ def test_what_a_step_reads_counts_as_the_last_output() -> None:
     assert [float(each) for each in how.update(slots, (), (20 * one,), scalars)] == [9.0, 20.0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=slow)])
+@slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_weight_is_not_rounded_to_a_smaller_dtype(dtype: torch.dtype) -> None:
     entry, clock = zoo.BY_NAME["FluxTransformer2DModel"].of_one_block(), zoo.Clock()
     model = entry.build()
@@ -404,6 +405,7 @@ def test_options_of_enable_change_nothing_of_what_is_said(options: dict[str, Any
         assert len(pab.backend.captured) == 2
 
 
+@slow
 def test_a_larger_batch_is_captured_once_whole_and_once_halved_and_never_again() -> None:
     """Dynamo takes a size that changes for a symbol; the batch of a half is none."""
     model, config, clock = small()
@@ -491,6 +493,7 @@ def test_it_takes_over_from_enable_cache_and_gives_back() -> None:
     assert are_equal(trajectory(SMALL, model, clock), expected)
 
 
+@slow
 def test_warmup_compiles_what_both_halves_need() -> None:
     model, config, clock = small()
     expected = trajectory(SMALL, hooked(model, config), clock)
