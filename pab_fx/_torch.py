@@ -631,6 +631,12 @@ def mark_static(buffer: torch.Tensor) -> torch.Tensor:
     return buffer
 
 
+def mark_batch_static(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, of whose first size Dynamo makes no symbol, though it has seen another one. Public; 2.9 to 2.15."""
+    torch._dynamo.mark_static(tensor, 0)
+    return tensor
+
+
 def declare_static(placeholder: fx.Node) -> None:
     """Tell AOTAutograd that an input of a graph keeps its address, as Dynamo does of parameters. 2.9 to 2.15."""
     known = placeholder.meta.get("tensor_dict", {})

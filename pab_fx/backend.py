@@ -57,9 +57,9 @@ class PABBackend:
 
     Args:
         config: a `PABConfig` (default: spatial attention every 2nd step in (100, 800)), diffusers'
-            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `FirstBlockCacheConfig` or
-            `SeaCacheConfig`, with which roles and outputs are those of its hooks, a `Policy`, or a list of these, of
-            which the first that is for a part counts.
+            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `FirstBlockCacheConfig`,
+            `SeaCacheConfig` or `FasterCacheConfig` (with `enable`, or of a distilled model), with which roles and
+            outputs are those of its hooks, a `Policy`, or a list of these, of which the first that is for a part counts.
         inner: compiles the lowered graphs: the name of a registered Dynamo backend, or a callable
             `(gm, example_inputs) -> callable`.
         lowering: "specialize" compiles one graph for each set of reusing regions that occurs, without
@@ -221,15 +221,21 @@ class PABBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph: select, make conditional, lower, hand to the inner compiler."""
+        return self.compile_for(gm, example_inputs, self.policies)
+
+    def compile_for(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], policies: Sequence[Policy]
+    ) -> Callable[..., Any]:
+        """`__call__` for a kind of calls that goes by policies of its own, and shares what is kept with the others."""
         inputs = gm.graph.find_nodes(op="placeholder")
         for i in inputs_that_are_state():
             inputs[i].meta[STATE] = True
         names = module_names(tuple(self.roots), example_inputs)
-        gm = self._passes.run_before(gm, partial(tag, policies=self.policies, names=names))
+        gm = self._passes.run_before(gm, partial(tag, policies=policies, names=names))
         if self._is_left_alone(example_inputs):
             return self.compile_inner(self._passes.run_after(gm), example_inputs)
         captured = fix_numbers(copy_of(gm), everywhere=self.lowering == "cond")
-        regions = tag_with_signals(captured, self.policies, names)
+        regions = tag_with_signals(captured, policies, names)
         if self.lowering == "cond":
             regions = tuple(_without_numbers(region) for region in regions)
         self.regions += regions

@@ -17,6 +17,7 @@ from ._torch import recompiles_of_its_own
 from .backend import PABBackend, backend_that_captured
 from .diffusers import listen
 from .diffusers.configs import HOOKS_CONFIGS
+from .diffusers.half_batch import HalfBatch, HalvingCall, with_halves
 from .diffusers.hooks import is_offloaded_by_layer, other_cache, prepare_split_hooks
 from .graph.modules import repeated_blocks
 from .policy.checks import checked_flag
@@ -50,8 +51,12 @@ class PAB:
     def __init__(self, backend: PABBackend, **compile_options: Any) -> None:
         self.backend = backend
         # one call for all models, which share what is compiled if they are of one class
-        own: Any = recompiles_of_its_own()
-        self._compiled = torch.compile(nn.Module._call_impl, backend=backend, **own, **compile_options)
+        compile_call: Any = partial(torch.compile, nn.Module._call_impl, **recompiles_of_its_own(), **compile_options)
+        self._compiled = compile_call(backend=backend)
+        self._half: Any = None
+        if isinstance(backend.config, HalfBatch):
+            self._half = compile_call(backend=partial(backend.compile_for, policies=backend.config.half))
+        self._is_dynamic = compile_options.get("dynamic") is True
         self._models: list[_Enabled] = []
         self._last_report: Report | None = None
 
@@ -112,6 +117,12 @@ class PAB:
             >>> pab.set_config(Policy(Attentions(), Every(3)))
         """
         self._check_enabled()
+        given = with_halves(config)
+        if isinstance(given, HalfBatch) or self._half is not None:
+            raise ValueError(
+                f"{type(config).__name__} in place of {type(self.backend.config).__name__} changes how the model is "
+                "called, by half of its batch: call disable() and enable()."
+            )
         self.backend.set_config(config)
 
     def report(self) -> Report:
@@ -153,7 +164,12 @@ class PAB:
         owner: weakref.ref[DiffusionPipeline] | None,
     ) -> None:
         prepare_split_hooks(model)
-        call = SteppingCall(model, partial(self._compiled, model), self.backend, owner)
+        compiled: Any = partial(self._compiled, model)
+        if self._half is not None:
+            config: Any = self.backend.config
+            half = partial(self._half, model)
+            compiled = HalvingCall(model, config, compiled, half, self.backend.runtime, not self._is_dynamic)
+        call = SteppingCall(model, compiled, self.backend, owner)
         call.before = model._compiled_call_impl
         # a torch.compile around the model has to run this call, not to trace into it
         model._compiled_call_impl = torch.compiler.disable(call)
@@ -180,7 +196,8 @@ def enable(
     """Compile a model in place so that it broadcasts attention.
 
     The model keeps its class, parameters, `config` and `save_pretrained`; only its call is compiled. If diffusers'
-    hooks for PAB, TaylorSeer or MagCache are on, they are taken off and, with `config=None`, their config is used.
+    hooks for PAB, TaylorSeer, MagCache, the first block or FasterCache are on, they are taken off and, with
+    `config=None`, their config is used.
 
     Args:
         model: a transformer, or a pipeline that holds one as `transformer`, `transformer_2` or `unet`.
@@ -224,7 +241,7 @@ def enable(
     hooked = [_hooks_config(each) for each in models]
     if config is None:
         config = next((each for each in hooked if each is not None), None)
-    backend = PABBackend.of({**options, "config": config, "regional": regional})
+    backend = PABBackend.of({**options, "config": with_halves(config), "regional": regional})
     pab = PAB(backend, fullgraph=fullgraph, dynamic=dynamic)
     owner = weakref.ref(model) if isinstance(model, DiffusionPipeline) else None
     for each, hooks in zip(models, hooked, strict=True):

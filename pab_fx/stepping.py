@@ -12,8 +12,7 @@ from torch import nn
 
 from ._torch import cloned
 from .backend import PABBackend
-from .passes.counting import TIMESTEP_NAMES
-from .run.clock import Step, request_of, running, running_pipeline
+from .run.clock import Step, given_timestep, request_of, running, running_pipeline
 from .run.contexts import current_cache_context
 
 
@@ -41,8 +40,7 @@ class SteppingCall:
     ) -> None:
         self._model, self._compiled, self._backend, self._owner = weakref.ref(model), compiled, backend, owner
         self._name, self._id = type(model).__name__, id(model)
-        parameters = list(inspect.signature(model.forward).parameters)
-        self._positions = [parameters.index(each) for each in TIMESTEP_NAMES if each in parameters]
+        self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._has_broadcast = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,9 +82,7 @@ class SteppingCall:
     def _step(self, pipeline: Any, request: Any, caller: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
         if pipeline is None:
             return Step(request)
-        given = next((kwargs[name] for name in TIMESTEP_NAMES if name in kwargs), None)
-        if given is None:
-            given = next((args[i] for i in self._positions if i < len(args)), None)
+        given = given_timestep(self._parameters, args, kwargs)
         is_owner = self._owner is None or pipeline is self._owner()
         return self._backend.runtime.clock(pipeline).tick(pipeline, request, caller, given, is_owner)
 

@@ -44,7 +44,10 @@ class Part:
         if not kept or not rule.decide(Step(n, t, self._of), Progress(n - kept["n"], kept["t"])):
             return None
         self.reused += 1
-        return [each.clone() for each in self._policy.how.read(kept["slots"], inputs, self._scalars(n))]
+        how, scalars = self._policy.how, self._scalars(n)
+        found = [each.clone() for each in how.read(kept["slots"], inputs, scalars)]
+        kept["slots"] = [each.clone() for each in how.carry(kept["slots"], inputs, found, scalars)]
+        return found
 
     def keep(self, n: int, t: float, inputs: Tensors, outputs: Tensors) -> Tensors:
         """Keep what the outputs of a step that computed leave for later ones; the outputs."""
@@ -56,7 +59,7 @@ class Part:
 
     def _scalars(self, n: int) -> Scalars:
         distance, filled = n - self._kept.get("n", n - 1), self._kept.get("filled", 0)
-        return Scalars(torch.tensor(float(distance)), torch.tensor(float(filled)))
+        return Scalars(*(torch.tensor(float(each)) for each in (distance, filled, self._policy.how.weigh(None))))
 
 
 def skip_blocks(model: nn.Module, part: Part, step: Callable[[], tuple[int, float]]) -> None:

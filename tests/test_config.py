@@ -170,7 +170,7 @@ def test_a_config_of_another_kind_is_refused() -> None:
     for config in ({"spatial_attention_block_skip_range": 2}, "latte", PABConfig):
         with pytest.raises(
             ValueError,
-            match=r"config must be a PABConfig, diffusers' .*, MagCacheConfig, FirstBlockCacheConfig or SeaCacheConfig",
+            match=r"config must be a PABConfig, diffusers' .*, SeaCacheConfig or FasterCacheConfig",
         ):
             PABBackend(config)  # type: ignore[arg-type]
 

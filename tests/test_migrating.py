@@ -158,6 +158,18 @@ def test_magcache_before_and_after_make_the_same_picture() -> None:
     assert measured["pab"].report().reused > 0
 
 
+def test_fastercache_makes_the_same_picture_as_the_hooks() -> None:
+    after = run_block("fastercache, after")
+    pipe = prompted.cogvideox()
+    expected = latents(pipe)
+    config = replace(after["config"], current_timestep_callback=lambda: pipe.current_timestep)
+    pipe.transformer.enable_cache(config)
+    hooked = latents(pipe)
+    assert torch.equal(latents(after["pipe"]), hooked)
+    assert {role.role for role in after["pab"].report().roles if role.reused} == {"spatial", "uncond"}
+    assert not torch.equal(hooked, expected)
+
+
 def test_branches_of_guidance_are_kept_apart() -> None:
     """The hooks give the second branch what the first has computed; with a hooked model for each, all is well."""
     entry = pipelines.BY_NAME["WanPipeline"]

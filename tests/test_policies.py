@@ -227,6 +227,101 @@ def test_a_rule_and_a_how_of_the_users_own_work(lowering: str, inner: str) -> No
     assert distance(expected, trajectory(model)) > 1e-3
 
 
+@dataclass(frozen=True)
+class Turning(How):
+    """A how whose slots change places in each step that reuses; one is the output, the other what was read before."""
+
+    def slots(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (outputs[0], outputs[0])
+
+    def update(self, slots: Any, inputs: Any, outputs: Any, scalars: Scalars) -> tuple[Tensor, ...]:
+        return (torch.where(scalars.filled > 0, slots[1], 0.5 * outputs[0]), outputs[0])
+
+    def read(self, slots: Any, inputs: Any, scalars: Scalars) -> tuple[Tensor, ...]:
+        return (slots[0],)
+
+    def carry(self, slots: Any, inputs: Any, outputs: Any, scalars: Scalars) -> tuple[Tensor, ...]:
+        return (slots[1], slots[0])
+
+
+@dataclass(frozen=True)
+class Sinking(Last):
+    """A how of which each step that reuses leaves less."""
+
+    by: float = 0.9
+
+    def read(self, slots: Any, inputs: Any, scalars: Scalars) -> tuple[Tensor, ...]:
+        return (self.by * slots[0],)
+
+    def carry(self, slots: Any, inputs: Any, outputs: Any, scalars: Scalars) -> tuple[Tensor, ...]:
+        return (outputs[0],)
+
+
+@lowerings
+@pytest.mark.parametrize("how", [Turning(), Sinking()], ids=str)
+def test_a_step_that_reuses_may_change_what_is_kept(how: How, lowering: str, inner: Any) -> None:
+    model, policy = build(updates=True), Policy(Attentions(), Every(4, warmup=2), how)
+    reference = Reference(model, policy)
+    expected = reference.trajectory()
+    with pab_fx.enable(model, policy, inner=inner, lowering=lowering) as pab:
+        for _ in range(2):
+            assert equal(trajectory(model), expected)
+        assert pab.report().reused == 2 * reference.reused > 0
+
+
+@pytest.mark.parametrize("how", [Turning(), Sinking()], ids=str)
+def test_a_program_changes_what_is_kept_in_steps_that_reuse(how: How) -> None:
+    model, policy = build(), Policy(Attentions(), SkipRange(4, 100, 900), how)
+    expected = Reference(model, policy).trajectory()
+    x, t = inputs(0, TIMESTEPS[0])
+    rewritten = pab_fx.rewrite(fx.symbolic_trace(model), policy)
+    computing, reusing = (pab_fx.specialize(rewritten, reuse=reuse) for reuse in ((), ("spatial",)))
+    program = pab_fx.export(model, {"hidden_states": x, "timestep": t}, policy, timesteps=TIMESTEPS).module()
+    for step, t_now in enumerate(TIMESTEPS):
+        x, t = inputs(step, t_now)
+        assert torch.equal(program(hidden_states=x, timestep=t), expected[step])
+        reuses = reused_calls(SkipRange(4, 100, 900), TIMESTEPS)[step]
+        assert torch.equal((reusing if reuses else computing)(x, t), expected[step])
+    assert equal(trajectory(rewritten), expected)
+
+
+class Weighed(Last):
+    """A how that asks for a weight in each step that reuses."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def weigh(self, module: Any) -> float:
+        self.asked.append(module)
+        return 0.01 * len(self.asked)
+
+    def read(self, slots: Any, inputs: Any, scalars: Scalars) -> tuple[Tensor, ...]:
+        return (slots[0] * scalars.weight,)
+
+
+@lowerings
+def test_a_weight_is_asked_for_in_steps_that_reuse_and_compiles_nothing_anew(lowering: str, inner: Any) -> None:
+    model, how = build(blocks=1), Weighed()
+    expected = Reference(model, Policy(Attentions(), Every(3), Weighed())).trajectory()
+    with pab_fx.enable(model, Policy(Attentions(), Every(3), how), inner=inner, lowering=lowering) as pab:
+        found = trajectory(model)
+        report = pab.report()
+    assert [module for module in how.asked if module is not model.blocks[0].attn] == []
+    assert len(how.asked) == report.reused == 12
+    assert report.graphs == (2 if lowering == "specialize" else 1)
+    weights = [0.01 * (i + 1) for i in range(12)]
+    assert len(set(weights)) == 12
+    assert distance(found, expected) > 0  # the reference asks in steps that compute too
+
+
+def test_a_graph_that_runs_by_itself_has_nobody_to_ask_for_a_weight() -> None:
+    with pytest.raises(ValueError, match=r"scalars\.weight.*pab_fx\.enable"):
+        pab_fx.rewrite(fx.symbolic_trace(build()), Policy(Attentions(), Every(3), Weighed()))
+
+
 def test_a_rule_of_the_users_own_decides_in_a_rewritten_graph() -> None:
     model, policy = build(), Policy(Attentions(), LastSteps(600), Taylor(1))
     reference = Reference(model, policy)

@@ -13,7 +13,9 @@ from ..policy.how import Last
 from ..policy.policy import Policy
 from ..policy.when import SkipRange
 from ..policy.where import ATTENTION_ROLES, Modules
+from .faster_cache import FasterCacheConfig, policies_of_faster_cache
 from .first_block import FirstBlockCacheConfig, policies_of_first_block
+from .half_batch import HalfBatch
 from .hooks import is_attention
 from .magcache import MagCacheConfig, policies_of_magcache
 from .sea_cache import SeaCacheConfig, policies_of_sea_cache
@@ -25,6 +27,7 @@ HOOKS_CONFIGS = (
     MagCacheConfig,
     FirstBlockCacheConfig,
     SeaCacheConfig,
+    FasterCacheConfig,
 )
 """Configs of diffusers' hooks that become policies."""
 
@@ -34,7 +37,8 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
 
     Args:
         config: a `PABConfig`, a config of diffusers (`PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`,
-            `MagCacheConfig`, `FirstBlockCacheConfig`, `SeaCacheConfig`), a `Policy`, or several of these.
+            `MagCacheConfig`, `FirstBlockCacheConfig`, `SeaCacheConfig`, `FasterCacheConfig` of a distilled model), a
+            `Policy`, or several of these.
 
     Raises:
         ValueError: for anything else, with what was probably meant.
@@ -59,6 +63,16 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
         return policies_of_first_block(config)
     if isinstance(config, SeaCacheConfig):
         return policies_of_sea_cache(config)
+    if isinstance(config, HalfBatch):
+        return config.whole
+    if isinstance(config, FasterCacheConfig):
+        if not config.is_guidance_distilled:
+            raise ValueError(
+                "FasterCacheConfig leaves out the unconditional half of the batch in some steps, which is about the "
+                "call of a model and not its graph: give it, alone, to pab_fx.enable(model, config). With "
+                "is_guidance_distilled=True, which leaves its attentions, it goes wherever a config goes."
+            )
+        return policies_of_faster_cache(config)
     if isinstance(config, Iterable) and not isinstance(config, (str, bytes, Mapping)):
         policies = tuple(policy for each in config if each is not None for policy in policies_of(each))
         if policies:
@@ -72,7 +86,8 @@ def policies_of(config: Any) -> tuple[Policy, ...]:
         hint = f" That is the class: write {config.__name__}(...)."
     raise ValueError(
         "config must be a PABConfig, diffusers' PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig, "
-        f"MagCacheConfig, FirstBlockCacheConfig or SeaCacheConfig, a Policy, or a list of those, got {config!r}.{hint}"
+        "MagCacheConfig, FirstBlockCacheConfig, SeaCacheConfig or FasterCacheConfig, a Policy, or a list of those, got "
+        f"{config!r}.{hint}"
     )
 
 

@@ -64,7 +64,8 @@ def export(
             the largest element counts.
         config: a `PABConfig` (default: spatial attention every 2nd step), diffusers'
             `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig` or
-            `FirstBlockCacheConfig`, a `Policy`, or a list.
+            `FirstBlockCacheConfig`, a `Policy`, or a list. None whose how reads `scalars.weight`: there is no host to
+            ask.
         args: its positional arguments.
         timesteps: of a whole generation, one for each call, on the scale of the config's windows:
             `scheduler.timesteps`. The program then takes the timestep of a step from them. Without them the model's

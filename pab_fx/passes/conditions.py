@@ -336,8 +336,10 @@ def _reader(
     looks = list(map(value, region.kept))
     inputs = reads.given(region, graph, given.__getitem__)
     read = traced_how(_policy(region).how, "read", looks, graph, own, inputs, taken)
+    kept = list(map(value, own))
+    carried = traced_how(_policy(region).how, "carry", kept, graph, own, inputs, read, taken)
     found = reads.outputs(region, graph, read, given.__getitem__)
-    found += [own[conditional.items.index(i)] for i in range(len(found), len(outputs))]
+    found += [carried[conditional.items.index(i)] for i in range(len(found), len(outputs))]
     found += [given[slot] for _, slot in within.slots.values()]
     graph.output(tuple(_apart(n) if n.op == "placeholder" or n in found[:i] else n for i, n in enumerate(found)))
     return fx.GraphModule(

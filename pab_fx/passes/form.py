@@ -61,7 +61,7 @@ class Scalar:
 
     Args:
         conditional: index of the conditional that reads it.
-        name: which of them, "distance" or "filled".
+        name: which of them, "distance", "filled" or "weight".
     """
 
     conditional: int

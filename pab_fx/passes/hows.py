@@ -19,11 +19,14 @@ from ..policy.how import How
 
 
 def looks_of_slots(how: How, outputs: Sequence[fx.Node]) -> list[Any]:
-    """What the slots for these outputs look like; `None` for each where it was not recorded."""
+    """What the slots for these outputs look like, each a tensor of its own; `None` where that was not recorded."""
     recorded = list(map(value, outputs))
     if any(each is None for each in recorded):
         return [None] * len(how.slots([torch.empty((), device="meta") for _ in outputs]))
-    return list(how.slots(recorded))
+    looks: list[Any] = []
+    for each in how.slots(recorded):
+        looks.append(torch.empty_like(each) if any(each is other for other in looks) else each)
+    return looks
 
 
 def traced_how(

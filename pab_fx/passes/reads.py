@@ -28,7 +28,7 @@ class Reads:
         inputs: the activations that the region reads, or its streams are made of, if they are read then; else none.
         streams: the streams through the region, if it is those which the how reads.
         scalars: names of the scalars that are read then.
-        whole: for each output, the number of the slot that it is, as it is; `None` where it is computed.
+        whole: for each output, the number of the slot that it is, as it is and stays; `None` where it is computed.
     """
 
     inputs: tuple[fx.Node, ...]
@@ -78,7 +78,9 @@ def reads_of(graph: fx.Graph, region: Region) -> Reads:
     given = [scratch.placeholder("input") for _ in (inputs if found is None else region.kept)]
     scalars = Scalars(*map(scratch.placeholder, Scalars._fields))
     read = traced_how(how, "read", [None] * len(region.kept), scratch, slots, given, scalars)
-    whole = [slots.index(node) if node in slots else None for node in read]
+    carried = traced_how(how, "carry", [None] * len(slots), scratch, slots, given, read, scalars)
+    stays = [slot for slot, node in zip(slots, carried, strict=True) if slot is node]
+    whole = [slots.index(node) if node in stays else None for node in read]
     return Reads(
         inputs=tuple(inputs) if region.passing or any(node.users for node in given) else (),
         streams=found,

@@ -43,6 +43,7 @@ from .counting import Counting, Decided, Plan
 from .cut import measure, noise_levels, take_signals
 from .form import (
     MARK,
+    Conditional,
     Predicate,
     Scalar,
     Slot,
@@ -101,6 +102,7 @@ def sink_state(
         _give(gm, Predicate(conditional.index), decided.compute)
         for mark, node in inputs_of(gm, Scalar).items():
             if mark.conditional == conditional.index:
+                _check_weight(mark, conditional)
                 _give(gm, mark, _as_scalar(counting, decided.scalars(mark.name), device_of(node)))
         if conditional.policy.when in signals:
             signals[conditional.policy.when].stays.append(decided.rests)
@@ -184,6 +186,14 @@ def _hand_on_once(gm: fx.GraphModule) -> None:
                         branch.graph.erase_node(given)
                 branch.recompile()
             cond.args = (*cond.args[:3], tuple(dict.fromkeys(operands)))
+
+
+def _check_weight(mark: Scalar, conditional: Conditional) -> None:
+    if mark.name == "weight":
+        raise ValueError(
+            f"{conditional.name}: {conditional.policy.how!r} reads scalars.weight, which is asked for on the host in "
+            "each step, and a graph that runs by itself has nobody to ask: use pab_fx.enable, or another how."
+        )
 
 
 def _give(gm: fx.GraphModule, mark: Predicate | Scalar, node: fx.Node) -> None:

@@ -113,6 +113,8 @@ def decide(gm: fx.GraphModule, reuse: Mapping[int, bool], writes_in_place: bool 
         cond, conditional = known
         reused = reuse[conditional.index]
         results = _inlined(gm, cond, reused)
+        if reused and writes_in_place:
+            _spare_moved(gm, cond, conditional, results)
         if reused and writes_in_place and conditional.call + 1 < conditional.calls:
             with gm.graph.inserting_before(cond):
                 results[: conditional.outputs] = [
@@ -130,6 +132,22 @@ def decide(gm: fx.GraphModule, reuse: Mapping[int, bool], writes_in_place: bool 
     _drop_unchanged(gm)
     effects.eliminate_dead_code(gm.graph, unused)
     return gm
+
+
+def _spare_moved(gm: fx.GraphModule, cond: fx.Node, conditional: Conditional, results: list[fx.Node]) -> None:
+    """Copy what an output or a slot becomes if that is what a slot was that changes: it may be written to before.
+
+    write(%slot_0, %slot_1)           %was_1 = clone(%slot_1)
+    write(%slot_1, %slot_0)    ->     %was_0 = clone(%slot_0)
+                                      write(%slot_0, %was_1)
+                                      write(%slot_1, %was_0)
+    """
+    own = operands_of(cond)[: len(conditional.slots)]
+    changed = {slot for slot, item in zip(own, conditional.items, strict=True) if results[item] is not slot}
+    for i, result in enumerate(results):
+        if result in changed:
+            with gm.graph.inserting_before(cond):
+                results[i] = gm.graph.call_function(torch.clone, (result,))
 
 
 def _next_known(gm: fx.GraphModule, reuse: Mapping[int, bool]) -> tuple[fx.Node, Conditional] | None:

@@ -1,8 +1,9 @@
-"""What is kept of a part, and how it is read: three torch functions, traced into the branches of a condition.
+"""What is kept of a part, and how it is read: torch functions, traced into the branches of a condition.
 
     slots(outputs)                             what is kept looks like these tensors
     update(slots, inputs, outputs, scalars)    what is kept after a step that computed
     read(slots, inputs, scalars)               the outputs of a step that reuses
+    carry(slots, inputs, outputs, scalars)     what is kept after that step: by default the slots as they are
 
 A step that computes yields the model's own output, to the bit: a how never touches it. The functions are traced with
 `torch.fx.Proxy`s, so they call torch functions on what they are given, branch on no value, update nothing in place, and
@@ -28,16 +29,18 @@ HIGHEST_ORDER = 34
 
 
 class Scalars(NamedTuple):
-    """What a step knows of the steps that computed. Both are tensors of shape [] and dtype float32.
+    """What a step knows beside the slots. All are tensors of shape [] and dtype float32.
 
     Args:
         distance: steps between this one and the last one that computed before it; 1 where none has.
         filled: how many steps have computed and updated the slots so far, 0 in the first one: then what is in the slots
             is arbitrary, also nan.
+        weight: what the how's `weigh` says in this step, if it reuses.
     """
 
     distance: Any
     filled: Any
+    weight: Any = 1.0
 
 
 class How(ABC):
@@ -51,6 +54,8 @@ class How(ABC):
             activations that the part reads.
         keeps_rate: whether the last slot is a number, shape [] and float32: how much the outputs change, relative to
             their size, for each unit that a signal changes by. Rules with `by_rate` ask for it.
+        is_read: whether this graph reads what is kept. Otherwise the part computes in each of its calls, for another
+            graph to read: that of a call of half a batch, say.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class How(ABC):
     keeps_updates: bool = False
     reads_streams: bool = False
     keeps_rate: bool = False
+    is_read: bool = True
 
     @abstractmethod
     def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
@@ -87,6 +93,25 @@ class How(ABC):
     @abstractmethod
     def read(self, slots: Tensors, inputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
         """The outputs of a step that reuses, of the shapes and dtypes of the part's own."""
+
+    def carry(self, slots: Tensors, inputs: Tensors, outputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
+        """What is kept after a step that reuses: the slots as they are, if a how does not say otherwise.
+
+        Args:
+            slots, inputs, scalars: as for `read`.
+            outputs: what `read` has yielded.
+        """
+        return tuple(slots)
+
+    def weigh(self, module: Any) -> float:
+        """`scalars.weight`: asked for on the host in each step that reuses, if `read` or `carry` look at it.
+
+        It is an input of the graph: another number compiles nothing anew.
+
+        Args:
+            module: the part, an `nn.Module`; `None` where it is none.
+        """
+        return 1.0
 
     def describe(self) -> str:
         """How it is read in words, for reports; "" for as it was kept."""

@@ -17,7 +17,8 @@ from .checks import checked_blocks, checked_flag, checked_identifiers, is_iterab
 
 ATTENTION_ROLES = ("spatial", "temporal", "cross")
 MLP, BLOCKS, MODEL, MODULES = "mlp", "blocks", "model", "modules"
-ROLES = (*ATTENTION_ROLES, MLP, BLOCKS, MODEL, MODULES)
+UNCOND = "uncond"  # the unconditional half of a batch, in calls of the whole model
+ROLES = (*ATTENTION_ROLES, MLP, BLOCKS, MODEL, MODULES, UNCOND)
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class Modules:
         is_cross: the kind they have to have: whether the module says `is_cross_attention`, or, without the module,
             whether keys and values come from another sequence.
         identifiers: regular expressions of which one has to match the qualified name (`re.search`).
+        among: regular expressions of which one has to match it too; none for every name.
 
     Example:
         >>> Modules(are=lambda cls: True, role="temporal", is_cross=False, identifiers=("temporal",)).role_of(
@@ -232,6 +234,7 @@ class Modules:
     role: str
     is_cross: bool
     identifiers: tuple[str, ...]
+    among: tuple[str, ...] = ()
 
     roles = None
     names = ()
@@ -239,14 +242,17 @@ class Modules:
 
     def role_of(self, role: str, name: str) -> tuple[str, str] | None:
         """The role of a module of that kind and name, whatever else tells it; `None` if the policy is not for it."""
-        found = next((each for each in self.identifiers if re.search(each, name)), None)
-        if found is None or (role == "cross") != self.is_cross:
+        if not self._is_named(name) or (role == "cross") != self.is_cross:
             return None
         return self.role, ""
 
     def takes(self, role: str, name: str) -> bool:
         """Whether the policy is for a part of that role and name."""
-        return role == self.role and any(re.search(each, name) for each in self.identifiers)
+        return role == self.role and self._is_named(name)
+
+    def _is_named(self, name: str) -> bool:
+        wanted = (self.identifiers, self.among) if self.among else (self.identifiers,)
+        return all(any(re.search(each, name) for each in identifiers) for identifiers in wanted)
 
 
 @dataclass(frozen=True)

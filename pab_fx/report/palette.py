@@ -12,6 +12,7 @@ ROLE_COLOURS = {
     "blocks": "#3c4f8f",
     "model": "#5b5f66",
     "modules": "#a3476b",
+    "uncond": "#8a5a2b",
 }
 """Dark enough for white text on them, and apart for eyes that see red and green alike."""
 

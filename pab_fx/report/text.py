@@ -22,6 +22,7 @@ COLOURS = {
 ROLE_COLOURS = {
     **{"spatial": "cyan", "temporal": "magenta", "cross": "yellow", "mlp": "blue"},
     **{"blocks": "bright_blue", "model": "white", "modules": "bright_magenta"},
+    "uncond": "bright_yellow",
 }
 WIDE = 40
 """From so many steps on, the letters of a strip stand without spaces between them."""

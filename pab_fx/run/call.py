@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .._torch import calling_argument, calling_modules
 from ..compile.lowering import Compiled, Expected, Lowerings
@@ -19,7 +19,7 @@ from ..graph.dataflow import value
 from ..graph.modules import joined
 from ..passes.counting import TIMESTEP_NAMES, timestep_name
 from ..passes.form import Predicate, Scalar, mark_of
-from ..policy.how import Scalars
+from ..policy.how import How, Scalars
 from ..policy.when import END, Rule
 from .checks import check_outputs, refuse
 from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
@@ -29,7 +29,7 @@ from .holding import addresses
 from .kept import Kept
 from .measuring import keep_signals, keeper_of, measure
 from .owners import Anchor, instance_of
-from .running import name_of_caller
+from .running import name_of_caller, running_module
 from .runtime import Runtime
 from .state import Cell, StateStore
 
@@ -45,6 +45,7 @@ class Plan:
         compiled: the graph that it runs.
         given: what it takes after the captured graph's inputs: predicates, and `None` for what is filled in.
         scalars: per scalar: (position among all inputs, number of the decision, call, number of the scalar, device).
+        weights: per weight that is read: (position, how, yields the module that it is asked about, device).
         reads: per slot that is read: (position, cell, number among the cell's caches).
         unread: per slot that is demanded but not read: (position, module, number).
         drops: cells whose caches are not kept on, or are to be replaced.
@@ -55,6 +56,7 @@ class Plan:
     compiled: Compiled
     given: tuple[torch.Tensor | None, ...]
     scalars: tuple[tuple[int, int, int, int, torch.device], ...]
+    weights: tuple[tuple[int, How, Callable[[], nn.Module | None], torch.device], ...]
     reads: tuple[tuple[int, Cell, int], ...]
     unread: tuple[tuple[int, int, int], ...]
     drops: tuple[Cell, ...]
@@ -186,7 +188,8 @@ class BroadcastGraph:
         conditionals = self.lowerings.conditionals
         outers = [None if calls[0].outer is None else conditionals[calls[0].outer].module for calls in modules]
         remembers = [calls[0].remembers for calls in modules]
-        return Lockstep(cells, tuple(map(len, modules)), remembers, outers, owners, signals)
+        unread = [m for m, calls in enumerate(modules) if not calls[0].policy.how.is_read]
+        return Lockstep(cells, tuple(map(len, modules)), remembers, outers, owners, signals, unread)
 
     def _cells(self, args: Sequence[Any], store: StateStore, context: Hashable) -> list[Cell]:
         cells = []
@@ -368,26 +371,39 @@ class BroadcastGraph:
         # a slot that stays is neither let go nor written; of a module that has one, none is let go before
         stays = {m for m, each in of_module.items() if each.keeps and None in written.get(m, (None,))}
         given: list[torch.Tensor | None] = []
-        scalars = []
+        scalars, weights = [], []
         inputs = [n for n in compiled.gm.graph.find_nodes(op="placeholder") if mark_of(n) is not None]
         for p, (mark, node) in enumerate(zip(compiled.takes, inputs, strict=True), len(self.lowerings.inputs)):
             computes = isinstance(mark, Predicate) and not reuses[mark.conditional]
             given.append((COMPUTE if computes else REUSE) if isinstance(mark, Predicate) else None)
             if isinstance(mark, Scalar):
                 conditional = self.lowerings.conditionals[mark.conditional]
-                which, device = Scalars._fields.index(mark.name), value(node).device
+                device = value(node).device
+                if mark.name == "weight":
+                    given[-1] = self._runtime.scalar(1.0, device)
+                    if reuses[mark.conditional]:
+                        module = self._module(cells[conditional.module])
+                        weights.append((p, conditional.policy.how, module, device))
+                    continue
+                which = Scalars._fields.index(mark.name)
                 scalars.append((p, number_of[conditional.module], conditional.call, which, device))
         reads = [(p, m, i) for p, m, i in compiled.reads if of_module[m].reads]
         return Plan(
             compiled,
             tuple(given),
             tuple(scalars),
+            tuple(weights),
             tuple((p, cells[m], i) for p, m, i in reads),
             tuple(each for each in compiled.reads if each not in reads),
             tuple(cell for m, cell in enumerate(cells) if m not in stays),
             tuple((cells[m], m, positions) for m, positions in written.items()),
             [],
         )
+
+    def _module(self, cell: Cell) -> Callable[[], nn.Module | None]:
+        """Yields the module of a cell, which it does not keep alive."""
+        found = running_module(cell.name, tuple(self._runtime.roots))
+        return (lambda: None) if found is None else weakref.ref(found)
 
     # ------------------------------------------------------------------------------------------- run, hold
 
@@ -405,6 +421,8 @@ class BroadcastGraph:
             inputs[position] = stand_in
         for position, i, call, which, device in plan.scalars:
             inputs[position] = runtime.scalar(decisions[i].scalars[call][which], device)
+        for position, how, module, device in plan.weights:
+            inputs[position] = runtime.scalar(how.weigh(module()), device)
         for position, cell, i in plan.reads:
             inputs[position] = runtime.lend(cell, i)
         for cell in plan.drops:

@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import isfinite
@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..passes.counting import TIMESTEP_NAMES
 from ..policy.when import END, evenly_spaced
 
 
@@ -231,6 +232,21 @@ class PipelineClock:
             self._timesteps = mirrored if t in mirrored else self._timesteps
         first = 0 if self._index is None else self._index + 1
         return next((i for i in range(first, len(self._timesteps)) if self._timesteps[i] == t), None)
+
+
+def given_timestep(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The timestep that a model is called with, by whichever of its names; `None` if there is none.
+
+    Args:
+        parameters: names of the model's positional parameters.
+        args, kwargs: what it is called with.
+
+    Example:
+        >>> given_timestep(("hidden_states", "timestep"), ("latents", 900), {})
+        900
+    """
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    return next((given[name] for name in TIMESTEP_NAMES if given.get(name) is not None), None)
 
 
 def _step_index(scheduler: Any) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,7 @@ class Group:
         rule: when they reuse; `None` for never.
         calls: how often each of them is called.
         remembers: whether what is kept of them is read also where they compute.
+        is_read: whether what is kept of them is read in this graph; see `How`.
         outer: number of the module in which they lie, `None` for none: where it reuses they rest.
         modules: their numbers in the graph.
         cells: their cells.
@@ -57,6 +58,7 @@ class Group:
     rule: Rule | None
     calls: int
     remembers: bool
+    is_read: bool
     outer: int | None
     modules: tuple[int, ...]
     cells: tuple[Cell, ...]
@@ -118,6 +120,7 @@ class Lockstep:
         outers: for each module the number of the one in which it lies, `None` for none.
         owners: for each module, yields what its cell hangs on, `None` once that is gone.
         signals: for each rule that looks at a signal, where that is kept.
+        unread: numbers of the modules of which nothing is read in this graph.
 
     Attributes:
         plans: what the decisions of a call came to, by whether each group reuses and keeps.
@@ -132,14 +135,16 @@ class Lockstep:
         outers: Sequence[int | None],
         owners: Sequence[Callable[[], object | None]],
         signals: Sequence[Cell] = (),
+        unread: Collection[int] = (),
     ) -> None:
         self.cells, self.owners, self.signals = tuple(cells), tuple(owners), tuple(signals)
         self.first = next((cell for cell in cells if cell.rule is not None), cells[0])
         self.plans: dict[Hashable, Any] = {}
         self.nows: tuple[Any, ...] = ()
-        alike: dict[tuple[str, Rule | None, int, bool, int | None], list[int]] = {}
+        alike: dict[tuple[str, Rule | None, int, bool, bool, int | None], list[int]] = {}
         for m, cell in enumerate(cells):
-            alike.setdefault((cell.role, cell.rule, calls[m], remembers[m], outers[m]), []).append(m)
+            key = (cell.role, cell.rule, calls[m], remembers[m], m not in unread, outers[m])
+            alike.setdefault(key, []).append(m)
         self._groups = [Group(*key, modules=tuple(ms), cells=tuple(cells[m] for m in ms)) for key, ms in alike.items()]
 
     def begin(self, call: Call, expected: Sequence[Sequence[TensorSpec]]) -> bool:
@@ -201,7 +206,9 @@ class Lockstep:
         had_cache = has_cache
         for following in (*[call.t] * (group.calls - 1), next_t):
             scalars.append(count.scalars())
-            count, reuse, keeps = count.advanced(rule, call.t, has_cache, following, of, group.remembers, number_of)
+            count, reuse, keeps = count.advanced(
+                rule, call.t, has_cache, following, of, group.remembers, number_of, group.is_read
+            )
             reuses.append(reuse)
             has_cache = True
         if group.outer is not None:  # it may rest until what is kept is read

@@ -30,6 +30,17 @@ def name_of_caller(roots: Sequence[nn.Module]) -> str | None:
     return next(name for name, module in model.named_modules() if module is callers[0])
 
 
+def running_module(name: str, roots: Sequence[nn.Module]) -> nn.Module | None:
+    """The module of that qualified name, in the running one of `roots` or in the outermost; `None` if there is none."""
+    callers = calling_modules()
+    around = _around(callers[0], callers) if callers else []
+    model = next((module for module in around if any(module is root for root in roots)), None)
+    try:
+        return (model or around[-1]).get_submodule(name.partition(":")[0])
+    except (AttributeError, IndexError):
+        return None
+
+
 def module_names(roots: Sequence[nn.Module], example_inputs: Sequence[Any]) -> ModuleNames:
     """Names for the frame that Dynamo is compiling: in the one of `roots` around it, or in the outermost model.
 

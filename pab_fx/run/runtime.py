@@ -22,6 +22,10 @@ Assigned = Callable[[str, str], "Rule | None"]
 """The rule for a role and a qualified name, `None` to leave that part alone."""
 
 
+MOST_SCALARS = 4096
+"""How many numbers are held as tensors: a weight may be another one in each step of each generation."""
+
+
 class Runtime:
     """Counters, caches and clocks of a backend, by request.
 
@@ -150,9 +154,11 @@ class Runtime:
         return found
 
     def scalar(self, number: float, device: torch.device) -> torch.Tensor:
-        """A number as a tensor of shape [] and dtype float32 on a device, made once for each."""
+        """A number as a tensor of shape [] and dtype float32 on a device, made once for each of those used lately."""
         key = (number, device)
         if key not in self._scalars:
+            if len(self._scalars) >= MOST_SCALARS:
+                self._scalars.clear()
             self._scalars[key] = torch.tensor(number, dtype=torch.float32, device=device)
         return self._scalars[key]
 

@@ -83,6 +83,7 @@ class Count(NamedTuple):
         of: float,
         remembers: bool,
         number_of: Callable[[Rule], float | None] = lambda rule: None,
+        is_read: bool = True,
     ) -> tuple[Count, bool, bool]:
         """The count after one call, whether that call reuses, and whether what is there then has to be kept.
 
@@ -95,9 +96,10 @@ class Count(NamedTuple):
             remembers: whether what is kept is read also where a call computes.
             number_of: reads what a rule measures in this call, `None` if there is nothing to read; asked for only
                 where the call may reuse.
+            is_read: whether the call may reuse at all.
         """
         step, progress, change = Step(self.n, t, of), Progress(self.n - self.computed, self.computed_t), 0.0
-        reuse = has_cache and self.n > 0 and decided(rule, step, progress)
+        reuse = is_read and has_cache and self.n > 0 and decided(rule, step, progress)
         if reuse and rule.signal is not None:
             number = number_of(rule)
             if number is not None:
@@ -203,6 +205,11 @@ class StateStore:
         for owner, cells in self._owned():
             for (occurrence, context), cell in list(cells.items()):
                 yield (id(owner), occurrence), context, cell
+
+    def forget_once(self, context: Hashable) -> None:
+        """Forget what graphs computed once in a generation, in one cache context."""
+        for of_contexts in list(self.kept.values()):
+            of_contexts.pop(context, None)
 
     def reset(self, owners: Iterable[Any] | None = None) -> None:
         """Reset every cell, or those of the given owners; what graphs computed once goes either way."""
