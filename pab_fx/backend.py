@@ -59,7 +59,7 @@ class PABBackend:
         config: a `PABConfig` (default: spatial attention every 2nd step in (100, 800)), diffusers'
             `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `FirstBlockCacheConfig`,
             `SeaCacheConfig` or `FasterCacheConfig` (with `enable`, or of a distilled model), with which roles and
-            outputs are those of its hooks, a `Policy`, or a list of these, of which the first that is for a part counts.
+            outputs are those of its hooks, a `Policy`, or a list of these; the first that is for a part counts.
         inner: compiles the lowered graphs: the name of a registered Dynamo backend, or a callable
             `(gm, example_inputs) -> callable`.
         lowering: "specialize" compiles one graph for each set of reusing regions that occurs, without

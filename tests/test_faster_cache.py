@@ -394,7 +394,7 @@ def test_what_a_config_keeps_is_kept_for_each_context_and_session() -> None:
         pytest.param({"dynamic": True}, marks=slow),
         pytest.param({"timesteps": TIMESTEPS, "step_invariants": False}, marks=slow),
     ],
-    ids=str,
+    ids=lambda options: " ".join(f"{key}={getattr(each, '__name__', each)}" for key, each in options.items()),
 )
 def test_options_of_enable_change_nothing_of_what_is_said(options: dict[str, Any]) -> None:
     model, config, clock = small()
