@@ -617,7 +617,7 @@ def test_blocks_that_hold_their_own_signal_are_left_alone_and_it_is_said() -> No
         with pytest.warns(UserWarning, match="computed in every step"):
             trajectory(model)
         (region,) = pab.report().regions
-    assert "begins before what a rule looks at" in str(region.left_alone)
+    assert "begins before blocks(0, 1), which decides, is known" in str(region.left_alone)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,27 @@ def test_a_function_that_cannot_be_computed_is_refused_and_named() -> None:
         model(*inputs(0, TIMESTEPS[0]))
 
 
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda sample: 3.0, "yields float"),
+        (lambda sample: sample > 0, "yields torch.bool"),
+        (lambda sample: sample[:0], "without elements"),
+    ],
+)
+def test_what_is_no_tensor_that_can_change_is_no_signal(function: Any, said: str) -> None:
+    model = build(DiT)
+    pab_fx.enable(model, policy_of(Change(Computed(function), threshold=0.2)), inner="eager", timesteps=TIMESTEPS)
+    with pytest.raises(Exception, match=f"cannot be computed.*{said}"):
+        model(*inputs(0, TIMESTEPS[0]))
+
+
+@pytest.mark.parametrize("told", [{"sigma": 14.0}, {"sigma": "x"}, {"steps": -1}, {"steps": 2.5}], ids=str)
+def test_a_cache_context_that_is_told_nonsense_says_so(told: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"cache_context: {next(iter(told))}"), pab_fx.cache_context("cond", **told):
+        pass
+
+
 def test_a_module_that_the_model_lacks_leaves_it_alone_and_it_is_said() -> None:
     model, rule = build(DiT), Change(Computed(coarse, Output("blocks.9.norm")), threshold=0.2)
     plain = trajectory(model)
@@ -145,7 +166,7 @@ def test_what_is_no_function_or_no_tensor_is_refused() -> None:
     for given in (3, [coarse]):
         with pytest.raises(ValueError, match="Computed: function"):
             Computed(given)  # type: ignore[arg-type]
-    for of in ((), None, 3, "blocks.0.norm", (Model(), 3)):
+    for of in ((), None, 3, Sigma(), "blocks.0.norm", (Model(), 3)):
         with pytest.raises(ValueError, match="Computed: of"):
             Computed(coarse, of)
     with pytest.raises(ValueError, match="has no JSON"):

@@ -39,8 +39,7 @@ def listen() -> None:
     @functools.wraps(enter_context)
     @contextlib.contextmanager
     def cache_context_of_model(self: CacheMixin, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        told = (kwargs.get("sigma"), kwargs.get("num_inference_steps"))
-        with cache_context(name, *told), enter_context(self, name, *args, **kwargs):
+        with cache_context(name, *_told(**kwargs)), enter_context(self, name, *args, **kwargs):
             yield
 
     @functools.wraps(reset)
@@ -66,3 +65,10 @@ def listen() -> None:
     CacheMixin.enable_cache = enable_cache_of_model  # type: ignore[method-assign]
     CacheMixin._reset_stateful_cache = reset_stateful_cache  # type: ignore[method-assign]
     DiffusionPipeline.maybe_free_model_hooks = maybe_free_model_hooks  # type: ignore[method-assign]
+
+
+def _told(sigma: Any = None, num_inference_steps: Any = None, **others: Any) -> tuple[Any, Any]:
+    """Noise level and number of steps as `cache_context` takes them, `None` for what another cache is told."""
+    is_level = hasattr(sigma, "item") or (isinstance(sigma, (int, float)) and 0 <= sigma <= 1)
+    is_count = isinstance(num_inference_steps, int) and num_inference_steps > 0
+    return sigma if is_level else None, num_inference_steps if is_count else None

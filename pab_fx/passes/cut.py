@@ -112,12 +112,23 @@ def _added(graph: fx.Graph, signal: Signal) -> fx.Node:
         made = graph.call_function(function if hasattr(function, "__name__") else function.__call__, tuple(given))
     try:
         record(made)
+        _check_signal(value(made))
     except Exception as error:
         raise ValueError(
             f"{signal.rule.signal!r} cannot be computed, {type(error).__name__}: {error}. It is given tensors of the "
             f"shapes {[tuple(value(node).shape) for node in given if value(node) is not None]}."
         ) from error
     return made
+
+
+def _check_signal(found: Any) -> None:
+    """Raise `TypeError` for what a function made, if it is no tensor that can change."""
+    if found is None:  # the tracer recorded no values
+        return
+    if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+        raise TypeError(f"it yields {getattr(found, 'dtype', type(found).__name__)}, not a floating-point tensor")
+    if any(isinstance(size, int) and size == 0 for size in found.shape):
+        raise TypeError(f"it yields a tensor without elements, {list(found.shape)}")
 
 
 def _added_source(graph: fx.Graph, source: Source) -> fx.Node:

@@ -80,6 +80,8 @@ class Computed:
                 "Computed: of must be Model(), ModulatedInput(), Blocks(0, n), Output(name), Sigma(), or several of "
                 f"those, got {self.of!r}."
             )
+        if all(isinstance(each, Sigma) for each in given):
+            raise ValueError(f"Computed: of must have a tensor of the graph beside Sigma(), got {self.of!r}.")
         object.__setattr__(self, "of", given)
 
 
@@ -87,10 +89,10 @@ TENSORS = (Blocks, ModulatedInput, Model, Output)
 """What a signal may be of by itself."""
 
 
-def _named(of: Any) -> str:
+def named(of: Any) -> str:
     """A signal in words."""
     if isinstance(of, Computed):
-        whose = " and ".join(map(_named, of.of))
+        whose = " and ".join(map(named, of.of))
         return f"what {getattr(of.function, '__name__', repr(of.function))} makes of {whose}"
     said = {Model: "the sample", ModulatedInput: "the modulated input", Sigma: "the noise level"}
     return said.get(type(of)) or (of.name if isinstance(of, Output) else of.label)
@@ -154,7 +156,9 @@ class Change(Rule):
         checked_flag("Change: accumulate", self.accumulate)
         checked_flag("Change: share_decision", self.share_decision)
         checked_flag("Change: by_rate", self.by_rate)
-        check_integer("Change: warmup", self.warmup, least=2 if self.by_rate else 1)
+        if self.by_rate:  # which two steps tell
+            check_integer("Change: warmup with by_rate=True", self.warmup, least=2)
+        check_integer("Change: warmup", self.warmup)
         check_integer("Change: cooldown", self.cooldown, least=0)
         if self.max_skips is not None:
             check_integer("Change: max_skips", self.max_skips)
@@ -213,7 +217,7 @@ class Change(Rule):
             'reused up to 3 steps in a row while blocks(0, 1) changes by at most 0.08'
         """
         skips = "" if self.max_skips is None else f" up to {self.max_skips} steps in a row"
-        whose = _named(self.of)
+        whose = named(self.of)
         how = "the changes of {} add up to" if self.accumulate else "{} changes by"
         if self.by_rate:
             how = how.format("the output") + ", as {} predicts,"

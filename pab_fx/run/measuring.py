@@ -106,7 +106,9 @@ def _noise_level(call: Call, modules: Lockstep) -> float:
     """What `Sigma` is in a call."""
     told = current_sigma.get()
     if told is not None:
-        return told
+        if not 0 <= float(told) <= 1:
+            raise ValueError(f"cache_context: sigma must be a noise level from 0 to 1, got {told!r}.")
+        return float(told)
     first = call.timesteps[0] if call.timesteps else max(modules.first.count.first_t, call.t)
     return call.t / (1.0 if first <= 1 else 1000.0)
 

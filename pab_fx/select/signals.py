@@ -17,7 +17,7 @@ from torch import fx
 
 from ..graph.dataflow import backward, is_tensor
 from ..graph.modules import ModuleNames, argument_of
-from ..policy.change import Computed, ModulatedInput, Output, Sigma
+from ..policy.change import Computed, ModulatedInput, Output, Sigma, named
 from ..policy.policy import Policy
 from ..policy.when import Rule
 from ..policy.where import BLOCKS, Blocks
@@ -99,7 +99,7 @@ def _of_blocks(view: View, of: Blocks) -> Source | None:
     """The residual of a range of blocks, on the stream that becomes the output of the model."""
     every = blocks(view, replace(of, first=0, last=None))
     chosen = every[of.first : of.last]
-    if not chosen:
+    if not chosen or (of.last is not None and of.last > len(every)):
         return None
     nodes, outputs, _ = bounded(nodes_between(view, chosen), may_be_view=False, may_be_product=True)
     through = streams(nodes, outputs, view.acts)
@@ -178,6 +178,9 @@ def with_signals(
                 why = f"{why}: there are no such blocks, or they update the tensor that they are given in place"
             region = replace(region, unsafe=why)
         elif rule is not None and last is not None and region.nodes[0] < last:
-            region = replace(region, unsafe=f"it begins before what a rule looks at is computed ({last.name})")
+            known = " and ".join(dict.fromkeys(named(signal.rule.signal) for signal in found))
+            region = replace(
+                region, unsafe=f"it begins before {known}, which decides, is known: choose a part behind it"
+            )
         checked.append(region)
     return tuple(checked)
