@@ -13,8 +13,7 @@ from .enable import PAB, disable, enable, report
 from .explain import explain
 from .export.export import export
 from .export.rewrite import rewrite
-from .fitting import fit_rescale
-from .magnitudes import magnitude_ratios
+from .measured import fit_rescale, magnitude_ratios
 from .passes.specialize import specialize
 from .policy.change import Change, Computed, ModulatedInput, Output, Sigma
 from .policy.config import LayerBroadcast, MLPBroadcast, PABConfig

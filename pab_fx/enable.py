@@ -196,7 +196,7 @@ def enable(
     """Compile a model in place so that it broadcasts attention.
 
     The model keeps its class, parameters, `config` and `save_pretrained`; only its call is compiled. If diffusers'
-    hooks for PAB, TaylorSeer, MagCache, the first block or FasterCache are on, they are taken off and, with
+    hooks for PAB, TaylorSeer, MagCache, the first block, SeaCache or FasterCache are on, they are taken off and, with
     `config=None`, their config is used.
 
     Args:

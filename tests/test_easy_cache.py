@@ -128,7 +128,7 @@ def test_a_rule_by_rate_asks_for_a_how_that_keeps_one_and_two_steps_that_compute
     with pytest.raises(ValueError, match="warmup"):
         Change(Model(), by_rate=True)
     assert RatedResidual().describe() == "as a residual, with its rate"
-    said = "reused while the changes of the output add up to, as the sample predicts, at most 0.3"
+    said = "reused while the changes of the output, as the sample predicts, add up to at most 0.3"
     assert RULE.describe() == said
 
 

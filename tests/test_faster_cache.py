@@ -30,7 +30,7 @@ TIMESTEPS = tuple(900.0 - 100 * i for i in range(STEPS))
 lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
 slow = pytest.mark.slow
 
-WITH_GUIDANCE = (
+IN_EITHER = (
     "AllegroTransformer3DModel",
     "AuraFlowTransformer2DModel",
     "ChronoEditTransformer3DModel",
@@ -48,15 +48,9 @@ WITH_GUIDANCE = (
     "HunyuanVideo15Transformer3DModel",
     "HunyuanVideoTransformer3DModel",
     "HunyuanVideoTransformer3DModel-token_replace",
-    "Kandinsky5Transformer3DModel",
-    "Kandinsky6Transformer3DModel",
     "LatteTransformer3DModel",
-    "Lumina2Transformer2DModel",
-    "LuminaNextDiT2DModel",
     "MochiTransformer3DModel",
     "MotifVideoTransformer3DModel",
-    "OmniGenTransformer2DModel",
-    "PRXTransformer2DModel",
     "PixArtTransformer2DModel",
     "SD3Transformer2DModel",
     "SanaTransformer2DModel",
@@ -70,61 +64,41 @@ WITH_GUIDANCE = (
     "WanTransformer3DModel-timestep_per_token",
     "WanVACETransformer3DModel",
 )
-"""Of those in the zoo, the ones on which the hooks run with both halves of guidance in one batch."""
+"""Models of the zoo on which the hooks run with both halves of guidance in one batch, and as distilled."""
+
+WITH_GUIDANCE = (
+    *IN_EITHER,
+    "Kandinsky5Transformer3DModel",
+    "Kandinsky6Transformer3DModel",
+    "Lumina2Transformer2DModel",
+    "LuminaNextDiT2DModel",
+    "OmniGenTransformer2DModel",
+    "PRXTransformer2DModel",
+)
+"""With both halves."""
 
 DISTILLED = (
-    "AllegroTransformer3DModel",
-    "AuraFlowTransformer2DModel",
+    *IN_EITHER,
     "BriaFiboTransformer2DModel",
     "BriaTransformer2DModel",
     "ChromaTransformer2DModel",
-    "ChronoEditTransformer3DModel",
-    "CogVideoXTransformer3DModel",
-    "CogVideoXTransformer3DModel-rotary",
-    "CogView3PlusTransformer2DModel",
-    "CogView4Transformer2DModel",
     "ConsisIDTransformer3DModel",
-    "CosmosTransformer3DModel",
-    "DiTTransformer2DModel",
-    "EasyAnimateTransformer3DModel",
     "Flux2Transformer2DModel",
     "FluxTransformer2DModel",
-    "GlmImageTransformer2DModel",
-    "HeliosTransformer3DModel",
-    "HunyuanDiT2DModel",
-    "HunyuanImageTransformer2DModel",
-    "HunyuanVideo15Transformer3DModel",
     "HunyuanVideoFramepackTransformer3DModel",
-    "HunyuanVideoTransformer3DModel",
-    "HunyuanVideoTransformer3DModel-token_replace",
     "LTX2VideoTransformer3DModel",
     "LTXVideoTransformer3DModel",
-    "LatteTransformer3DModel",
     "LongCatImageTransformer2DModel",
     "MiniMaxH3Transformer3DModel",
-    "MochiTransformer3DModel",
-    "MotifVideoTransformer3DModel",
     "NucleusMoEImageTransformer2DModel",
     "OvisImageTransformer2DModel",
-    "PixArtTransformer2DModel",
     "QwenImage21Transformer2DModel",
     "QwenImageControlNetModel",
     "QwenImageTransformer2DModel",
-    "SD3Transformer2DModel",
-    "SanaTransformer2DModel",
-    "SanaVideoTransformer3DModel",
     "SanaWMLTX2RefinerTransformer3DModel",
-    "SkyReelsV2Transformer3DModel",
     "StableAudioDiTModel",
-    "Transformer2DModel",
-    "TransformerTemporalModel",
-    "WanAnimateTransformer3DModel",
-    "WanTransformer3DModel",
-    "WanTransformer3DModel-i2v",
-    "WanTransformer3DModel-timestep_per_token",
-    "WanVACETransformer3DModel",
 )
-"""Those on which they run, and change anything, where there is one half only."""
+"""As distilled, where they change anything."""
 
 BREAKS = ("MochiTransformer3DModel",)
 """Whose graph breaks inside of an attention without the flag."""

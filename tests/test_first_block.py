@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pipelines
@@ -48,10 +48,17 @@ PLACES = (0.0, 0.1, 0.15, 0.5, 0.5, 0.55, 0.9, 0.9, 1.0)
 """How far the inputs of each step are on their way from noise to another."""
 
 
-def trajectory(entry: zoo.Entry, model: Any, contexts: Sequence[str] = ("cond",)) -> list[list[Tensor]]:
+def named_only(step: int, t: float, name: str) -> Any:
+    """A cache context that says nothing but its name."""
+    return pab_fx.cache_context(name)
+
+
+def trajectory(
+    entry: zoo.Entry, model: Any, contexts: Sequence[str] = ("cond",), context: Callable[..., Any] = named_only
+) -> list[list[Tensor]]:
     """In each step the outputs of a call in each cache context, with inputs that change little in some steps."""
     found = []
-    for place, t in zip(PLACES, timesteps_of(entry), strict=True):
+    for step, (place, t) in enumerate(zip(PLACES, timesteps_of(entry), strict=True)):
         for i, name in enumerate(contexts):
             start, end = entry.step(t, 100 * i), entry.step(t, 1 + 100 * i)
 
@@ -59,7 +66,7 @@ def trajectory(entry: zoo.Entry, model: Any, contexts: Sequence[str] = ("cond",)
                 is_latent = isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 1
                 return torch.lerp(a, b, place) if is_latent else a
 
-            with pab_fx.cache_context(name):
+            with context(step, t, name):
                 found.append(tensors(model(**tree_map(mixed, start, end))))
     return found
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import diffusers
 import pytest
+import test_first_block
 import torch
 import zoo
-from test_first_block import PLACES
 from test_taylorseer import STEPS, are_equal, tensors, timesteps_of
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 import pab_fx
 from pab_fx.diffusers.sea_cache import Filtered
@@ -27,19 +26,12 @@ WAN = "WanTransformer3DModel"
 
 
 def trajectory(entry: zoo.Entry, model: Any, contexts: Sequence[str] = ("cond",)) -> list[list[Tensor]]:
-    """In each step the outputs of a call in each cache context, which says where the loop is."""
-    found = []
-    for step, (place, t) in enumerate(zip(PLACES, timesteps_of(entry), strict=True)):
-        for i, name in enumerate(contexts):
-            start, end = entry.step(t, 100 * i), entry.step(t, 1 + 100 * i)
+    """As for the first block, in contexts that say where the loop is."""
 
-            def mixed(a: Any, b: Any, place: float = place if i == 0 else place**2) -> Any:
-                is_latent = isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 1
-                return torch.lerp(a, b, place) if is_latent else a
+    def context(step: int, t: float, name: str) -> Any:
+        return model.cache_context(name, step_index=step, sigma=t / 1000, num_inference_steps=STEPS)
 
-            with model.cache_context(name, step_index=step, sigma=t / 1000, num_inference_steps=STEPS):
-                found.append(tensors(model(**tree_map(mixed, start, end))))
-    return found
+    return test_first_block.trajectory(entry, model, contexts, context)
 
 
 def hooked(entry: zoo.Entry, config: Any) -> Any:
@@ -108,6 +100,16 @@ def test_it_takes_over_from_enable_cache_and_gives_back() -> None:
         trajectory(entry, model)
         assert pab.report().reused > 0
     assert model._cache_config is config
+
+
+def test_a_loop_that_tells_another_cache_of_other_noise_levels_runs() -> None:
+    """Of a scheduler whose levels go beyond 1, say: no signal here is made of them."""
+    entry = zoo.BY_NAME[WAN]
+    model, expected = entry.build(), tensors(entry.build()(**entry.step(900.0, 0)))
+    pab_fx.enable(model, pab_fx.Policy(pab_fx.Blocks(), pab_fx.Every(2)), inner="eager")
+    with model.cache_context("cond", sigma=14.0):
+        found = tensors(model(**entry.step(900.0, 0)))
+    assert are_equal([found], [expected])
 
 
 def test_a_model_on_which_the_hooks_find_no_sample_is_cached() -> None:

@@ -13,7 +13,7 @@ import diffusers.hooks
 import torch
 
 from ..policy.change import Change, Computed, Sigma
-from ..policy.checks import check_integer, is_number
+from ..policy.checks import check_integer
 from ..policy.how import Residual, Scalars, Tensors
 from ..policy.policy import Policy
 from ..policy.when import Progress, Step
@@ -73,7 +73,7 @@ class ChangeOfSamples(Change):
 
     def measured(self, now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """As `resolve_gate` measures."""
-        difference, size = ((each.float().abs().flatten(1).mean(1)) for each in (now.float() - before.float(), before))
+        difference, size = (each.float().abs().flatten(1).mean(1) for each in (now.float() - before.float(), before))
         return (difference / (size + 1e-16)).mean()
 
     def decide(self, step: Step, progress: Progress, signal: Any = None) -> Any:
@@ -123,11 +123,8 @@ def policies_of_sea_cache(config: Any) -> tuple[Policy, ...]:
             "raw_vision_callback is a function of Python objects, which is not compiled: write a policy whose signal "
             "is a function of tensors, Change(Computed(function, (Model(), Sigma())), ...)."
         )
-    for name in ("threshold", "power_exp"):
-        if not is_number(getattr(config, name)) or not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be a number >= 0, got {getattr(config, name)!r}.")
-    for name in ("residual_order", "retention_steps", "cache_end_steps", "max_consecutive_cached"):
-        check_integer(name, getattr(config, name), least=0, most=1 if name == "residual_order" else math.inf)
+    for name in ("retention_steps", "cache_end_steps"):  # the others are checked by the config
+        check_integer(name, getattr(config, name), least=0)
     rule = ChangeOfSamples(
         Computed(Filtered(config.power_exp), (Model(), Sigma())),
         config.threshold,

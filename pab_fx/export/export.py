@@ -63,8 +63,8 @@ def export(
             takes them. The timestep is the one called `timestep`, `timesteps` or `t`: a tensor of any shape, of which
             the largest element counts.
         config: a `PABConfig` (default: spatial attention every 2nd step), diffusers'
-            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig` or
-            `FirstBlockCacheConfig`, a `Policy`, or a list. None whose how reads `scalars.weight`: there is no host to
+            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `FirstBlockCacheConfig` or
+            `SeaCacheConfig`, a `Policy`, or a list. None whose how reads `scalars.weight`: there is no host to
             ask.
         args: its positional arguments.
         timesteps: of a whole generation, one for each call, on the scale of the config's windows:

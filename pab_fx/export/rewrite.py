@@ -34,8 +34,8 @@ def rewrite(
             changed. Its timestep is the input called `timestep`, a number or a tensor of any shape, of
             which the largest element counts; unless `config` has a `current_timestep_callback`.
         config: a `PABConfig` (default: spatial attention every 2nd step), diffusers'
-            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig` or
-            `FirstBlockCacheConfig`, a `Policy`, or a list. None whose how reads `scalars.weight`: there is no host to
+            `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `FirstBlockCacheConfig` or
+            `SeaCacheConfig`, a `Policy`, or a list. None whose how reads `scalars.weight`: there is no host to
             ask.
         model: the model that `gm` was traced from, for its modules' `is_cross_attention` flags.
 

@@ -108,7 +108,7 @@ def _added(graph: fx.Graph, signal: Signal) -> fx.Node:
     with graph.inserting_before(_behind(graph, nodes)):
         following = iter(nodes)
         given = [next(following) if source else _noise_level(graph, nodes[0]) for source in signal.sources]
-        function: Any = signal.function
+        function: Any = signal.function  # a call in a graph is of something that has a name
         made = graph.call_function(function if hasattr(function, "__name__") else function.__call__, tuple(given))
     try:
         record(made)

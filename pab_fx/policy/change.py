@@ -218,9 +218,9 @@ class Change(Rule):
         """
         skips = "" if self.max_skips is None else f" up to {self.max_skips} steps in a row"
         whose = named(self.of)
-        how = "the changes of {} add up to" if self.accumulate else "{} changes by"
         if self.by_rate:
-            how = how.format("the output") + ", as {} predicts,"
+            whose = f"the output, as {whose} predicts,"
+        how = "the changes of {} add up to" if self.accumulate else "{} changes by"
         return f"reused{skips} while {how.format(whose)} at most {self.threshold:g}"
 
     def mismatch(self, t: float, timesteps: Sequence[float] | None) -> str | None:

@@ -53,7 +53,8 @@ class How(ABC):
             leaves, as the residual stream of a block. A part that has none is left alone then. Otherwise they are all
             activations that the part reads.
         keeps_rate: whether the last slot is a number, shape [] and float32: how much the outputs change, relative to
-            their size, for each unit that a signal changes by. Rules with `by_rate` ask for it.
+            their size, for each unit that a signal changes by. Rules with `by_rate` ask for it; of several parts under
+            one rule, the first one's counts.
         is_read: whether this graph reads what is kept. Otherwise the part computes in each of its calls, for another
             graph to read: that of a call of half a batch, say.
 

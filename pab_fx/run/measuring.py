@@ -115,8 +115,8 @@ def _noise_level(call: Call, modules: Lockstep) -> float:
 
 def _rate(runtime: Runtime, modules: Lockstep, rules: Sequence[Rule], i: int, spec: TensorSpec) -> torch.Tensor:
     """The rate that a rule goes by, as the part that it decides keeps it; any number where nothing is kept."""
-    cell = next((cell for cell in modules.cells if cell.rule and position_of(cell.rule, rules) == i), None)
-    if cell is None or not cell.caches:
+    cell = modules.cells[keeper_of(i, rules, [cell.rule for cell in modules.cells])]
+    if cell.rule is None or not cell.rule.by_rate or not cell.caches:
         return runtime.scalar(0.0, spec.device)
     return runtime.lend(cell, len(cell.caches) - 1)
 

@@ -75,10 +75,8 @@ def signals(gm: fx.GraphModule, policies: Iterable[Policy], names: ModuleNames |
     view = View(gm.graph, names or ModuleNames())
     found = []
     for rule in rules:
-        of, function = rule.signal, None
-        if isinstance(of, Computed):
-            of, function = of.of, of.function
-        wanted = of if isinstance(of, tuple) else (of,)
+        of = rule.signal
+        wanted, function = (of.of, of.function) if isinstance(of, Computed) else ((of,), None)
         sources = [None if isinstance(each, Sigma) else _source(view, each) for each in wanted]
         if all(source or isinstance(each, Sigma) for source, each in zip(sources, wanted, strict=True)):
             found.append(Signal(rule, tuple(sources), function))

@@ -1,15 +1,23 @@
-"""Fit the polynomial by which `Change` rescales what it measures, as TeaCache's authors do for a model."""
+"""Measure what rules ask for, in generations in which every step computes.
+
+`magnitude_ratios` is for `Magnitude` and diffusers' `MagCacheConfig`, as its `calibrate=True`. `fit_rescale` fits the
+polynomial by which `Change` rescales, as TeaCache's authors do for a model.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy
 import torch
 
+from .diffusers.magcache import measured_in, measuring
 from .enable import enable
 from .policy.change import Change, ModulatedInput
 from .policy.checks import check_integer
@@ -18,7 +26,60 @@ from .policy.policy import Policy
 from .policy.when import Progress, Rule, Step
 from .policy.where import Blocks
 
+Numbers = dict[Any, list[float]]
+"""By cache context, the numbers that a rule has read, in the order of the steps."""
+Cells = Iterable[tuple[Any, Any, Any]]
+"""As `Runtime.cells` yields them."""
+
+
+def magnitude_ratios(
+    model: Any, generate: Callable[[], Any], steps: int, path: str | Path | None = None
+) -> tuple[float, ...]:
+    """The ratios of the residuals' magnitudes from step to step, of one checkpoint and sampler (MagCache).
+
+    A residual is what all blocks add to the image's stream, and its magnitude the length of a token's. The mean is
+    taken over tokens, as in `diffusers/hooks/mag_cache.py`, and over cache contexts, where a step has several calls.
+
+    Args:
+        model: a transformer, or a pipeline that holds one.
+        generate: runs one generation with it.
+        steps: how many steps that has.
+        path: a file to write them to, as a JSON list.
+
+    Returns:
+        A ratio for each step; the first one is 1.
+
+    Raises:
+        TypeError: if `generate` is no function.
+        ValueError: if the generation has another number of steps, or nothing of the model could be measured.
+
+    Example:
+        >>> import pab_fx, torch
+        >>> class Nothing(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x + 1
+        >>> model = Nothing()
+        >>> pab_fx.magnitude_ratios(model, lambda: model(torch.ones(1)), steps=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: nothing was measured: the model has no blocks that a stream goes through, or no step of it ran.
+    """
+    measured: list[tuple[float, ...]] = []
+    _observe(model, measuring(steps), generate, lambda _, cells: measured.extend(measured_in(cells)))
+    if not measured:
+        raise ValueError(
+            "nothing was measured: the model has no blocks that a stream goes through, or no step of it ran."
+        )
+    if any(len(each) != steps for each in measured):
+        raise ValueError(f"steps={steps}, and the generation has another number of steps.")
+    ratios = tuple(map(fmean, zip(*measured, strict=True)))
+    if path is not None:
+        Path(path).write_text(json.dumps(ratios))
+    return ratios
+
+
 MOST_STEPS = 1000
+"""Of a generation, of which changes are noted; what comes after is left out."""
 
 
 @dataclass(frozen=True)
@@ -85,26 +146,17 @@ def fit_rescale(
         ...
         ValueError: fit_rescale: 0 steps were measured, and degree=4 asks for 5 at least: the model has no such ...
     """
-    if not callable(generate):
-        raise TypeError(f"generate must be a function that runs a generation, as lambda: pipe(...), got {generate!r}.")
     check_integer("fit_rescale: degree", degree)
     rule = Observing(ModulatedInput() if of is None else of, threshold=0.0, accumulate=True)
-    numbers: dict[Any, list[float]] = defaultdict(list)
     pairs: list[tuple[float, float]] = []
 
-    def noted(context: Any, rule: Rule, number: float) -> None:
-        numbers[context].append(number)
-
-    def ended(cells: Iterable[tuple[Any, Any, Any]]) -> None:
+    def collect(numbers: Numbers, cells: Cells) -> None:
         for _, context, cell in cells:
             if cell.rule == rule and cell.caches:
                 changes = cell.caches[1][1 : cell.count.n].tolist()
                 pairs.extend(zip(numbers.pop(context, ()), changes, strict=False))
 
-    with enable(model, Policy(Blocks() if where is None else where, rule, ChangesOfOutput()), inner="eager") as pab:
-        pab.backend.runtime.on_number, pab.backend.runtime.at_end = noted, ended
-        generate()
-        ended(pab.backend.runtime.cells())
+    _observe(model, Policy(Blocks() if where is None else where, rule, ChangesOfOutput()), generate, collect)
     if len(pairs) <= degree:
         raise ValueError(
             f"fit_rescale: {len(pairs)} steps were measured, and degree={degree} asks for {degree + 1} at least: the "
@@ -112,3 +164,25 @@ def fit_rescale(
         )
     signal, output = zip(*pairs, strict=True)
     return tuple(map(float, numpy.polyfit(signal, output, degree)))
+
+
+def _observe(
+    model: Any, policy: Policy, generate: Callable[[], Any], collect: Callable[[Numbers, Cells], object]
+) -> None:
+    """Run generations under a policy, and hand over what was read and kept, at the end of each and of all.
+
+    Raises:
+        TypeError: if `generate` is no function.
+    """
+    if not callable(generate):
+        raise TypeError(f"generate must be a function that runs a generation, as lambda: pipe(...), got {generate!r}.")
+    numbers: Numbers = defaultdict(list)
+
+    def note(context: Any, rule: Rule, number: float) -> None:
+        numbers[context].append(number)
+
+    with enable(model, policy, inner="eager") as pab:
+        pab.backend.runtime.on_number = note
+        pab.backend.runtime.at_end = lambda cells: collect(numbers, cells)
+        generate()
+        collect(numbers, pab.backend.runtime.cells())  # what no pipeline has given back
