@@ -62,6 +62,13 @@ def test_an_unknown_preset_is_refused_with_those_that_there_are() -> None:
         pab_fx.preset("teacache")
 
 
+def fitted(signals: list[Tensor], outputs: list[Tensor], degree: int) -> tuple[float, ...]:
+    def changes(of: list[Tensor]) -> list[float]:
+        return [float((b - a).abs().mean() / a.abs().mean()) for a, b in itertools.pairwise(of)]
+
+    return tuple(numpy.polyfit(changes(signals), changes(outputs), degree))
+
+
 class Observed:
     """A model whose signal and output of all blocks are noted, in plain eager Python."""
 
@@ -80,10 +87,7 @@ class Observed:
         self.model.run = noted
 
     def fitted(self, degree: int) -> tuple[float, ...]:
-        def changes(of: list[Tensor]) -> list[float]:
-            return [float((b - a).abs().mean() / a.abs().mean()) for a, b in itertools.pairwise(of)]
-
-        return tuple(numpy.polyfit(changes(self.signals), changes(self.outputs), degree))
+        return fitted(self.signals, self.outputs, degree)
 
 
 @pytest.mark.parametrize("contexts", [1, 2])
@@ -116,10 +120,11 @@ def test_a_polynomial_is_fitted_over_a_pipelines_generation() -> None:
 
 def test_a_signal_of_ones_own_is_fitted_for_the_whole_model() -> None:
     model = build(DiT)
-    found = pab_fx.fit_rescale(
-        model, lambda: trajectory(model), of=Computed(torch.square, Model()), degree=2, where=Model()
-    )
-    assert len(found) == 3
+    samples = [inputs(step, t)[0] for step, t in enumerate(TIMESTEPS)]
+    expected = fitted(list(map(torch.square, samples)), trajectory(model), degree=1)
+    signal = Computed(torch.square, Model())
+    found = pab_fx.fit_rescale(model, lambda: trajectory(model), of=signal, degree=1, where=Model())
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_too_few_steps_and_no_function_are_refused() -> None:
