@@ -14,36 +14,43 @@ from .samples import Difference
 MOST_PSNR = 100.0
 """In dB; samples that are equal, or all but equal, are taken to have that much."""
 
-FORMS = "'psnr>=35' (dB), 'relative_l2<=0.05', or both, 'psnr>=35, relative_l2<=0.05'"
+FORMS = "'psnr>=35' (dB), 'relative_l2<=0.05', or both, 'psnr>=35, relative_l2<=0.05'; or 'speedup>=3'"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that samples with PAB may differ from those without: in the mean over prompts.
+    """The most that samples may differ from those without a cache, in the mean over prompts; or the least speed-up.
 
     Args:
         psnr: the least peak signal-to-noise ratio, in dB; a number, or one for each prompt of the calibration.
         relative_l2: the largest `norm(sample - reference) / norm(reference)`; likewise.
+        speedup: how many times fewer floating-point operations, above 1: then the nearest such setting is looked for,
+            and there is no other limit.
 
     Raises:
-        ValueError: if neither is given, or one is no number above 0.
+        ValueError: if none is given, one is no number above 0, or a speed-up comes with another limit or is at most 1.
 
     Example:
         >>> Budget.of("psnr>=35")
-        Budget(psnr=35.0, relative_l2=None)
+        Budget(psnr=35.0, relative_l2=None, speedup=None)
     """
 
     psnr: float | tuple[float, ...] | None = None
     relative_l2: float | tuple[float, ...] | None = None
+    speedup: float | None = None
 
     def __post_init__(self) -> None:
-        if self.psnr is None and self.relative_l2 is None:
+        if self.psnr is None and self.relative_l2 is None and self.speedup is None:
             raise ValueError(f"a budget needs a limit: {FORMS}.")
-        for name in ("psnr", "relative_l2"):
+        if self.speedup is not None and (self.psnr is not None or self.relative_l2 is not None):
+            raise ValueError(f"a budget is a limit of the error, or of the speed-up, and not of both: {FORMS}.")
+        for name in ("psnr", "relative_l2", "speedup"):
             limit = getattr(self, name)
             for value in limit if isinstance(limit, tuple) else () if limit is None else (limit,):
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                     raise ValueError(f"budget: {name} must be a number above 0, got {value!r}.")
+        if self.speedup is not None and self.speedup <= 1:
+            raise ValueError(f"budget: speedup must be above 1, got {self.speedup!r}.")
 
     @classmethod
     def of(cls, given: Any) -> Budget:
@@ -56,7 +63,9 @@ class Budget:
             return given
         limits: dict[str, float] = {}
         for part in given.split(",") if isinstance(given, str) else [""]:
-            found = re.fullmatch(r"\s*(?:(psnr)\s*>=|(relative_l2)\s*<=)\s*([0-9.]+(?:e-?\d+)?)\s*(?:dB)?\s*", part)
+            found = re.fullmatch(
+                r"\s*(?:(psnr|speedup)\s*>=|(relative_l2)\s*<=)\s*([0-9.]+(?:e-?\d+)?)\s*(?:dB|x)?\s*", part
+            )
             if found is None or (found[1] or found[2]) in limits:
                 raise ValueError(f"budget={given!r}: cannot read {part.strip()!r}; write {FORMS}.")
             limits[found[1] or found[2]] = float(found[3])
@@ -71,7 +80,7 @@ class Budget:
         )
 
     def room(self, differences: Sequence[Difference], peak: float = 1.0, margin: float = 0.0) -> float:
-        """How much worse the samples might be, in dB; below 0 if the budget is not kept.
+        """How much worse the samples might be, in dB; below 0 if it is not kept. The PSNR if it has no limit.
 
         Args:
             differences: of the samples of a setting, one for each prompt.
@@ -85,6 +94,8 @@ class Budget:
             5.0
         """
         rooms = []
+        if self.speedup is not None:
+            rooms.append(statistics.fmean(min(each.psnr(peak), MOST_PSNR) for each in differences))
         if self.psnr is not None:
             found = [min(each.psnr(peak), MOST_PSNR) for each in differences]
             above = [a - b for a, b in zip(found, _each(self.psnr, found), strict=True)]
@@ -101,6 +112,8 @@ class Budget:
 
     def __str__(self) -> str:
         psnr, relative_l2 = self.mean("psnr"), self.mean("relative_l2")
+        if self.speedup is not None:
+            return f"speed-up >= {self.speedup:g}x"
         parts = [] if psnr is None else [f"PSNR >= {psnr:.2f} dB"]
         parts += [] if relative_l2 is None else [f"relative L2 <= {relative_l2:.4g}"]
         return " and ".join(parts)

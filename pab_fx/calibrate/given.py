@@ -6,23 +6,25 @@ import difflib
 import hashlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from ..diffusers.configs import policies_of
+from ..diffusers.half_batch import with_halves
 from ..enable import denoisers
-from ..policy.config import PABConfig
-from ..policy.where import ATTENTION_ROLES
 from .samples import Batch
 
 
 def check_model(model: Any, prompts: Any, generate: Any, batch: int) -> None:
     """Refuse what cannot be generated with."""
     denoisers(model)
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-        raise ValueError(f"prompts must be a list of prompts, one at least, got {prompts!r}.")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) < 2:
+        raise ValueError(
+            f"prompts must be a list of prompts, two at least, got {prompts!r}: half are held out of the search."
+        )
     if generate is None and not isinstance(model, DiffusionPipeline):
         raise ValueError(
             f"{type(model).__name__} is no pipeline: pass generate=, a function (model, prompt, seed) that returns a "
@@ -48,6 +50,25 @@ def check_call(model: Any, generate: Any, call: Mapping[str, Any]) -> None:
             raise ValueError(f"call has {name!r}, which {type(model).__name__} does not take.{hint}")
 
 
+def check_configs(**configs: Any) -> None:
+    """Refuse what `enable` does not take, naming where it stands."""
+    for name, config in configs.items():
+        _check_config(name, config)
+
+
+def _check_config(name: str, config: Any) -> None:
+    try:
+        policies_of(with_halves(config))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def check_effort(effort: Any, known: Collection[str]) -> None:
+    """Refuse an effort that there is not."""
+    if effort not in known:
+        raise ValueError(f"effort must be one of {', '.join(known)}, got {effort!r}.")
+
+
 def check_counts(least: int, **counts: Any) -> None:
     """Refuse numbers of something that are none."""
     for name, value in counts.items():
@@ -67,26 +88,19 @@ def check_amounts(peak: Any, margin: Any) -> None:
             raise ValueError(f"{name} must be a number {least}, got {value!r}.")
 
 
-def check_ranges(ranges: Any) -> None:
-    """Refuse skip ranges by which nothing is reused."""
-    is_list = isinstance(ranges, Sequence) and not isinstance(ranges, str) and ranges
-    if not is_list or not all(_is_integer(each, 2) for each in ranges):
-        raise ValueError(f"ranges must be skip ranges, integers of at least 2, got {ranges!r}.")
-
-
 def identity(
-    model: Any, generate: Any, call: Mapping[str, Any], batches: Sequence[Batch], base: PABConfig, inner: Any
+    model: Any, generate: Any, call: Mapping[str, Any], searched: Sequence[Batch], held: Sequence[Batch], inner: Any
 ) -> dict[str, Any]:
     """What results depend on: a folder is for one of these."""
     return {
         "model": type(model).__name__,
         "weights": _fingerprint(model),
-        "prompts": [prompt for batch in batches for prompt in batch.prompts],
-        "seeds": [seed for batch in batches for seed in batch.seeds],
-        "batch": len(batches[0].prompts),
+        "prompts": [prompt for batch in (*searched, *held) for prompt in batch.prompts],
+        "seeds": [seed for batch in (*searched, *held) for seed in batch.seeds],
+        "searched": sum(len(batch.prompts) for batch in searched),
+        "batch": len(searched[0].prompts),
         "call": {name: repr(value) for name, value in sorted(call.items())},
         "generate": None if generate is None else getattr(generate, "__qualname__", type(generate).__name__),
-        "identifiers": {role: list(base.identifiers(role)) for role in ATTENTION_ROLES},
         "inner": inner if isinstance(inner, str) else getattr(inner, "__qualname__", type(inner).__name__),
     }
 
@@ -99,10 +113,3 @@ def _fingerprint(model: Any) -> str:
             some = parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)]
             digest.update(f"{name} {tuple(parameter.shape)} {float(some.double().sum()):.9g}".encode())
     return digest.hexdigest()[:16]
-
-
-def check_configs(**configs: Any) -> None:
-    """Refuse what stands for a config elsewhere."""
-    for name, value in configs.items():
-        if not isinstance(value, PABConfig):
-            raise ValueError(f"{name} must be a PABConfig, got {value!r}.")

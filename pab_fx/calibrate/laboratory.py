@@ -1,28 +1,26 @@
-"""Generates with settings, each once, and turns what comes of it into what a search needs."""
+"""Generates with settings, each once, and says how far the samples are from those without a cache."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import statistics
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import Progress
 
-from ..policy.config import PABConfig
-from .changes import ModuleChanges, mean_changes
+from ..policy.files import as_json
+from ..policy.policy import Policy
 from .files import Folder
-from .prediction import CostModel, ErrorModel, share_of_step, step_seconds
+from .prediction import Costs
+from .result import Outcome
 from .samples import Batch, Difference
-from .settings import Group, Option, Setting, config_of, window
-from .sketch import Sketcher
-from .trials import Trials
-
-LAGS = 11
-"""Over how many steps outputs are compared: up to a skip range of 12."""
+from .trajectory import Trajectory, summed
+from .trials import NOTHING, Trials
 
 
 class Laboratory:
@@ -31,108 +29,144 @@ class Laboratory:
     Args:
         folder: where results are kept.
         trials: runs the model.
-        batches: what is generated.
+        searched: what settings are searched with.
+        held: what the search does not see, and decides.
         progress: shows how far it is.
+        total: how many batches are generated at most.
+
+    Attributes:
+        costs: what each role costs.
+        seconds: how long all prompts took without a cache.
     """
 
-    def __init__(self, folder: Folder, trials: Trials, batches: Sequence[Batch], progress: Progress) -> None:
-        self._folder, self._trials, self._batches, self._progress = folder, trials, batches, progress
-        self._sketch = Sketcher()
+    def __init__(
+        self,
+        folder: Folder,
+        trials: Trials,
+        searched: Sequence[Batch],
+        held: Sequence[Batch],
+        progress: Progress,
+        total: int,
+    ) -> None:
+        self._folder, self._trials = folder, trials
+        self._searched, self._held = tuple(searched), tuple(held)
+        self._progress, self._task = progress, progress.add_task("", total=total)
         self._references: dict[Batch, np.ndarray] = {}
+        self.costs, self.seconds = Costs({}, {}), 0.0
 
-    def changes(self) -> tuple[ModuleChanges, ...]:
-        """How much each output changes without PAB, mean over prompts; keeps the samples to compare others with."""
-        found: list[ModuleChanges] = []
-        for batch in self._shown("measuring changes", self._batches):
-            known = self._folder.load(f"changes-{batch.label}")
-            reference = self._folder.load_array(f"reference-{batch.label}")
-            if known is None or reference is None:
-                reference, measured = self._trials.observe(batch, LAGS)
-                _check_measured(measured)
-                self._folder.save_array(f"reference-{batch.label}", reference)
-                known = [each.as_json() for each in measured]
-                self._folder.save(f"changes-{batch.label}", known)
-            self._references[batch] = reference
-            found += map(ModuleChanges.from_json, known)
-        return mean_changes(found)
+    def observe(self) -> tuple[Trajectory, ...]:
+        """What the parts leave without a cache, summed over prompts; keeps the samples to compare others with.
 
-    def differences(self, config: PABConfig, label: str | None = None) -> tuple[Difference, ...]:
-        """What a setting does to the sample of each prompt."""
-        return tuple(Difference(*each) for entry in self._entries(config, label) for each in entry["differences"])
+        Raises:
+            ValueError: if nothing was found that could be reused, or a generation is too short.
+        """
+        found: list[Trajectory] = []
+        for batch in self._shown("observing", (*self._searched, *self._held)):
+            known = self._folder.load(f"observed-{batch.label}")
+            if known is None:
+                known = self._observed(batch)
+            self._references[batch] = self._array(f"reference-{batch.label}")
+            products = iter(self._array(f"products-{batch.label}"))
+            steps = [tuple(each["timesteps"]) for each in known["parts"]]
+            found += [
+                Trajectory(each["name"], each["role"], plan, next(products)[: len(plan), : len(plan)])
+                for each, plan in zip(known["parts"], steps, strict=True)
+                if batch in self._searched
+            ]
+            self.costs = Costs(known["shares"], known["calls"])
+            self.seconds += known["seconds"]
+        trajectories = summed(found)
+        self._trials.follow(trajectories)
+        return trajectories
 
-    def probe(
-        self, groups: Sequence[Group], segments: Sequence[tuple[int, int]], base: PABConfig
-    ) -> tuple[ErrorModel, CostModel]:
-        """Let each group alone reuse every second step, in each segment alone."""
-        sketches = []
-        probes = [(group, segment) for group in groups for segment in segments]
-        seconds: dict[str, list[float]] = {group.label: [] for group in groups}
-        for group, segment in self._shown("probing", probes):
-            option = Option(2, *window(group.timesteps, *segment))
-            alone: Setting = tuple(option if each is group else None for each in groups)
-            config = config_of(groups, alone, base)
-            entries = list(self._entries(config, None))
-            sketches.append(np.concatenate([self._folder.load_array(entry["sketches"]) for entry in entries]))
-            for entry in entries:
-                steps = step_seconds(entry["seconds"], len(group.timesteps))
-                seconds[group.label] += share_of_step(steps, group.reuses(option))
-        vectors = np.stack(sketches, axis=1).astype(np.float64)  # [N, P, sketch]
-        differences = self.differences(config)  # of the last one: what it tells of the samples holds for all
-        shares = [max(statistics.median(seconds[group.label]), 0.0) for group in groups]
-        errors = ErrorModel(
-            products=vectors @ vectors.transpose(0, 2, 1),
-            norms=np.array([each.norm for each in differences]),
-            size=differences[0].size,
-            segments=tuple(segments),
-            groups=tuple(groups),
-        )
-        return errors, CostModel(tuple(shares), tuple(groups))
+    def outcome(self, label: str, config: Any, on_held: bool = False) -> Outcome:
+        """What a config does to the samples of the prompts that are searched with, or of those held out.
 
-    def measured_speedup(self, config: PABConfig, rounds: int) -> float | None:
-        """The ratio of the seconds of denoising without and with a setting, in turns; median over rounds."""
+        Args:
+            label: what it is called.
+            config: policies, or another config that `enable` takes.
+            on_held: which prompts.
+        """
+        batches = self._held if on_held else self._searched
+        name = hashlib.sha256(_written(config).encode()).hexdigest()[:16]
+        differences: list[Difference] = []
+        left = []
+        for batch in self._shown(label + (", held out" if on_held else ""), batches):
+            key = f"{name}-{batch.label}"
+            entry = self._folder.load(key) or self._generated(config, batch, key)
+            differences += [Difference(*each) for each in entry["differences"]]
+            left.append(self.costs.left(Counter(entry["reused"])))
+        return Outcome(label, config, tuple(differences), statistics.fmean(left))
+
+    def measured_speedup(self, config: Any, rounds: int) -> float | None:
+        """The ratio of the seconds of denoising without and with a config, in turns; median over rounds."""
         ratios = []
         for _ in self._shown("timing", range(rounds)):
-            without, within = (sum(self._trials.run(each, self._batches[0])[1]) for each in (None, config))
+            without, within = (self._trials.seconds(each, self._searched[0]) for each in (NOTHING, config))
             ratios.append(without / within)
         return statistics.median(ratios) if ratios else None
 
-    def _entries(self, config: PABConfig, label: str | None) -> Iterator[dict[str, Any]]:
-        """The results of a setting, batch by batch; with a label they are shown as they come."""
-        name = hashlib.sha256(json.dumps(config.as_json(), sort_keys=True).encode()).hexdigest()[:16]
-        for batch in self._batches if label is None else self._shown(label, self._batches):
-            key = f"{name}-{batch.label}"
-            yield self._folder.load(key) or self._generated(config, batch, key)
-
-    def _generated(self, config: PABConfig, batch: Batch, key: str) -> dict[str, Any]:
-        samples, seconds = self._trials.run(config, batch)
-        reference = self._references[batch]
-        found = [Difference.between(a, b) for a, b in zip(samples, reference, strict=True)]
-        sketches = [self._sketch(torch.from_numpy(a - b)) for a, b in zip(samples, reference, strict=True)]
-        self._folder.save_array(f"{key}-sketches", torch.stack(sketches).numpy())
+    def _observed(self, batch: Batch) -> dict[str, Any]:
+        start = time.perf_counter()
+        observed = self._trials.observe(batch)
+        seconds = time.perf_counter() - start
+        _check_observed(observed.trajectories, observed.costs)
+        steps = max(len(each.timesteps) for each in observed.trajectories)
+        products = np.zeros((len(observed.trajectories), steps, steps))
+        for own, each in zip(products, observed.trajectories, strict=True):
+            own[: len(each.timesteps), : len(each.timesteps)] = each.products
+        self._folder.save_array(f"products-{batch.label}", products)
+        self._folder.save_array(f"reference-{batch.label}", observed.samples)
         entry = {
-            "config": config.as_json(),
+            "parts": [{"name": t.name, "role": t.role, "timesteps": t.timesteps} for t in observed.trajectories],
+            "shares": observed.costs.shares,
+            "calls": observed.costs.calls,
+            "seconds": seconds,
+        }
+        self._folder.save(f"observed-{batch.label}", entry)
+        return entry
+
+    def _generated(self, config: Any, batch: Batch, key: str) -> dict[str, Any]:
+        ran = self._trials.run(config, batch)
+        found = [Difference.between(a, b) for a, b in zip(ran.samples, self._references[batch], strict=True)]
+        entry = {
+            "config": _written(config),
             "differences": [[each.squared, each.norm, each.size] for each in found],
-            "seconds": list(seconds),
-            "sketches": f"{key}-sketches",
+            "reused": ran.reused,
         }
         self._folder.save(key, entry)
         return entry
 
+    def _array(self, name: str) -> np.ndarray:
+        found = self._folder.load_array(name)
+        if found is None:
+            raise ValueError(f"{name}.npy is missing in {self._folder.entries}: name another folder, or delete it.")
+        return found
+
     def _shown(self, label: str, items: Sequence[Any]) -> Iterator[Any]:
-        """The items, with a line that tells how many are finished."""
-        return iter(self._progress.track(items, description=label) if items else ())
+        """The items, while a line tells what is done, and how much of it."""
+        self._progress.update(self._task, description=label)
+        for each in items:
+            yield each
+            self._progress.advance(self._task)
 
 
-def _check_measured(changes: Sequence[ModuleChanges]) -> None:
-    """Refuse a model in which nothing was found, or whose timesteps are on another scale than windows are."""
-    if not changes:
-        raise ValueError("no attention was found in the model, so there is nothing to calibrate.")
-    steps = max(len(each.timesteps) for each in changes)
-    if steps < 3:
-        raise ValueError(f"a generation of {steps} steps is too short for anything to be reused: 3 is the least.")
-    highest = max(t for each in changes for t in each.timesteps)
-    if not 1 < highest < float("inf"):
+def _written(config: Any) -> str:
+    """A config as text, the same for equal ones."""
+    if isinstance(config, tuple) and all(isinstance(each, Policy) for each in config):
+        return json.dumps(as_json(config), sort_keys=True)
+    return repr(config)
+
+
+def _check_observed(trajectories: Sequence[Trajectory], costs: Costs) -> None:
+    """Refuse a model in which nothing was found, or of whose operations nothing is known."""
+    if not trajectories:
+        raise ValueError("no attention and no block was found in the model, so there is nothing to calibrate.")
+    steps = max(len(each.timesteps) for each in trajectories)
+    if steps < 4:
+        raise ValueError(f"a generation of {steps} steps is too short for anything to be reused: 4 is the least.")
+    if not any(costs.shares.values()):
         raise ValueError(
-            f"the generation begins at timestep {highest:g}, but windows are on the scheduler's scale, 0 to 1000: "
-            "pass config=PABConfig(current_timestep_callback=...), a function that returns the scheduler's timestep."
+            "of the model's operations none has a known count of floating-point operations, which settings are chosen "
+            "by: torch.utils.flop_counter.register_flop_formula tells those of a kernel."
         )

@@ -1,156 +1,225 @@
-"""What a setting will cost and save, to first order, from what probes have shown.
+"""How far samples of a setting will be from those without a cache, predicted without a generation.
 
-A probe is a generation in which one group of modules reuses every second step within one stretch of steps. What it
-changes in the sample is a vector; what a setting changes is, to first order, the sum of the vectors of its groups and
-stretches, each as much longer as the outputs are older that it reuses:
+A step that reuses reads a sum of what was computed before it, with weights that the how and the steps between give. So
+what a part's reads are off by, in each step, is such a sum too, and its size follows from the inner products of the
+trajectory. How much an error in a step matters for the sample is fitted to what settings have done to samples:
 
-    sample(setting) - sample  =  sum over probes p of  scale[p] * (sample(p) - sample)
+    squared error of the samples  =  sum over parts and pairs of steps (i, j) of  w[i] * w[j] * (error[i] . error[j])
+    w[i] = exp(a cubic polynomial of the step), one for each kind of part
 
-    scale[p] = (sum of changes since the last computed step, over the steps of p that reuse under the setting)
-             / (the same sum under the probe)
-
-So the squared error is a quadratic form of the scales, and all that it takes of the probes are inner products of what
-they have changed. Errors of stretches that undo or add to each other are seen as that; a sum of sizes would miss it.
+Errors of different steps count half as if they pointed wherever they do, and half as if each had a direction of its
+own: so no setting is chosen because its errors seem to undo each other.
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from scipy.optimize import least_squares
 
-from .changes import ModuleChanges
-from .samples import Difference
-from .settings import Group, Option, Setting
+from ..policy.how import How, Last, Residual, Scalars, Taylor
+from ..policy.policy import Policy, assigned
+from ..policy.when import Rule, reused_calls
+from ..policy.where import ATTENTION_ROLES, BLOCKS, MODEL
+from .trajectory import Trajectory
 
-Segments = Sequence[tuple[int, int]]
+Errors = tuple[tuple[str, np.ndarray, np.ndarray], ...]
+"""For each part its kind, the place of its steps in a generation from -1 to 1, and products of their errors, [S, S]."""
+
+OUTER = (MODEL, BLOCKS)
+"""Parts that others lie in, outermost first."""
+
+
+Plan = tuple[bool, ...]
+"""For each step of a part whether it reuses."""
+
+
+def plans(policies: Sequence[Policy], parts: Sequence[Trajectory]) -> list[Plan]:
+    """For each part whether it reuses in each step; where what it lies in reuses, it does not.
+
+    Args:
+        policies: of fixed rules.
+        parts: the parts.
+    """
+    found: dict[int, Plan] = {}
+    rests: dict[tuple[float, ...], Plan] = {}
+    depth = {role: i for i, role in enumerate(OUTER)}
+    for i in sorted(range(len(parts)), key=lambda i: depth.get(parts[i].role, len(OUTER))):
+        part = parts[i]
+        policy = assigned(policies, part.role, part.name)[1]
+        around = rests.get(part.timesteps, (False,) * len(part.timesteps))
+        never = (False,) * len(part.timesteps)
+        found[i] = never if policy is None or policy.when is None else _plan(policy.when, part.timesteps, around)
+        if part.role in OUTER:
+            rests[part.timesteps] = tuple(a or b for a, b in zip(around, found[i], strict=True))
+    return [found[i] for i in range(len(parts))]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(rule: Rule, timesteps: tuple[float, ...], rests: Plan) -> Plan:
+    return reused_calls(rule, timesteps, 1, rests)
+
+
+def errors_of(policies: Sequence[Policy], parts: Sequence[Trajectory]) -> Errors:
+    """What the parts' reads are off by under policies of fixed rules."""
+    every = sorted({t for part in parts for t in part.timesteps}, reverse=True)
+    found = []
+    for part, plan in zip(parts, plans(policies, parts), strict=True):
+        policy = assigned(policies, part.role, part.name)[1]
+        if policy is None or not any(plan):
+            continue
+        (reads,) = _reads(policy.how, [plan])  # [S, S]
+        products = reads @ part.products @ reads.T
+        places = np.array([2 * every.index(t) / max(len(every) - 1, 1) - 1 for t in part.timesteps])
+        found.append((_kind(part.role), places, (products + np.diag(np.diag(products))) / 2))
+    return tuple(found)
+
+
+def _kind(role: str) -> str:
+    return "attentions" if role in ATTENTION_ROLES else role
+
+
+def prepare(settings: Sequence[Sequence[Policy]], parts: Sequence[Trajectory]) -> None:
+    """Find what `errors_of` needs for many settings at once, which takes little more time than for one."""
+    wanted: dict[How, dict[Plan, None]] = {}
+    for policies in settings:
+        for part, plan in zip(parts, plans(policies, parts), strict=True):
+            policy = assigned(policies, part.role, part.name)[1]
+            if policy is not None and any(plan):
+                wanted.setdefault(policy.how, {})[plan] = None
+    for how, several in wanted.items():
+        _reads(how, list(several))
+
+
+_known: dict[tuple[How, Plan], np.ndarray] = {}
+MOST_KNOWN = 4096
+
+
+def _reads(how: How, several: Sequence[Plan]) -> list[np.ndarray]:
+    """What a part reads in each step that reuses, less what it would compute: rows of weights of each step's output.
+
+    The how's own functions say it, on outputs that are the unit vectors.
+
+    Args:
+        how: how what is kept is read.
+        several: plans of as many steps.
+
+    Returns:
+        [S, S] float32 for each plan.
+    """
+    if isinstance(how, Taylor):
+        how = dataclasses.replace(how, of=Last(), dtype=None)
+    elif isinstance(how, Residual):
+        how = Last()
+    if len(_known) + len(several) > MOST_KNOWN:
+        _known.clear()
+    of_length: dict[int, list[Plan]] = {}
+    for plan in several:
+        if (how, plan) not in _known:
+            of_length.setdefault(len(plan), []).append(plan)
+    for alike in of_length.values():
+        _known.update(zip([(how, plan) for plan in alike], _computed_reads(how, alike), strict=True))
+    return [_known[how, plan] for plan in several]
+
+
+def _computed_reads(how: How, several: Sequence[Plan]) -> np.ndarray:
+    """For plans of one length, [P, S, S]."""
+    reuses = torch.tensor(several)[..., None]  # [P, S, 1]
+    outputs = torch.eye(reuses.shape[1]).expand(len(several), -1, -1)  # [P, S, S]: of each step
+    slots = tuple(map(torch.zeros_like, how.slots((outputs[:, 0],))))  # [P, S] each
+    filled = distance = torch.zeros(len(several), 1)
+    rows = torch.zeros_like(outputs)
+    for step in range(reuses.shape[1]):
+        scalars = Scalars(torch.where(filled > 0, distance, 1.0), filled)
+        computes = ~reuses[:, step]
+        rows[:, step] = torch.where(computes, 0.0, how.read(slots, (), scalars)[0] - outputs[:, step])
+        updated = how.update(slots, (), (outputs[:, step],), scalars)
+        slots = tuple(torch.where(computes, new, old) for new, old in zip(updated, slots, strict=True))
+        filled = filled + computes
+        distance = torch.where(computes, 1.0, distance + 1)
+    found: np.ndarray = rows.numpy()
+    return found
 
 
 @dataclass(frozen=True)
-class ErrorModel:
-    """Predicts how far samples are from those without PAB.
+class Sensitivity:
+    """How much errors matter, by the kind of part and the step; fitted to what settings have done.
 
     Args:
-        products: inner products of what the probes change, for each prompt: [N, P, P], where the P probes are those of
-            the first group in each segment, then of the second, and so on.
-        norms: squared norm of the sample of each prompt: [N].
-        size: elements of a sample.
-        segments: the stretches of steps of the probes.
-        groups: the groups.
+        weights: for each kind the coefficients of the polynomial, the highest power first.
     """
 
-    products: np.ndarray
-    norms: np.ndarray
-    size: int
-    segments: tuple[tuple[int, int], ...]
-    groups: tuple[Group, ...]
+    weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
-    def differences(self, setting: Setting) -> list[Difference]:
-        """What the samples of a setting are predicted to be, prompt by prompt."""
-        scale = np.concatenate([scales(g, o, self.segments) for g, o in zip(self.groups, setting, strict=True)])
-        squared = np.einsum("i,nij,j->n", scale, self.products, scale).clip(min=0.0)
-        return self._differences(squared)
-
-    def _differences(self, squared: np.ndarray) -> list[Difference]:
-        return [Difference(float(s), float(n), self.size) for s, n in zip(squared, self.norms, strict=True)]
-
-    def probes(self, group: int) -> list[list[Difference]]:
-        """What each probe of a group made of the samples: for each segment, prompt by prompt."""
-        count = len(self.segments)
-        squared = np.diagonal(self.products, axis1=1, axis2=2)[:, group * count : (group + 1) * count]  # [N, segments]
-        return list(map(self._differences, squared.T))
-
-    @property
-    def balanced(self) -> np.ndarray:
-        """The inner products, in the mean over prompts of which each counts alike: [P, P]."""
-        traces = np.trace(self.products, axis1=1, axis2=2)  # [N]
-        return (self.products / np.where(traces > 0, traces, 1.0)[:, None, None]).mean(0)
+    def psnr(self, errors: Errors) -> float:
+        """The predicted mean over prompts, in dB; infinite where nothing reuses."""
+        squared = 0.0
+        for kind, places, products in errors:
+            weights = np.exp(np.polyval(self.weights.get(kind, (0.0,)), places))
+            squared += float(weights @ products @ weights)
+        return -10 * math.log10(squared) if squared > 0 else math.inf
 
 
-def scales(group: Group, option: Option | None, segments: Segments) -> np.ndarray:
-    """How much of each of a group's probes is in an option: [segments]."""
-    own = ages(group.reuses(option))
-    probe = ages(tuple(step % 2 == 1 for step in range(len(own))))
-    return np.array([_changed(group, own, segment) / (_changed(group, probe, segment) or 1.0) for segment in segments])
+DEGREE = 3
 
 
-def ages(reuses: Sequence[bool]) -> tuple[int, ...]:
-    """For each step how many steps old the output is that it uses.
+def fitted(runs: Sequence[tuple[Errors, float]]) -> Sensitivity:
+    """What explains best what was found, in dB; where little was found, all steps matter alike.
 
-    Example:
-        >>> ages([False, True, True, False])
-        (0, 1, 2, 0)
+    Args:
+        runs: the errors of settings, and the PSNR of their samples in dB.
     """
-    return tuple(itertools.accumulate(reuses, lambda age, reuse: age + 1 if reuse else 0, initial=0))[1:]
+    kinds = sorted({kind for errors, _ in runs for kind, _, _ in errors})
+    if not kinds:
+        return Sensitivity()
 
+    def sensitivity(numbers: np.ndarray) -> Sensitivity:
+        rows = numbers[1:].reshape(len(kinds), DEGREE + 1) + np.array([0.0] * DEGREE + [numbers[0]])
+        return Sensitivity({kind: tuple(row) for kind, row in zip(kinds, rows, strict=True)})
 
-def _changed(group: Group, ages_: Sequence[int], segment: tuple[int, int]) -> float:
-    """By how much the outputs that the steps of a segment use have changed meanwhile, summed over these steps."""
-    return sum(group.change(step, ages_[step]) for step in range(*segment) if ages_[step])
+    def residuals(numbers: np.ndarray) -> np.ndarray:
+        model = sensitivity(numbers)
+        off = [model.psnr(errors) - psnr for errors, psnr in runs]
+        bent = numbers[1:].reshape(len(kinds), DEGREE + 1) * np.array([1.0] * DEGREE + [0.1])
+        return np.concatenate([off, bent.ravel()])
+
+    start = np.zeros(1 + len(kinds) * (DEGREE + 1))
+    flat = Sensitivity()
+    start[0] = float(np.mean([flat.psnr(errors) - psnr for errors, psnr in runs])) * math.log(10) / 20
+    return sensitivity(least_squares(residuals, start, loss="soft_l1", f_scale=3.0).x)
 
 
 @dataclass(frozen=True)
-class CostModel:
-    """Predicts how much faster a generation is.
+class Costs:
+    """What share of a generation's floating-point operations is left.
 
     Args:
-        shares: for each group the share of a step's time that is saved where it reuses, 0 to 1.
-        groups: the groups.
+        shares: of each role, of a step that reuses nothing; of parts that lie in others too.
+        calls: of each role, how many calls a generation makes.
     """
 
-    shares: tuple[float, ...]
-    groups: tuple[Group, ...]
+    shares: Mapping[str, float]
+    calls: Mapping[str, int]
 
-    def saved(self, group: int, option: Option | None) -> float:
-        """The share of a generation's time that an option saves."""
-        reuses = self.groups[group].reuses(option)
-        return self.shares[group] * sum(reuses) / len(reuses)
+    def left(self, reused: Mapping[str, int]) -> float:
+        """The share that is left where so many calls of each role reuse.
 
-    def speedup(self, setting: Setting) -> float:
-        """How many times faster a generation is."""
-        return 1 / max(1 - sum(self.saved(i, option) for i, option in enumerate(setting)), 0.01)
+        Example:
+            >>> Costs({"blocks": 0.9}, {"blocks": 50}).left({"blocks": 25})
+            0.55
+        """
+        spared = sum(self.shares.get(role, 0.0) * count / self.calls[role] for role, count in reused.items() if count)
+        return max(1 - spared, 1e-3)
 
-    def speedup_of(self, reuses: Mapping[ModuleChanges, Sequence[bool]]) -> float:
-        """The same for any config: of each module whether it reuses, step by step."""
-        saved = 0.0
-        for share, group in zip(self.shares, self.groups, strict=True):
-            plans = [reuses[module] for module in group.modules]
-            saved += share * sum(map(sum, plans)) / sum(map(len, plans))
-        return 1 / max(1 - saved, 0.01)
-
-
-def step_seconds(seconds: Sequence[float], steps: int) -> list[float]:
-    """The seconds of each step, of those of each run of a graph: every step runs as many.
-
-    Example:
-        >>> step_seconds([1.0, 2.0, 3.0, 4.0], steps=2)
-        [3.0, 7.0]
-    """
-    summed = [0.0] * steps
-    for i, each in enumerate(seconds):
-        summed[i * steps // len(seconds)] += each
-    return summed
-
-
-def share_of_step(seconds: Sequence[float], reuses: Sequence[bool]) -> list[float]:
-    """The shares of a step's time that reusing steps save: each against each computing step next to it.
-
-    A machine that is slow now and then is as often slow in one of two neighbours as in the other: the median of these
-    is right however large the outliers are.
-
-    Args:
-        seconds: of each step.
-        reuses: whether it reuses.
-
-    Example:
-        >>> share_of_step([2.0, 1.5, 3.0, 4.0], [False, True, False, False])
-        [0.25, 0.5]
-    """
-    return [
-        1 - seconds[i] / seconds[j]
-        for i, reuse in enumerate(reuses)
-        for j in (i - 1, i + 1)
-        if reuse and 0 <= j < len(seconds) and not reuses[j]
-    ]
+    def predicted(self, policies: Sequence[Policy], parts: Sequence[Trajectory]) -> float:
+        """The share that is left under policies of fixed rules."""
+        of_role: dict[str, list[bool]] = {}
+        for part, plan in zip(parts, plans(policies, parts), strict=True):
+            of_role.setdefault(part.role, []).extend(plan)
+        return max(1 - sum(self.shares.get(role, 0.0) * sum(plan) / len(plan) for role, plan in of_role.items()), 1e-3)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..policy.config import PABConfig
+from ..policy.files import as_json
+from ..policy.policy import Policy
 from .budget import MOST_PSNR, Budget
-from .changes import ModuleChanges
 from .samples import Difference
+from .trajectory import Trajectory
 
 
 def mean_psnr(differences: Sequence[Difference], peak: float) -> float:
@@ -21,23 +22,24 @@ def mean_psnr(differences: Sequence[Difference], peak: float) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A setting that was generated with: what it does to the samples of the calibration's prompts.
+    """A setting that was generated with: what it does to samples.
 
     Args:
         label: what it is called.
-        config: the setting.
-        differences: of each prompt's sample from the one without PAB.
-        speedup: predicted from what reusing steps save.
-        graphs: how many sets of reusing modules occur: as many graphs are compiled.
-        room: by how much it keeps the budget, in dB, standard errors taken off; below 0 it does not.
+        config: policies, or another config that `enable` takes.
+        differences: of each prompt's sample from the one without a cache.
+        operations: the share of the model's floating-point operations that is left.
     """
 
     label: str
-    config: PABConfig
+    config: Any
     differences: tuple[Difference, ...]
-    speedup: float
-    graphs: int
-    room: float
+    operations: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times fewer floating-point operations that are."""
+        return 1 / self.operations
 
     def psnr(self, peak: float = 1.0) -> float:
         """Mean over prompts, in dB."""
@@ -50,12 +52,19 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """A setting on the front of speed-up against error, as predicted; both means over prompts are."""
+class Tried:
+    """A setting, on the prompts that were searched with, and on those held out.
 
-    speedup: float
-    psnr: float
-    relative_l2: float
+    Args:
+        searched: what it does to the samples of the former.
+        held: to those of the latter; `None` where it was not worth a generation.
+        room: by how much it keeps the budget on the prompts held out, in dB, standard errors taken off; below 0 it does
+            not. On those that were searched with, if the others were not generated.
+    """
+
+    searched: Outcome
+    held: Outcome | None
+    room: float
 
 
 @dataclass(frozen=True)
@@ -63,59 +72,62 @@ class Calibration:
     """The proposed setting, and all that led to it.
 
     Args:
-        config: the proposal.
-        proposal: what was found for it.
+        policies: the proposal, for `enable`.
+        proposal: what it does to the samples of prompts that the search did not see.
+        searched: to those that it was searched with.
         budget: what it had to keep.
         measured_speedup: of denoising, with the proposal against without: the median of ratios of generations in turns;
-            `None` if it was not.
-        tried: the settings of the front that were generated with, in that order.
-        compared: other settings, such as the presets.
-        front: what was predicted, from the most careful setting to the fastest.
-        shares: for each group the share of a step's time that it saves where it reuses.
-        probes: for each group the PSNR in dB where it alone reuses every second step, in each of `windows`.
-        windows: the stretches of steps of the probes, as windows of timesteps.
-        changes: how much each output changes, mean over prompts.
+            `None` if it was not measured.
+        tried: the settings that were generated with, in that order.
+        compared: other settings, such as presets, on the prompts held out.
+        curves: for each method what was predicted of its best lists: pairs of speed-up and PSNR in dB.
+        trajectories: what each part left in each step without a cache.
         peak: the largest difference that two elements of a sample can have.
         folder: where the files are.
     """
 
-    config: PABConfig
+    policies: tuple[Policy, ...]
     proposal: Outcome
+    searched: Outcome
     budget: Budget
     measured_speedup: float | None
-    tried: tuple[Outcome, ...]
+    tried: tuple[Tried, ...]
     compared: tuple[Outcome, ...]
-    front: tuple[Predicted, ...]
-    shares: dict[str, float]
-    probes: dict[str, tuple[float, ...]]
-    windows: tuple[tuple[float, float], ...]
-    changes: tuple[ModuleChanges, ...]
+    curves: Mapping[str, tuple[tuple[float, float], ...]]
+    trajectories: tuple[Trajectory, ...]
     peak: float
     folder: Path
 
+    @property
+    def lost(self) -> float:
+        """By how many dB prompts that the search did not see are worse in the mean than those that it saw."""
+        return self.searched.psnr(self.peak) - self.proposal.psnr(self.peak)
+
     def as_json(self) -> dict[str, Any]:
-        """All of it but the changes, as JSON has it."""
+        """All of it but the trajectories, as JSON has it."""
         return {
-            "config": self.config.as_json(),
+            "policies": as_json(self.policies),
             "budget": str(self.budget),
             "measured_speedup": self.measured_speedup,
             "proposal": self._outcome(self.proposal),
-            "tried": [self._outcome(each) for each in self.tried],
+            "searched": self._outcome(self.searched),
+            "tried": [
+                {
+                    "searched": self._outcome(each.searched),
+                    "held": None if each.held is None else self._outcome(each.held),
+                    "room": each.room,
+                }
+                for each in self.tried
+            ],
             "compared": [self._outcome(each) for each in self.compared],
-            "front": [[each.speedup, each.psnr, each.relative_l2] for each in self.front],
-            "shares": self.shares,
-            "probes": self.probes,
-            "windows": self.windows,
+            "curves": self.curves,
             "folder": str(self.folder),
         }
 
     def _outcome(self, outcome: Outcome) -> dict[str, Any]:
         return {
             "label": outcome.label,
-            "config": outcome.config.as_json(),
             "psnr": outcome.psnr(self.peak),
             "relative_l2": outcome.relative_l2,
-            "speedup": outcome.speedup,
-            "graphs": outcome.graphs,
-            "room": outcome.room,
+            "operations": outcome.operations,
         }

@@ -1,4 +1,4 @@
-"""`calibrate`: measure, probe, predict, verify, write."""
+"""`calibrate`: observe, probe, search, verify, write."""
 
 from __future__ import annotations
 
@@ -7,185 +7,160 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..policy.config import PRESETS, PABConfig
+from ..policy.files import save_policies
 from ..report.palette import pyplot
 from .budget import Budget
 from .files import Folder
-from .given import check_amounts, check_call, check_configs, check_counts, check_model, check_ranges, identity
+from .given import check_amounts, check_call, check_configs, check_counts, check_effort, check_model, identity
+from .judge import Judge, curves
 from .laboratory import Laboratory
 from .plots import save_plots
-from .prediction import CostModel, ErrorModel, scales
-from .result import Calibration, Predicted, mean_psnr
+from .probes import EFFORTS, probes
+from .result import Calibration
 from .samples import Generate, batches_of
-from .search import front
-from .settings import Setting, at_own_timesteps, groups_of, options_of, segments_of, window
+from .setting import methods
+from .trajectory import pooled
 from .trials import Trials
-from .verify import Judge
-
-RANGES = (2, 3, 4, 6, 8, 12)
 
 
 def calibrate(
     model: Any,
     prompts: Sequence[str],
-    budget: str | Budget | PABConfig,
+    budget: str | Budget | Any,
     *,
     generate: Generate | None = None,
     call: Mapping[str, Any] | None = None,
-    config: PABConfig | None = None,
-    compare: Mapping[str, PABConfig] | None = None,
+    compare: Mapping[str, Any] | None = None,
     folder: str | os.PathLike[str] = "calibration",
+    effort: str = "medium",
     seed: int = 0,
     batch: int = 1,
     peak: float = 1.0,
     margin: float = 2.0,
-    ranges: Sequence[int] = RANGES,
-    segments: int = 5,
-    layer_groups: int = 1,
-    tries: int = 8,
     rounds: int = 3,
     inner: Any = "eager",
     console: Console | None = None,
 ) -> Calibration:
-    """Find the setting that is fastest within an error budget, and write it as a file that `PABConfig.load` reads.
+    """Find the setting that is fastest within an error budget, or nearest at a speed, over every policy.
 
-    One generation without PAB measures how much each output changes from step to step (the paper's figure 3). Probes
-    then show what it does to the samples, and what it saves, if one role (or some layers of it) reuses within one
-    stretch of steps. From these a search predicts the fastest settings for any error; the most promising are generated
-    with until the fastest one that keeps the budget is known. docs/tuning.md explains it with pictures.
+    It chooses where (attentions, feed-forwards, blocks, the model, or attentions inside of blocks), how what is kept is
+    read (as kept, forecast to order 1 or 2, Hermite polynomials), and in which steps it is computed. One generation of
+    each prompt without a cache says how far any such setting's reads will be off; a few probes say how much that
+    matters; so a search needs no generation, and only the most promising settings are generated with. The first half of
+    the prompts is searched with, the second half is held out of the search, and decides. docs/tuning.md explains it.
 
     All that is finished is in `folder`: run it again to go on after an interruption, or to ask for another budget.
 
     Args:
         model: a diffusers pipeline; or, with `generate`, anything that `enable` takes. It is left as it was.
-        prompts: what to generate; different ones, as the setting is to be used for: it sees no others.
-        budget: the most that samples may differ from those without PAB, in the mean over prompts: such as
-            `"psnr>=35"` (dB), `"relative_l2<=0.05"`, or both; a `Budget`; or a `PABConfig` to be no worse than, which
-            is compared prompt by prompt.
+        prompts: what to generate, two at least; different ones, as the setting is to be used for.
+        budget: the most that samples may differ from those without a cache, in the mean over prompts: such as
+            `"psnr>=42"` (dB), `"relative_l2<=0.05"`, or both. Or the least speed-up, `"speedup>=3"`, counted in
+            floating-point operations: then the nearest setting is found. Or a `Budget`; or a config or policies to be
+            no worse than, compared prompt by prompt.
         generate: a loop of one's own, `generate(model, prompt, seed)`, that returns one sample: an array or a tensor.
         call: further arguments of the pipeline's call, such as `num_inference_steps`, sizes and `output_type`
             (default "np").
-        config: takes part by its identifiers and its timestep callback.
-        compare: settings to show beside it, by name; default: the presets.
-        folder: where files are written: `config.json`, `changes.png`, `roles.png`, `pareto.png` and `entries`.
+        compare: configs or policies to show beside it, by name.
+        folder: where files are written: `policies.json`, `front.png`, `changes.png`, `roles.png` and `entries`.
+        effort: "low", "medium" or "high": at most 15, 40 or 150 generations of each prompt.
         seed: the i-th prompt starts from the noise of `seed + i`.
         batch: prompts in one generation of a pipeline.
         peak: for PSNR, the largest difference that two elements of a sample can have; 1 for pixels in 0 to 1.
         margin: standard errors of the mean over prompts that are kept in reserve, for prompts yet to come.
-        ranges: skip ranges to choose from.
-        segments: in how many stretches of steps roles are probed, between which windows begin and end.
-        layer_groups: in how many groups the layers of a role may go by rules of their own.
-        tries: how many settings are generated with at most.
         rounds: generations with and without the proposal that are timed in turns; 0 for none.
         inner: compiles the graphs while calibrating; the setting is for any.
         console: where progress is shown.
 
     Returns:
-        The proposal as `.config`, and all that led to it.
+        The proposal as `.policies`, and all that led to it.
 
     Raises:
         ValueError: for bad input, before anything runs, or a folder of another calibration.
-        RuntimeError: if no setting keeps the budget, with the most careful one that was tried.
+        RuntimeError: if no setting keeps the budget, with the nearest one that was tried.
 
     Example:
         >>> prompts = ["a red circle moving left", "a blue cross moving up"]
-        >>> found = calibrate(pipe, prompts, "psnr>=35")  # doctest: +SKIP
-        >>> pab = pab_fx.enable(pipe, PABConfig.load("calibration/config.json"))  # doctest: +SKIP
+        >>> found = calibrate(pipe, prompts, "psnr>=42")  # doctest: +SKIP
+        >>> pab = pab_fx.enable(pipe, found.policies)  # doctest: +SKIP
     """
-    limit = budget if isinstance(budget, PABConfig) else Budget.of(budget)
-    base = PABConfig() if config is None else config
-    others = {name: PABConfig.preset(name) for name in PRESETS} if compare is None else compare
+    limit = Budget.of(budget) if isinstance(budget, (str, Budget)) else None
     check_model(model, prompts, generate, batch)
     check_call(model, generate, call or {})
-    check_counts(1, batch=batch, segments=segments, layer_groups=layer_groups, tries=tries)
+    check_configs(**({} if limit else {"budget": budget}), **{f"compare[{k!r}]": v for k, v in (compare or {}).items()})
+    check_effort(effort, EFFORTS)
+    check_counts(1, batch=batch)
     check_counts(0, rounds=rounds)
     check_amounts(peak, margin)
-    check_ranges(ranges)
-    check_configs(config=base, **{f"compare[{name!r}]": each for name, each in others.items()})
     pyplot()
-    batches = batches_of(prompts, seed, batch)
-    to_enter = Trials(model, generate, call or {}, base, inner)
-    home = Folder(folder, identity(model, generate, call or {}, batches, base, inner))
+    half = (len(prompts) + 1) // 2
+    searched, held = batches_of(prompts[:half], seed, batch), batches_of(prompts[half:], seed + half, batch)
+    to_enter = Trials(model, generate, call or {}, inner)
+    home = Folder(folder, identity(model, generate, call or {}, searched, held, inner))
+    most = EFFORTS[effort].generations
     with to_enter as trials, _progress(console) as progress:
-        laboratory = Laboratory(home, trials, batches, progress)
-        changes = laboratory.changes()
-        groups = groups_of(changes, layer_groups)
-        timesteps = groups[0].timesteps
-        errors, costs = laboratory.probe(groups, segments_of(len(timesteps), segments), base)
-        if isinstance(limit, PABConfig):
-            limit = Budget.like(laboratory.differences(at_own_timesteps(limit, timesteps), "the budget"), peak)
-        judge = Judge(laboratory, limit, peak, margin, costs, changes)
-        compared = tuple(judge.outcome(name, at_own_timesteps(each, timesteps)) for name, each in others.items())
-        settings = _front(errors, costs, ranges)
-        tried = judge.search(settings, errors, base, tries)
-        proposal = judge.best((*tried, *compared))
-        measured = laboratory.measured_speedup(proposal.config, rounds)
-    warn_of_timing(proposal.speedup, measured)
+        progress.console.print(f"at most {most} generations of each of {len(prompts)} prompts")
+        laboratory = Laboratory(home, trials, searched, held, progress, most * (len(searched) + len(held)))
+        trajectories = laboratory.observe()
+        progress.console.print(_estimate(laboratory.seconds, most))
+        parts = pooled(trajectories)
+        steps, roles = len({t for part in parts for t in part.timesteps}), {part.role for part in parts}
+        limits = (limit, limit) if limit else _like(laboratory, budget, peak)
+        judge = Judge(laboratory, *limits, peak, margin, parts, steps)
+        planned = probes(roles, steps, EFFORTS[effort])
+        for policies in planned:
+            judge.probe(policies)
+        tries = most - 1 - len(planned) - len(compare or ()) - 2 * rounds
+        judge.search(methods(roles), max(tries, 1))
+        setting = judge.best()
+        compared = tuple(laboratory.outcome(name, each, on_held=True) for name, each in (compare or {}).items())
+        measured = laboratory.measured_speedup(setting.policies, rounds)
+    chosen = judge.tried[setting]
+    assert chosen.held is not None
+    warn_of_timing(chosen.held.speedup, measured)
     found = Calibration(
-        config=proposal.config,
-        proposal=proposal,
-        budget=limit,
+        policies=setting.policies,
+        proposal=chosen.held,
+        searched=chosen.searched,
+        budget=limits[1],
         measured_speedup=measured,
-        tried=tried,
+        tried=tuple(judge.tried.values()),
         compared=compared,
-        front=tuple(_predicted(each, errors, costs, peak) for each in settings),
-        probes={
-            group.label: tuple(mean_psnr(each, peak) for each in errors.probes(i)) for i, group in enumerate(groups)
-        },
-        windows=tuple(window(timesteps, *segment) for segment in errors.segments),
-        shares={group.label: share for group, share in zip(groups, costs.shares, strict=True)},
-        changes=changes,
+        curves=curves(judge.predictions(), methods(roles), steps),
+        trajectories=trajectories,
         peak=peak,
         folder=home.path,
     )
-    found.config.save(home.path / "config.json")
+    save_policies(found.policies, home.path / "policies.json")
     save_plots(found)
     return found
 
 
-def warn_of_timing(predicted: float, measured: float | None) -> None:
-    """Warn where the proposal takes another time than predicted.
+def _like(laboratory: Laboratory, config: Any, peak: float) -> tuple[Budget, Budget]:
+    """To be no worse than a config, prompt by prompt: for those that are searched with, and those held out."""
+    searched, held = (laboratory.outcome("the budget", config, on_held).differences for on_held in (False, True))
+    return Budget.like(searched, peak), Budget.like(held, peak)
 
-    Of all that is measured, only time depends on what else a machine does, and what a role is thought to save decides
-    between settings.
-    """
-    if measured is not None and not 0.75 < measured / predicted < 1.5:
+
+def _estimate(seconds: float, most: int) -> str:
+    """How long it takes at most, from the generations without a cache of all prompts."""
+    minutes = seconds * most / 60
+    return f"these took {seconds:.0f} s without a cache, so all take {minutes:.0f} minutes at most"
+
+
+def warn_of_timing(counted: float, measured: float | None) -> None:
+    """Warn where the proposal saves much less time than operations."""
+    if measured is not None and measured < 0.6 * counted:
         warnings.warn(
-            f"pab_fx: the proposal was predicted to be {predicted:.2f}x as fast and measured at {measured:.2f}x. Was "
-            "the machine busy? Errors do not depend on that, but the choice between settings does: calibrate again in "
-            "another folder when it is not, with more rounds, or more steps and prompts.",
+            f"pab_fx: the proposal has {counted:.2f}x fewer operations, and was measured at {measured:.2f}x as fast. "
+            "Was the machine busy, or is a step so short that other things take longer? The choice depends on neither.",
             stacklevel=3,
         )
 
 
-def _front(errors: ErrorModel, costs: CostModel, ranges: Sequence[int]) -> list[Setting]:
-    """The settings on the predicted front that reuse something, from the most careful to the fastest."""
-    options = [options_of(group, ranges, errors.segments) for group in errors.groups]
-    found = front(
-        errors.balanced,
-        [
-            np.stack([scales(group, option, errors.segments) for option in each])
-            for group, each in zip(errors.groups, options, strict=True)
-        ],
-        [np.array([costs.saved(i, option) for option in each]) for i, each in enumerate(options)],
-    )
-    settings = [tuple(each[i] for each, i in zip(options, choice, strict=True)) for choice in found]
-    return [setting for setting in settings if any(setting)]
-
-
-def _predicted(setting: Setting, errors: ErrorModel, costs: CostModel, peak: float) -> Predicted:
-    differences = errors.differences(setting)
-    return Predicted(
-        costs.speedup(setting),
-        mean_psnr(differences, peak),
-        float(np.mean([each.relative_l2 for each in differences])),
-    )
-
-
 def _progress(console: Console | None) -> Progress:
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console or Console(stderr=True))

@@ -1,145 +1,164 @@
-"""The settings that are fastest for their predicted error, and which of them to try next."""
+"""Which setting to generate with next: the fastest that is expected to keep the budget, after what was found so far."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
+from .lists import best_list
+from .prediction import Costs, Errors, Sensitivity, errors_of, prepare
+from .setting import Method, Setting
+from .trajectory import Trajectory
 
-Choice = tuple[int, ...]
-"""For each group the number of its option."""
 
-
-def front(
-    products: np.ndarray, scales: Sequence[np.ndarray], saved: Sequence[np.ndarray], count: int = 200
-) -> list[Choice]:
-    """Choices along the front of time saved against predicted error, from the most careful to the fastest.
-
-    Minimises `weight * error - saved` for many weights: one group after the other takes its best option given those
-    of the others, until none changes (coordinate descent). That finds the corners of the front's convex hull; what lies
-    between them is found among the choices that differ from a corner in one group.
+@dataclass(frozen=True)
+class Run:
+    """What was found of a setting.
 
     Args:
-        products: inner products of the probes, [P, P].
-        scales: for each group how much of its probes is in each of its options, [options, probes of the group]; option
-            0 is to reuse nothing.
-        saved: for each group the share of time that each of its options saves, [options].
-        count: how many weights.
-
-    Example:
-        >>> front(np.eye(1), [np.array([[0.0], [1.0], [2.0]])], [np.array([0.0, 0.2, 0.3])])
-        [(0,), (1,), (2,)]
+        label: of its method; "" for a probe.
+        errors: what its reads are off by.
+        operations: the share that is left.
+        psnr: of the prompts that are searched with, in dB.
+        room: by how much it keeps the budget, in dB; see `Tried`.
     """
-    problem = _Problem(products, scales, saved)
-    worst = max(float(np.trace(products)) * max(float(each.max(initial=0.0)) for each in scales) ** 2, 1e-30)
-    found: dict[Choice, tuple[float, float]] = {}
-    choice = tuple(0 for _ in scales)
-    for weight in np.geomspace(1e6, 1e-4, count) / worst:
-        choice = problem.descended(choice, weight)
-        if choice not in found:
-            found.update(problem.neighbours(choice))
-    return undominated(found)
+
+    label: str
+    errors: Errors
+    operations: float
+    psnr: float
+    room: float
 
 
-class _Problem:
-    """What `front` is given, as what each option of a group comes to, given the options of the others."""
-
-    def __init__(self, products: np.ndarray, scales: Sequence[np.ndarray], saved: Sequence[np.ndarray]) -> None:
-        self._products, self._scales, self._saved = products, scales, saved
-        ends = np.cumsum([0, *(each.shape[1] for each in scales)])
-        self._parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
-        self._alone = [
-            np.einsum("oi,ij,oj->o", each, products[part, part], each)
-            for each, part in zip(scales, self._parts, strict=True)
-        ]
-
-    def descended(self, choice: Choice, weight: float) -> Choice:
-        """The choice in which no group alone can do better, from another one on."""
-        chosen = list(choice)
-        for _ in range(50):
-            before = tuple(chosen)
-            for group in range(len(chosen)):
-                saved, error = self._options(tuple(chosen), group)
-                chosen[group] = int(np.argmin(weight * error - saved))
-            if tuple(chosen) == before:
-                break
-        return tuple(chosen)
-
-    def neighbours(self, choice: Choice) -> dict[Choice, tuple[float, float]]:
-        """The choice and those that differ from it in one group: what each saves, and its error."""
-        found = {}
-        for group in range(len(choice)):
-            saved, error = self._options(choice, group)
-            for option in range(len(saved)):
-                neighbour = (*choice[:group], option, *choice[group + 1 :])
-                found[neighbour] = (float(saved[option]), float(error[option]))
-        return found
-
-    def _options(self, choice: Choice, group: int) -> tuple[np.ndarray, np.ndarray]:
-        """What each option of a group comes to beside those of the others: what is saved, and the error."""
-        scale = np.concatenate([each[option] for each, option in zip(self._scales, choice, strict=True)])
-        scale[self._parts[group]] = 0.0
-        saved = sum(each[option] for each, option in zip(self._saved, choice, strict=True))
-        saved -= self._saved[group][choice[group]]
-        mixed = 2 * self._scales[group] @ (self._products[self._parts[group]] @ scale)
-        return saved + self._saved[group], self._alone[group] + mixed + scale @ self._products @ scale
+DOUBT = 4.0
+"""By how many dB a setting may be nearer than expected, if none like it was tried."""
 
 
-def undominated(found: dict[Choice, tuple[float, float]]) -> list[Choice]:
-    """Those than which none saves as much at less error, by what they save.
+class Predictions:
+    """Settings with the least predicted error, and what is expected of them.
 
     Args:
-        found: what each choice saves, and its error.
-
-    Example:
-        >>> undominated({(0,): (0.0, 0.0), (1,): (0.2, 0.5), (2,): (0.1, 0.6)})
-        [(0,), (1,)]
+        parts: the pooled trajectories.
+        costs: what each role costs.
+        of: how many steps a generation has.
+        sensitivity: how much errors matter.
     """
-    kept: list[Choice] = []
-    least = float("inf")
-    for choice in sorted(found, key=lambda each: (-found[each][0], found[each][1])):
-        if found[choice][1] < least:
-            least = found[choice][1]
-            kept.append(choice)
-    return kept[::-1]
+
+    def __init__(self, parts: Sequence[Trajectory], costs: Costs, of: int, sensitivity: Sensitivity) -> None:
+        self._parts, self._costs, self._of, self._sensitivity = tuple(parts), costs, of, sensitivity
+        self._best: dict[tuple[Method, int], Setting | None] = {}
+
+    def best(self, method: Method, count: int) -> Setting | None:
+        """The method with the list of so many steps that has the least predicted error."""
+        if (method, count) not in self._best:
+            compute = best_list(count, self._of, lambda lists: self._errors(method, lists))
+            self._best[method, count] = None if compute is None else Setting(method, compute, self._of)
+        return self._best[method, count]
+
+    def psnr(self, setting: Setting) -> float:
+        """In dB, from the trajectories and what settings have done to samples."""
+        return self._sensitivity.psnr(errors_of(setting.policies, self._parts))
+
+    def operations(self, setting: Setting) -> float:
+        """The share of operations that is left."""
+        return self._costs.predicted(setting.policies, self._parts)
+
+    def room(self, setting: Setting, runs: Iterable[Run]) -> tuple[float, float]:
+        """By how much it is expected to keep the budget, in dB, and how much more it may be.
+
+        A prediction is off by about as much as those were that are near it: of the same method, with about as many
+        operations. Where none is near, it is the more in doubt.
+        """
+        operations = self.operations(setting)
+        weights = off = near = 0.0
+        for run in runs:
+            predicted = self._sensitivity.psnr(run.errors)
+            if math.isinf(predicted):
+                continue
+            likeness = 0.02 if not run.label else 1.0 if run.label == setting.method.label else 0.1
+            weight = likeness * math.exp(-abs(run.operations - operations) / 0.05) + 1e-6
+            weights, off = weights + weight, off + weight * (run.room - predicted)
+            near += weight if run.label == setting.method.label else 0.0
+        expected = self.psnr(setting) + (off / weights if weights else 0.0)
+        return expected, DOUBT / (1 + 2 * near)
+
+    def _errors(self, method: Method, lists: Sequence[tuple[int, ...]]) -> list[float]:
+        settings = [Setting(method, each, self._of) for each in lists]
+        prepare([each.policies for each in settings], self._parts)
+        return [-self.psnr(each) for each in settings]
 
 
-def next_try(predicted: Sequence[float], tried: dict[int, float]) -> int | None:
-    """Which setting of the front to generate with next: the fastest that may hold the budget.
+def fastest(
+    predictions: Predictions, methods: Sequence[Method], of: int, runs: Sequence[Run], tried: Mapping[Setting, float]
+) -> Setting | None:
+    """The setting of the fewest operations that is expected to keep the budget, and was not tried yet.
 
-    Predictions are off by about the same for settings that are near each other. So each is corrected by what was found
-    for the two nearest ones that were tried (a secant), and the fastest that is then expected to hold is tried, between
-    the fastest that does and the next one that does not, until there is none between.
+    It has fewer than the best of those that were tried and keep it; `None` if there is none such.
 
     Args:
-        predicted: the room that each setting leaves in the budget, in dB, from the most careful to the fastest.
-        tried: the room that those have left that were tried.
-
-    Returns:
-        Its position, `None` if the fastest that holds the budget is known.
-
-    Example:
-        >>> next_try([9.0, 5.0, 2.0, -1.0], {})
-        2
-        >>> next_try([9.0, 5.0, 2.0, -1.0], {2: -1.0})
-        1
+        predictions: of this calibration.
+        methods: to choose from.
+        of: how many steps a generation has.
+        runs: what was found so far.
+        tried: the room that settings have left.
     """
-    holding = max((i for i, room in tried.items() if room >= 0), default=-1)
-    failing = min((i for i, room in tried.items() if room < 0 and i > holding), default=len(predicted))
-    between = [i for i in range(holding + 1, failing) if i not in tried]
-    if not between:
-        return None
+    known = [predictions.operations(each) for each, room in tried.items() if room >= 0]
+    most = min(known, default=1.0)
 
-    return max((i for i in between if _expected(i, predicted, tried) >= 0), default=between[0])
+    def keeps(setting: Setting) -> bool:
+        return sum(predictions.room(setting, runs)) >= 0
+
+    found: list[tuple[float, Setting]] = []
+    for method in methods:
+        setting = _least(lambda count, m=method: predictions.best(m, count), keeps, of)  # type: ignore[misc]
+        while setting is not None and setting in tried:
+            setting = predictions.best(method, len(setting.compute) + 1)
+        if setting is not None and predictions.operations(setting) < most - 1e-9:
+            found.append((predictions.operations(setting), setting))
+    return min(found, key=lambda each: each[0])[1] if found else None
 
 
-def _expected(i: int, predicted: Sequence[float], tried: dict[int, float]) -> float:
-    """The room that a setting is expected to leave, after those that were tried."""
-    nearest = sorted(tried, key=lambda j: abs(i - j))[:2]
-    if not nearest:
-        return predicted[i]
-    slope, j = 1.0, nearest[0]
-    if len(nearest) == 2 and predicted[nearest[1]] != predicted[j]:
-        slope = (tried[nearest[1]] - tried[j]) / (predicted[nearest[1]] - predicted[j])
-    return tried[j] + min(max(slope, 0.1), 2.0) * (predicted[i] - predicted[j])
+def _least(setting_of: Callable[[int], Setting | None], keeps: Callable[[Setting], bool], of: int) -> Setting | None:
+    """The setting of the fewest steps that keeps a budget, by bisection: more steps are taken to be nearer."""
+    low, high, found = 1, of, None
+    while high - low > 1:
+        middle = (low + high) // 2
+        setting = setting_of(middle)
+        if setting is not None and keeps(setting):
+            high, found = middle, setting
+        else:
+            low = middle
+    return found
+
+
+def nearest(
+    predictions: Predictions,
+    methods: Sequence[Method],
+    of: int,
+    operations: float,
+    runs: Sequence[Run],
+    tried: Mapping[Setting, float],
+) -> Setting | None:
+    """The setting that is expected to be nearest, of those with at most so many operations that were not tried yet.
+
+    Args:
+        operations: the share that may be left.
+        predictions, methods, of, runs, tried: as for `fastest`.
+    """
+    found: list[tuple[float, Setting]] = []
+    for method in methods:
+        setting = predictions.best(method, _most_steps(predictions, method, of, operations))
+        if setting is not None and setting not in tried:
+            found.append((sum(predictions.room(setting, runs)), setting))
+    best = max(tried.values(), default=-math.inf)
+    expected, setting = max(found, key=lambda each: each[0], default=(-math.inf, None))
+    return setting if expected > best else None
+
+
+def _most_steps(predictions: Predictions, method: Method, of: int, operations: float) -> int:
+    """The most steps that may compute: of lists as long as each other, as many operations are left."""
+    for count in range(of - 1, 0, -1):
+        if predictions.operations(Setting(method, tuple(range(count)), of)) <= operations:
+            return count
+    return 0

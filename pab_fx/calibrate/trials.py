@@ -1,27 +1,28 @@
-"""One captured model, run under many settings: what a setting generates, and how long each of its steps takes."""
+"""A model, run under one setting after another."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import fx
 
 from .._torch import lookup_backend
 from ..enable import PAB, enable
-from ..policy.config import LayerBroadcast, MLPBroadcast, PABConfig
-from ..policy.when import Progress, Rule, SkipRange, Step
-from ..policy.where import ATTENTION_ROLES
-from .changes import ModuleChanges, Observer
+from ..policy.policy import Policy
+from ..policy.when import Progress, Rule, Step
+from ..policy.where import Attentions
+from ..report.report import Report
+from .prediction import Costs
 from .samples import Batch, Generate, sampler
-from .settings import rule_of
-
-COMPUTED = SkipRange(1, 0.0, 0.0)
-"""The rule of what is counted and never reused."""
+from .setting import observed
+from .trajectory import Observer, Trajectory
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,20 @@ class ComputeAndKeep(Rule):
         return True
 
 
+NOTHING = (Policy(Attentions(), None),)
+"""Policies by which nothing is reused."""
+
+
 @dataclass
 class Stopwatch:
-    """An inner compiler that has another one compile, and notes how long each run of a graph takes.
+    """An inner compiler that has another one compile, and adds up how long the graphs run.
 
     Args:
         inner: the other one.
     """
 
     inner: Callable[..., Any]
-    seconds: list[float] = field(default_factory=list)
+    seconds: float = field(default=0.0, init=False)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph."""
@@ -57,7 +62,7 @@ class Stopwatch:
             start = time.perf_counter()
             outputs = run(*args)
             _wait()
-            self.seconds.append(time.perf_counter() - start)
+            self.seconds += time.perf_counter() - start
             return outputs
 
         return timed
@@ -69,67 +74,125 @@ def _wait() -> None:
         torch.accelerator.synchronize()
 
 
-class Trials:
-    """A model or pipeline under one setting after another; a context manager that leaves it as it was.
+@dataclass(frozen=True)
+class Observed:
+    """What a generation without a cache has shown.
 
-    It is captured once, with every attention and feed-forward conditional. A setting only gives them other rules, so
-    each set of reusing modules is lowered once for all settings.
+    Args:
+        samples: [N, ...].
+        trajectories: what each part has left.
+        costs: what each role costs.
+    """
+
+    samples: np.ndarray
+    trajectories: tuple[Trajectory, ...]
+    costs: Costs
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a generation under a setting has come to.
+
+    Args:
+        samples: [N, ...].
+        reused: how many calls of each role reused.
+    """
+
+    samples: np.ndarray
+    reused: Mapping[str, int]
+
+
+class Trials:
+    """A model or pipeline under one config after another; a context manager that leaves it as it was.
 
     Args:
         model: a pipeline, or a model.
         generate: as for `calibrate`, and so are `call` and `inner`.
-        base: the config whose identifiers and timestep callback are taken over.
 
-    Raises:
-        ValueError, TypeError: as `enable`.
+    Attributes:
+        timesteps: those of a generation, once one was observed that no pipeline tells of; else `None`.
     """
 
-    def __init__(
-        self, model: Any, generate: Generate | None, call: Mapping[str, Any], base: PABConfig, inner: Any
-    ) -> None:
+    def __init__(self, model: Any, generate: Generate | None, call: Mapping[str, Any], inner: Any) -> None:
         self._stopwatch = Stopwatch(lookup_backend(inner) if isinstance(inner, str) else inner)
-        self._model, self._config, self._sample = model, everything(base), sampler(model, generate, call)
+        self._model, self._sample = model, sampler(model, generate, call)
+        self._config: Any = None
         self._pab: PAB | None = None
+        self.timesteps: tuple[float, ...] | None = None
 
     def __enter__(self) -> Trials:
-        self._pab = enable(self._model, self._config, inner=self._stopwatch)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._pab is not None:
-            self._pab.disable()
-            self._pab = None
+        self._disable()
 
-    def observe(self, batch: Batch, lags: int) -> tuple[np.ndarray, tuple[ModuleChanges, ...]]:
-        """Samples without PAB, [N, ...], and how much each output changes in their generation."""
+    def observe(self, batch: Batch) -> Observed:
+        """Generate without a cache, and look at each part."""
+        pab = self._enabled(tuple(Policy(where, ComputeAndKeep(), how) for where, how in observed()))
+        observer = pab.backend.runtime.holder = Observer()
+        samples = self._generated(batch)
+        report = pab.report()
+        self._disable()
+        trajectories = observer.trajectories()
+        self.follow(trajectories)
+        return Observed(samples, trajectories, _costs(report))
+
+    def follow(self, trajectories: Sequence[Trajectory]) -> None:
+        """Take the timesteps over from a generation that was observed, where no pipeline tells them."""
+        if not isinstance(self._model, DiffusionPipeline):
+            self.timesteps = tuple(sorted({t for each in trajectories for t in each.timesteps}, reverse=True))
+
+    def run(self, config: Any, batch: Batch) -> Ran:
+        """Generate under policies, or another config that `enable` takes."""
+        pab = self._enabled(config)
+        before = _reused(pab.report())
+        samples = self._generated(batch)
+        return Ran(samples, dict(_reused(pab.report()) - before))
+
+    def seconds(self, config: Any, batch: Batch) -> float:
+        """How long the graphs run in a generation."""
+        self._enabled(config)
+        self._stopwatch.seconds = 0.0
+        self._generated(batch)
+        return self._stopwatch.seconds
+
+    def _generated(self, batch: Batch) -> np.ndarray:
         assert self._pab is not None
-        observer = self._pab.backend.runtime.holder = Observer(lags)
-        try:
-            samples, _ = self._run(lambda role, name: ComputeAndKeep(), batch)
-        finally:
-            self._pab.backend.runtime.holder = None
-        return samples, observer.changes()
-
-    def run(self, config: PABConfig | None, batch: Batch) -> tuple[np.ndarray, tuple[float, ...]]:
-        """Samples under a setting, `None` for none, and the seconds of each run of a graph, in order."""
-        return self._run(lambda role, name: (config and rule_of(config, role, name)) or COMPUTED, batch)
-
-    def _run(self, rules: Callable[[str, str], Rule], batch: Batch) -> tuple[np.ndarray, tuple[float, ...]]:
-        assert self._pab is not None
-        self._pab.backend.assign(rules)
-        self._stopwatch.seconds.clear()
         with torch.no_grad():
             samples = self._sample(batch)
         self._pab.reset()
-        return samples, tuple(self._stopwatch.seconds)
+        return samples
+
+    def _enabled(self, config: Any) -> PAB:
+        if self._pab is not None and _captures(config) == _captures(self._config) is not None:
+            self._pab.set_config(config)
+        elif self._pab is None or config != self._config:
+            self._disable()
+            options: dict[str, Any] = {} if self.timesteps is None else {"timesteps": self.timesteps}
+            self._pab = enable(self._model, config, inner=self._stopwatch, **options)
+        self._config = config
+        return self._pab
+
+    def _disable(self) -> None:
+        if self._pab is not None:
+            self._pab.disable()
+            self._pab = self._config = None
 
 
-def everything(base: PABConfig) -> PABConfig:
-    """A config by which every attention and feed-forward is conditional; its rules are replaced in each trial."""
-    identifiers: dict[str, Any] = {f"{r}_attention_block_identifiers": base.identifiers(r) for r in ATTENTION_ROLES}
-    return PABConfig(
-        layers=LayerBroadcast(("",), skip_range=2),
-        mlp=MLPBroadcast(timesteps=(0,)),
-        current_timestep_callback=base.current_timestep_callback,
-        **identifiers,
-    )
+def _captures(config: Any) -> Any:
+    """What has to be captured for policies, whatever their rules; `None` for other configs, and rules with signals."""
+    if not isinstance(config, tuple) or any(each.when is None or each.when.signal is not None for each in config):
+        return None
+    return [(each.where, each.how) for each in config]
+
+
+def _reused(report: Report) -> Counter[str]:
+    return Counter({role.role: role.reused for role in report.roles})
+
+
+def _costs(report: Report) -> Costs:
+    shares: Counter[str] = Counter()
+    for region in report.regions:
+        if region.left_alone is None:
+            shares[region.role] += region.flops_share or 0.0  # type: ignore[assignment]
+    return Costs(dict(shares), {role.role: role.computed for role in report.roles})

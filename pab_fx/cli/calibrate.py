@@ -16,15 +16,15 @@ from .common import Json, check_file, console_for, refused, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..calibrate import Calibration
+    from ..calibrate import Calibration, Outcome
 
 
 def calibrate(
     budget: Annotated[
         str,
         typer.Argument(
-            help="'psnr>=35' (dB), 'relative_l2<=0.05', or both with a comma between; or a setting to be no worse "
-            "than: cogvideox, latte, open-sora, or a JSON file as PABConfig.save writes it."
+            help="'psnr>=42' (dB), 'relative_l2<=0.05', or both with a comma between; or 'speedup>=3'; or a setting to "
+            "be no worse than: a preset's name, or a JSON file as PABConfig.save or save_policies writes it."
         ),
     ],
     pipeline: Annotated[str, typer.Option(help="demo, or a pipeline's folder or name, for diffusers.")] = "demo",
@@ -32,7 +32,7 @@ def calibrate(
         Path | None, typer.Option(metavar="FILE", help="A prompt on each line. Default, for the demo: captions of its.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="How many of the prompts. Default: 12 captions, or all.")
+        int | None, typer.Option(min=2, help="How many of the prompts. Default: 16 captions, or all.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
     call: Annotated[
@@ -41,9 +41,13 @@ def calibrate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts in one generation.")] = 1,
     seed: Annotated[int, typer.Option(help="The i-th prompt starts from the noise of seed + i.")] = 0,
-    segments: Annotated[int, typer.Option(min=1, help="Stretches of steps between which windows begin and end.")] = 5,
-    layer_groups: Annotated[int, typer.Option(min=1, help="Groups of a role's layers with rules of their own.")] = 1,
-    tries: Annotated[int, typer.Option(min=1, help="How many settings are generated with at most.")] = 8,
+    effort: Annotated[
+        str, typer.Option(help="low, medium or high: at most 15, 40 or 150 generations of each prompt.")
+    ] = "medium",
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SETTING", help="Another setting to show beside it, as for a budget; repeatable."),
+    ] = None,
     margin: Annotated[float, typer.Option(min=0, help="Standard errors kept in reserve for other prompts.")] = 2.0,
     rounds: Annotated[int, typer.Option(min=0, help="Timed generations with and without the proposal.")] = 3,
     inner: Annotated[str, typer.Option(help="Compiler while calibrating: eager, inductor, ...")] = "eager",
@@ -54,11 +58,12 @@ def calibrate(
     ),
     json: Json = None,
 ) -> None:
-    """Find the ranges and windows that are fastest within an error budget, and write them as a config.
+    """Find what to reuse, how to read it and in which steps: as fast as an error budget allows.
 
-    Generates without PAB, with single roles within single stretches of steps, and with the most promising settings.
-    Writes config.json (for PABConfig.load), changes.png, roles.png and pareto.png into the folder. What is finished is
-    kept there: the same command goes on after an interruption, and another budget takes only what it needs.
+    Generates each prompt without a cache, and with the most promising settings. Half of the prompts are held out of
+    the search, and decide. Writes policies.json (for pab_fx.load_policies), front.png, changes.png and roles.png into
+    the folder. What is finished is kept there: the same command goes on after an interruption, and another budget
+    takes only what it needs.
     """
     from .. import calibrate as calibrated
     from ..demo import one_thread
@@ -66,7 +71,7 @@ def calibrate(
     console = console_for(json)
     with _resumable(folder), refused(), one_thread() if pipeline == "demo" else contextlib.nullcontext():
         check_file(json)
-        limit = _limit_of(budget)
+        limit, others = _limit_of(budget), {each: _setting_of(each) for each in compare or ()}
         arguments = {**_arguments_of(call or ()), **({} if steps is None else {"num_inference_steps": steps})}
         texts = _prompts_of(prompts, pipeline, count, seed)
         with console.status(f"loading {pipeline}"):
@@ -80,17 +85,17 @@ def calibrate(
             seed=seed,
             batch=batch,
             margin=margin,
-            segments=segments,
-            layer_groups=layer_groups,
-            tries=tries,
+            effort=effort,
+            compare=others,
             rounds=rounds,
             inner=inner,
             console=console,
         )
-    console.print(_probes_of(found))
     console.print(_table_of(found))
+    for policy in found.policies:
+        console.print(f"{type(policy.where).__name__}: {policy.describe()}", soft_wrap=True)
     console.print(f"budget: {found.budget}, kept with {margin:g} standard errors in reserve")
-    console.print(f"The setting, for PABConfig.load: {found.folder / 'config.json'}", soft_wrap=True)
+    console.print(f"The setting, for pab_fx.load_policies: {found.folder / 'policies.json'}", soft_wrap=True)
     write_json(json, found.as_json())
 
 
@@ -107,10 +112,18 @@ def _resumable(folder: Path) -> Iterator[None]:
 def _limit_of(budget: str) -> Any:
     """A budget, or the setting to be no worse than."""
     from ..calibrate import Budget
-    from ..explain.subject import config_by
     from ..policy.config import PRESETS
+    from ..policy.presets import PUBLISHED
 
-    return config_by(budget) if budget in PRESETS or budget.endswith(".json") else Budget.of(budget)
+    is_setting = budget in PRESETS or budget in PUBLISHED or budget.endswith(".json")
+    return _setting_of(budget) if is_setting else Budget.of(budget)
+
+
+def _setting_of(text: str) -> Any:
+    """A setting for the demo's own timesteps, by a preset's name or from a JSON file."""
+    from ..explain.subject import config_by
+
+    return config_by(text)
 
 
 def _arguments_of(given: list[str] | tuple[str, ...]) -> dict[str, Any]:
@@ -143,7 +156,7 @@ def _prompts_of(path: Path | None, pipeline: str, count: int | None, seed: int) 
             raise ValueError("--prompts is missing: a file with a prompt on each line, of the kind that is to be used.")
         from ..demo import CAPTIONS
 
-        return [str(caption) for caption in random.Random(seed).sample(CAPTIONS, min(count or 12, len(CAPTIONS)))]
+        return [str(caption) for caption in random.Random(seed).sample(CAPTIONS, min(count or 16, len(CAPTIONS)))]
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     texts = [line for line in lines if line][:count]
     if not texts:
@@ -172,34 +185,25 @@ def _loaded(pipeline: str, device: str | None, dtype: str | None) -> Any:
     return pipe if device is None else pipe.to(device)
 
 
-def _probes_of(found: Calibration) -> Table:
-    """Where reuse does harm, and what it saves."""
-    from rich.table import Column, Table
-
-    title = "PSNR, dB, where one role alone reuses every second step within one window"
-    heads = (*(f"{high:g} to {low:g}" for low, high in found.windows), "of a step's time")
-    table = Table("", *(Column(head, justify="right") for head in heads), title=title, title_justify="left")
-    for label, psnrs in found.probes.items():
-        table.add_row(label, *(f"{psnr:.1f}" for psnr in psnrs), f"{found.shares[label]:.0%}")
-    return table
-
-
 def _table_of(found: Calibration) -> Table:
-    """The proposal beside what it was compared with."""
+    """The proposal on both halves of the prompts, beside what it was compared with."""
     from rich.table import Column, Table
 
-    heads = ("PSNR, dB", "relative L2", "speed-up, predicted", "measured", "graphs")
-    title = f"{len(found.proposal.differences)} prompts, means"
+    heads = ("PSNR, dB", "relative L2", "operations left", "speed-up by operations", "measured")
+    title = f"means over prompts, {len(found.proposal.differences)} of them held out of the search"
     table = Table("", *(Column(head, justify="right") for head in heads), title=title, title_justify="left")
-    for outcome in (*found.compared, found.proposal):
-        is_proposal = outcome is found.proposal
+    rows: list[tuple[str, Outcome, str, str | None]] = [(each.label, each, "", None) for each in found.compared]
+    measured = "" if found.measured_speedup is None else f"{found.measured_speedup:.2f}x"
+    rows.append(("proposal, prompts searched with", found.searched, "", None))
+    rows.append(("proposal, prompts held out", found.proposal, measured, "bold"))
+    for label, outcome, time, style in rows:
         table.add_row(
-            "proposal" if is_proposal else outcome.label,
+            label,
             f"{outcome.psnr(found.peak):.2f}",
             f"{outcome.relative_l2:.4f}",
+            f"{outcome.operations:.3f}",
             f"{outcome.speedup:.2f}x",
-            f"{found.measured_speedup:.2f}x" if is_proposal and found.measured_speedup is not None else "",
-            str(outcome.graphs),
-            style="bold" if is_proposal else None,
+            time,
+            style=style,
         )
     return table

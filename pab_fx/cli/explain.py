@@ -37,6 +37,7 @@ def explain(
     """
     from ..explain import explain as explained
     from ..explain.subject import config_by, subject_of
+    from ..policy.config import PABConfig
 
     with refused():
         for path in (graph, html, markdown, json):
@@ -47,8 +48,10 @@ def explain(
         wanted = None if config is None else config_by(config)
         with console.status(f"loading {name}"):
             subject = subject_of(name, steps)
-        told = subject.config.current_timestep_callback
-        wanted = subject.config if wanted is None else dataclasses.replace(wanted, current_timestep_callback=told)
+        wanted = subject.config if wanted is None else wanted
+        if isinstance(wanted, PABConfig):
+            told = subject.config.current_timestep_callback
+            wanted = dataclasses.replace(wanted, current_timestep_callback=told)
         with console.status(f"running a step of {name}"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report has them
             report = explained(subject.model, subject.kwargs, wanted, steps=steps, rounds=rounds)

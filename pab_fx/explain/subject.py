@@ -13,6 +13,9 @@ import torch
 
 from ..bench.settings import config_of
 from ..policy.config import PRESETS, PABConfig
+from ..policy.files import load_policies
+from ..policy.policy import Policy
+from ..policy.presets import PUBLISHED, preset
 
 DEMO = "demo"
 
@@ -103,12 +106,14 @@ def _of_benchmark(name: str) -> Subject:
     return Subject(model.build(device), kwargs, config)
 
 
-def config_by(text: str) -> PABConfig:
-    """A config from the command line: a preset's name, a JSON file, or ranges and a window.
+def config_by(text: str) -> PABConfig | tuple[Policy, ...]:
+    """A config from the command line: a preset's name, a JSON file of a config or of policies, or ranges and a window.
 
     Example:
         >>> config_by("latte").skip_range("cross"), config_by("spatial=3").skip_range("spatial")
         (6, 3)
+        >>> config_by("easycache")[0].where
+        Model()
 
     Raises:
         OSError: if a file cannot be read.
@@ -116,8 +121,11 @@ def config_by(text: str) -> PABConfig:
     """
     if text in PRESETS:
         return PABConfig.preset(text)
+    if text in PUBLISHED:
+        return (preset(text),)
     if text.endswith(".json"):
-        return PABConfig.load(text)
+        is_list = Path(text).read_text(encoding="utf-8").lstrip().startswith("[")
+        return load_policies(text) if is_list else PABConfig.load(text)
     try:
         return config_of(text)
     except ValueError as error:

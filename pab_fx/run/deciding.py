@@ -212,7 +212,7 @@ class Lockstep:
             reuses.append(reuse)
             has_cache = True
         if group.outer is not None:  # it may rest until what is kept is read
-            keeps = next_t != END and not rule.is_over(call.t)
+            keeps |= next_t != END and not rule.is_over(call.t)
         for cell in group.cells:
             cell.count = count
         return Decision(group, tuple(reuses), had_cache and (reuses[0] or group.remembers), keeps, tuple(scalars))

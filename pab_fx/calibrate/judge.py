@@ -1,0 +1,124 @@
+"""Generate with the most promising settings until the best one that keeps the budget is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from ..policy.policy import Policy
+from .budget import Budget
+from .laboratory import Laboratory
+from .prediction import Errors, errors_of, fitted
+from .result import Outcome, Tried
+from .search import Predictions, Run, fastest, nearest
+from .setting import Method, Setting
+from .trajectory import Trajectory
+
+REFIT = 4
+"""After how many tries it is fitted anew how much errors matter."""
+
+
+@dataclass
+class Judge:
+    """Tells of settings whether they keep the budget, and remembers what was found.
+
+    Args:
+        laboratory: generates.
+        budget: what is to be kept on the prompts that are searched with.
+        on_held: what is to be kept on those held out.
+        peak: the largest difference that two elements of a sample can have.
+        margin: standard errors of the mean that are kept in reserve.
+        parts: the pooled trajectories.
+        of: how many steps a generation has.
+
+    Attributes:
+        runs: what was found so far.
+        tried: the settings among it, in order.
+    """
+
+    laboratory: Laboratory
+    budget: Budget
+    on_held: Budget
+    peak: float
+    margin: float
+    parts: tuple[Trajectory, ...]
+    of: int
+    runs: list[Run] = field(default_factory=list)
+    tried: dict[Setting, Tried] = field(default_factory=dict)
+
+    def probe(self, policies: tuple[Policy, ...]) -> None:
+        """Generate with policies to learn how much their errors matter."""
+        self._remember("", policies, self.laboratory.outcome("probing", policies))
+
+    def try_(self, setting: Setting) -> Tried:
+        """Generate with a setting; with the prompts held out too, if the budget is kept with the others."""
+        searched = self.laboratory.outcome(f"try {len(self.tried) + 1}", setting.policies)
+        searched = replace(searched, label=setting.label)
+        held, room = None, self._room(searched)
+        if room >= 0:
+            held = replace(
+                self.laboratory.outcome(f"try {len(self.tried) + 1}", setting.policies, True), label=setting.label
+            )
+            room = self._room(held, self.on_held)
+        found = self.tried[setting] = Tried(searched, held, room)
+        self._remember(setting.method.label, setting.policies, searched, room)
+        return found
+
+    def search(self, methods: Sequence[Method], tries: int) -> None:
+        """Generate with settings, at most so many, until the best that keeps the budget is known."""
+        for number in range(tries):
+            if number % REFIT == 0:
+                predictions = self.predictions()
+            rooms = {setting: each.room for setting, each in self.tried.items()}
+            if self.budget.speedup is None:
+                setting = fastest(predictions, methods, self.of, self.runs, rooms)
+            else:
+                setting = nearest(predictions, methods, self.of, 1 / self.budget.speedup, self.runs, rooms)
+            if setting is None:
+                return
+            self.try_(setting)
+
+    def predictions(self) -> Predictions:
+        """What is predicted of all settings, after what was found so far."""
+        runs = [(run.errors, run.psnr) for run in self.runs if run.errors]
+        return Predictions(self.parts, self.laboratory.costs, self.of, fitted(runs))
+
+    def best(self) -> Setting:
+        """The fastest setting that keeps the budget, or the nearest that is as fast as it says.
+
+        Raises:
+            RuntimeError: if none does, saying how near the most careful one was.
+        """
+        keeping = {setting: each for setting, each in self.tried.items() if each.held is not None and each.room >= 0}
+        if keeping and self.budget.speedup is not None:
+            return max(keeping, key=lambda setting: keeping[setting].room)
+        if keeping:
+            return min(keeping, key=lambda setting: (keeping[setting].searched.operations, -keeping[setting].room))
+        if not self.tried:
+            raise RuntimeError(f"no setting is expected to keep the budget, {self.budget}: allow more.")
+        nearest_ = max(self.tried.values(), key=lambda each: each.room)
+        outcome = nearest_.held or nearest_.searched
+        raise RuntimeError(
+            f"no setting keeps the budget, {self.budget}, with {self.margin:g} standard errors in reserve. The nearest "
+            f"has {outcome.psnr(self.peak):.2f} dB and a relative L2 of {outcome.relative_l2:.3g}: allow more, give more "
+            "prompts, so that their mean is better known, or more effort."
+        )
+
+    def _room(self, outcome: Outcome, budget: Budget | None = None) -> float:
+        return (budget or self.budget).room(outcome.differences, self.peak, self.margin)
+
+    def _remember(self, label: str, policies: tuple[Policy, ...], searched: Outcome, room: float | None = None) -> None:
+        errors: Errors = errors_of(policies, self.parts)
+        found = self._room(searched) if room is None else room
+        self.runs.append(Run(label, errors, searched.operations, searched.psnr(self.peak), found))
+
+
+def curves(predictions: Predictions, methods: Sequence[Method], of: int) -> dict[str, tuple[tuple[float, float], ...]]:
+    """For each method what is predicted of its best lists, of a few numbers of steps: speed-up and PSNR in dB."""
+    found: dict[str, tuple[tuple[float, float], ...]] = {}
+    for method in methods:
+        settings = [predictions.best(method, max(2, round(of * share))) for share in (0.16, 0.24, 0.32, 0.4, 0.52, 0.7)]
+        points = [(1 / predictions.operations(s), predictions.psnr(s)) for s in settings if s is not None]
+        found[method.label] = tuple(point for point in points if not math.isinf(point[1]))
+    return found
