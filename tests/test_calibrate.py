@@ -19,7 +19,7 @@ from pipelines import prompted
 from typer.testing import CliRunner
 
 import pab_fx
-from pab_fx import Attentions, Blocks, Every, Hermite, Last, PABConfig, Policy, Residual, Scalars, Steps, Taylor
+from pab_fx import Attentions, Blocks, Every, Hermite, Last, PABConfig, Policy, Residual, Scalars, Taylor
 from pab_fx.calibrate import Budget, Calibration, prediction
 from pab_fx.calibrate.files import Folder
 from pab_fx.calibrate.lists import Shape, best_list, regular
@@ -35,6 +35,7 @@ from pab_fx.calibrate.trials import NOTHING, Trials
 from pab_fx.cli import app
 from pab_fx.demo import CAPTIONS, load_pipeline
 from pab_fx.demo.run import demo_config
+from pab_fx.policy.when import reused_calls
 
 TIMESTEPS = tuple(float(t) for t in range(999, -1, -50))  # 20 steps
 
@@ -133,8 +134,8 @@ def test_what_is_observed_are_products_of_the_outputs_and_changes_follow_from_th
 def test_a_setting_generates_what_an_enabled_model_does_and_lists_share_a_capture() -> None:
     loop = Loop()
     (batch,) = batches_of(["a prompt"], seed=3, size=1)
-    blocks = Method("blocks", (Part(Blocks(), Taylor(1, of=Residual())),))
-    settings = [blocks.policies((0, 1, 4, 7, 10), 12), blocks.policies((0, 2, 4, 6, 8, 10), 12)]
+    method = Method("blocks", (Part(Blocks(), Taylor(1, of=Residual())),))
+    settings = [method.policies((0, 1, 4, 7, 10), 12), method.policies((0, 2, 4, 6, 8, 10), 12)]
     with Trials(loop.model, loop, {}, "eager") as trials:
         trials.follow(trials.observe(batch).trajectories)
         graphs = []
@@ -174,6 +175,10 @@ def test_models_that_take_turns_stay_two() -> None:
 # -------------------------------------------------------------------------------------------- what is predicted
 
 
+def blocks(compute: Sequence[int], how: Any) -> Setting:
+    return Setting(Method("blocks", (Part(Blocks(), how),)), tuple(compute), 20)
+
+
 @st.composite
 def lists_of_steps(draw: st.DrawFn, of: int = 20) -> tuple[int, ...]:
     return tuple(sorted({0} | draw(st.sets(st.integers(0, of - 1), min_size=2, max_size=of - 2))))
@@ -196,12 +201,7 @@ def test_predicted_errors_are_those_of_the_reads(compute: tuple[int, ...], how: 
             slots, last, filled = plain.update(slots, (), (output,), scalars), step, filled + 1
         else:
             off[step] = plain.read(slots, (), scalars)[0] - output
-    policies = (Policy(Blocks(), Steps(compute, 20), how),)
-    part = trajectory("blocks", outputs.numpy())
-    if len(compute) == 20:
-        assert errors_of(policies, [part]) == ()
-        return
-    ((kind, places, products),) = errors_of(policies, [part])
+    ((kind, places, products),) = errors_of(blocks(compute, how), [trajectory("blocks", outputs.numpy())])
     assert (kind, len(places)) == ("blocks", 20)
     expected = (off @ off.T).numpy()
     expected = (expected + np.diag(np.diag(expected))) / 2
@@ -212,24 +212,29 @@ def test_predicted_errors_are_those_of_the_reads(compute: tuple[int, ...], how: 
 @settings(max_examples=15, deadline=None)
 def test_many_lists_at_once_are_predicted_as_one_by_one(settings_: list[tuple[int, ...]]) -> None:
     part = trajectory("blocks", np.random.default_rng(0).normal(size=(20, 4)))
-    policies = [(Policy(Blocks(), Steps(each, 20), Taylor(2, of=Residual())),) for each in settings_]
-    alone = [errors_of(each, [part]) for each in policies]
+    several = [blocks(each, Taylor(2, of=Residual())) for each in settings_]
+    alone = [errors_of(each, [part]) for each in several]
     prediction._known.clear()
-    prepare(policies, [part])
-    for each, before in zip(policies, alone, strict=True):
+    prepare(several, [part])
+    for each, before in zip(several, alone, strict=True):
         for (_, _, a), (_, _, b) in zip(errors_of(each, [part]), before, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_where_blocks_reuse_attentions_inside_of_them_do_neither() -> None:
+@given(compute=lists_of_steps(), thin=st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_a_setting_is_planned_as_its_policies_run(compute: tuple[int, ...], thin: int) -> None:
+    """Where blocks reuse, attentions inside of them are neither run nor read."""
     parts = [trajectory("spatial", np.ones((20, 2))), trajectory("blocks", np.ones((20, 2)))]
-    inner, outer = plans(
-        (Policy(Blocks(), Every(2), Residual()), Policy(Attentions(), Steps((0, 1, 2, 6), 20))),
-        parts,
-    )
-    assert outer == (False, False, *(False, True) * 9)[:20] or sum(outer) > 0
-    assert not any(a and b for a, b in zip(inner, outer, strict=True))
-    assert sum(inner) > 0
+    method = Method("", (Part(Blocks(), Residual()), Part(Attentions(), Last(), thin)))
+    inner, outer = plans(Setting(method, compute, 20), parts)
+    assert inner is not None
+    assert outer is not None
+    first, second = method.policies(compute, 20)
+    assert first.when is not None
+    assert second.when is not None
+    assert outer[1] == reused_calls(first.when, TIMESTEPS)
+    assert inner[1] == reused_calls(second.when, TIMESTEPS, 1, outer[1])
 
 
 def test_how_much_errors_matter_is_fitted_to_what_was_found() -> None:
@@ -239,7 +244,7 @@ def test_how_much_errors_matter_is_fitted_to_what_was_found() -> None:
     true = Sensitivity({"blocks": (0.0, 0.0, 1.15, -4.0)})
 
     def errors(compute: Sequence[int]) -> Errors:
-        return errors_of((Policy(Blocks(), Steps(tuple(compute), 20), Residual()),), [part])
+        return errors_of(blocks(compute, Residual()), [part])
 
     seen = [errors([step for step in range(20) if not begin <= step < begin + 4]) for begin in (2, 5, 8, 11, 14, 16)]
     found = fitted([(each, true.psnr(each)) for each in seen])
@@ -253,8 +258,9 @@ def test_how_much_errors_matter_is_fitted_to_what_was_found() -> None:
 def test_predicted_operations_are_those_that_are_counted(compute: tuple[int, ...], kept: float) -> None:
     costs = Costs({"blocks": kept, "spatial": kept / 2}, {"blocks": 20, "spatial": 40})
     parts = [trajectory("blocks", np.ones((20, 1))), trajectory("spatial", np.ones((20, 1)))]
-    policies = (Policy(Blocks(), Steps(compute, 20), Residual()),)
-    assert costs.predicted(policies, parts) == pytest.approx(costs.left({"blocks": 20 - len(compute)}))
+    assert costs.predicted(blocks(compute, Residual()), parts) == pytest.approx(
+        costs.left({"blocks": 20 - len(compute)})
+    )
 
 
 # --------------------------------------------------------------------------------------------- what is searched
@@ -317,7 +323,7 @@ def test_the_search_ends_with_a_setting_that_keeps_the_budget_if_one_that_was_tr
         assert setting not in tried
         psnr = predictions.psnr(setting) + bias
         tried[setting] = psnr - limit
-        errors = errors_of(setting.policies, predictions._parts)
+        errors = errors_of(setting, predictions._parts)
         runs.append(Run(setting.method.label, errors, predictions.operations(setting), psnr, psnr - limit))
     keeping = [each for each, room in tried.items() if room >= 0]
     if keeping:
@@ -342,7 +348,7 @@ def test_probes_reuse_each_kind_of_part_in_each_stretch_alone(effort: str) -> No
     assert len(found) == EFFORTS[effort].kinds * EFFORTS[effort].stretches
     assert len(found) < EFFORTS[effort].generations / 2
     parts = [trajectory(role, np.ones((20, 1))) for role in ("blocks", "model", "spatial", "mlp")]
-    assert all(any(map(any, plans(policies, parts))) for policies in found)
+    assert all(any(each is not None and any(each[1]) for each in plans(setting, parts)) for setting in found)
 
 
 # -------------------------------------------------------------------------------------------------- what is kept

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ..policy.policy import Policy
 from .budget import Budget
 from .laboratory import Laboratory
-from .prediction import Errors, errors_of, fitted
+from .lists import regular
+from .prediction import errors_of, fitted
 from .result import Outcome, Tried
 from .search import Predictions, Run, fastest, nearest
 from .setting import Method, Setting
@@ -47,9 +47,9 @@ class Judge:
     runs: list[Run] = field(default_factory=list)
     tried: dict[Setting, Tried] = field(default_factory=dict)
 
-    def probe(self, policies: tuple[Policy, ...]) -> None:
-        """Generate with policies to learn how much their errors matter."""
-        self._remember("", policies, self.laboratory.outcome("probing", policies))
+    def probe(self, setting: Setting) -> None:
+        """Generate with a setting to learn how much its errors matter."""
+        self._remember("", setting, self.laboratory.outcome("probing", setting.policies))
 
     def try_(self, setting: Setting) -> Tried:
         """Generate with a setting; with the prompts held out too, if the budget is kept with the others."""
@@ -62,7 +62,7 @@ class Judge:
             )
             room = self._room(held, self.on_held)
         found = self.tried[setting] = Tried(searched, held, room)
-        self._remember(setting.method.label, setting.policies, searched, room)
+        self._remember(setting.method.label, setting, searched, room)
         return found
 
     def search(self, methods: Sequence[Method], tries: int) -> None:
@@ -100,25 +100,27 @@ class Judge:
         nearest_ = max(self.tried.values(), key=lambda each: each.room)
         outcome = nearest_.held or nearest_.searched
         raise RuntimeError(
-            f"no setting keeps the budget, {self.budget}, with {self.margin:g} standard errors in reserve. The nearest "
-            f"has {outcome.psnr(self.peak):.2f} dB and a relative L2 of {outcome.relative_l2:.3g}: allow more, give more "
-            "prompts, so that their mean is better known, or more effort."
+            f"no setting keeps the budget, {self.budget}, with {self.margin:g} standard errors in reserve. The "
+            f"nearest has {outcome.psnr(self.peak):.2f} dB and a relative L2 of {outcome.relative_l2:.3g}: allow more, "
+            "give more prompts, so that their mean is better known, or more effort."
         )
 
     def _room(self, outcome: Outcome, budget: Budget | None = None) -> float:
         return (budget or self.budget).room(outcome.differences, self.peak, self.margin)
 
-    def _remember(self, label: str, policies: tuple[Policy, ...], searched: Outcome, room: float | None = None) -> None:
-        errors: Errors = errors_of(policies, self.parts)
+    def _remember(self, label: str, setting: Setting, searched: Outcome, room: float | None = None) -> None:
         found = self._room(searched) if room is None else room
+        errors = errors_of(setting, self.parts)
         self.runs.append(Run(label, errors, searched.operations, searched.psnr(self.peak), found))
 
 
 def curves(predictions: Predictions, methods: Sequence[Method], of: int) -> dict[str, tuple[tuple[float, float], ...]]:
-    """For each method what is predicted of its best lists, of a few numbers of steps: speed-up and PSNR in dB."""
+    """For each method what is predicted of its regular lists, the nearest of each length: speed-up and PSNR in dB."""
     found: dict[str, tuple[tuple[float, float], ...]] = {}
     for method in methods:
-        settings = [predictions.best(method, max(2, round(of * share))) for share in (0.16, 0.24, 0.32, 0.4, 0.52, 0.7)]
-        points = [(1 / predictions.operations(s), predictions.psnr(s)) for s in settings if s is not None]
-        found[method.label] = tuple(point for point in points if not math.isinf(point[1]))
+        points = []
+        for lists in regular(of).values():
+            setting = max((Setting(method, each, of) for each in lists), key=predictions.psnr)
+            points.append((1 / predictions.operations(setting), predictions.psnr(setting)))
+        found[method.label] = tuple(sorted(point for point in points if not math.isinf(point[1])))
     return found

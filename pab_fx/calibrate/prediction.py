@@ -24,9 +24,8 @@ import torch
 from scipy.optimize import least_squares
 
 from ..policy.how import How, Last, Residual, Scalars, Taylor
-from ..policy.policy import Policy, assigned
-from ..policy.when import Rule, reused_calls
 from ..policy.where import ATTENTION_ROLES, BLOCKS, MODEL
+from .setting import Method, Part, Setting, thinned
 from .trajectory import Trajectory
 
 Errors = tuple[tuple[str, np.ndarray, np.ndarray], ...]
@@ -40,59 +39,64 @@ Plan = tuple[bool, ...]
 """For each step of a part whether it reuses."""
 
 
-def plans(policies: Sequence[Policy], parts: Sequence[Trajectory]) -> list[Plan]:
-    """For each part whether it reuses in each step; where what it lies in reuses, it does not.
+def plans(setting: Setting, parts: Sequence[Trajectory]) -> list[tuple[How, Plan] | None]:
+    """For each part how it is read and in which steps, `None` where it is left alone.
 
-    Args:
-        policies: of fixed rules.
-        parts: the parts.
+    Where what a part lies in reuses, it is neither run nor read.
     """
-    found: dict[int, Plan] = {}
+    found: dict[int, tuple[How, Plan]] = {}
     rests: dict[tuple[float, ...], Plan] = {}
     depth = {role: i for i, role in enumerate(OUTER)}
     for i in sorted(range(len(parts)), key=lambda i: depth.get(parts[i].role, len(OUTER))):
-        part = parts[i]
-        policy = assigned(policies, part.role, part.name)[1]
-        around = rests.get(part.timesteps, (False,) * len(part.timesteps))
-        never = (False,) * len(part.timesteps)
-        found[i] = never if policy is None or policy.when is None else _plan(policy.when, part.timesteps, around)
-        if part.role in OUTER:
-            rests[part.timesteps] = tuple(a or b for a, b in zip(around, found[i], strict=True))
-    return [found[i] for i in range(len(parts))]
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(rule: Rule, timesteps: tuple[float, ...], rests: Plan) -> Plan:
-    return reused_calls(rule, timesteps, 1, rests)
-
-
-def errors_of(policies: Sequence[Policy], parts: Sequence[Trajectory]) -> Errors:
-    """What the parts' reads are off by under policies of fixed rules."""
-    every = sorted({t for part in parts for t in part.timesteps}, reverse=True)
-    found = []
-    for part, plan in zip(parts, plans(policies, parts), strict=True):
-        policy = assigned(policies, part.role, part.name)[1]
-        if policy is None or not any(plan):
+        role, timesteps = parts[i].role, parts[i].timesteps
+        own = _part_of(setting.method, role)
+        if own is None:
             continue
-        (reads,) = _reads(policy.how, [plan])  # [S, S]
+        compute = set(thinned(setting.compute, own.thin))
+        around = rests.get(timesteps)
+        plan = tuple(n > 0 and n not in compute and not (around and around[n]) for n in range(len(timesteps)))
+        found[i] = own.how, plan
+        if role in OUTER:
+            rests[timesteps] = plan
+    return [found.get(i) for i in range(len(parts))]
+
+
+@functools.lru_cache(maxsize=256)
+def _part_of(method: Method, role: str) -> Part | None:
+    return next((part for part in method.parts if part.where.takes(role, role)), None)
+
+
+def errors_of(setting: Setting, parts: Sequence[Trajectory]) -> Errors:
+    """What the parts' reads are off by."""
+    found = []
+    for part, planned in zip(parts, plans(setting, parts), strict=True):
+        if planned is None or not any(planned[1]):
+            continue
+        (reads,) = _reads(planned[0], [planned[1]])  # [S, S]
         products = reads @ part.products @ reads.T
-        places = np.array([2 * every.index(t) / max(len(every) - 1, 1) - 1 for t in part.timesteps])
-        found.append((_kind(part.role), places, (products + np.diag(np.diag(products))) / 2))
+        np.fill_diagonal(products, 2 * np.diag(products))
+        found.append((_kind(part.role), _places(part.timesteps, tuple(each.timesteps for each in parts)), products / 2))
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(timesteps: tuple[float, ...], others: tuple[tuple[float, ...], ...]) -> np.ndarray:
+    """Where steps lie in a generation, from -1 to 1."""
+    every = sorted({t for each in others for t in each}, reverse=True)
+    return np.array([2 * every.index(t) / max(len(every) - 1, 1) - 1 for t in timesteps])
 
 
 def _kind(role: str) -> str:
     return "attentions" if role in ATTENTION_ROLES else role
 
 
-def prepare(settings: Sequence[Sequence[Policy]], parts: Sequence[Trajectory]) -> None:
+def prepare(settings: Sequence[Setting], parts: Sequence[Trajectory]) -> None:
     """Find what `errors_of` needs for many settings at once, which takes little more time than for one."""
     wanted: dict[How, dict[Plan, None]] = {}
-    for policies in settings:
-        for part, plan in zip(parts, plans(policies, parts), strict=True):
-            policy = assigned(policies, part.role, part.name)[1]
-            if policy is not None and any(plan):
-                wanted.setdefault(policy.how, {})[plan] = None
+    for setting in settings:
+        for planned in plans(setting, parts):
+            if planned is not None and any(planned[1]):
+                wanted.setdefault(planned[0], {})[planned[1]] = None
     for how, several in wanted.items():
         _reads(how, list(several))
 
@@ -192,7 +196,7 @@ def fitted(runs: Sequence[tuple[Errors, float]]) -> Sensitivity:
     start = np.zeros(1 + len(kinds) * (DEGREE + 1))
     flat = Sensitivity()
     start[0] = float(np.mean([flat.psnr(errors) - psnr for errors, psnr in runs])) * math.log(10) / 20
-    return sensitivity(least_squares(residuals, start, loss="soft_l1", f_scale=3.0).x)
+    return sensitivity(least_squares(residuals, start, loss="soft_l1", f_scale=3.0, max_nfev=40).x)
 
 
 @dataclass(frozen=True)
@@ -217,9 +221,9 @@ class Costs:
         spared = sum(self.shares.get(role, 0.0) * count / self.calls[role] for role, count in reused.items() if count)
         return max(1 - spared, 1e-3)
 
-    def predicted(self, policies: Sequence[Policy], parts: Sequence[Trajectory]) -> float:
-        """The share that is left under policies of fixed rules."""
+    def predicted(self, setting: Setting, parts: Sequence[Trajectory]) -> float:
+        """The share that is left under a setting."""
         of_role: dict[str, list[bool]] = {}
-        for part, plan in zip(parts, plans(policies, parts), strict=True):
-            of_role.setdefault(part.role, []).extend(plan)
+        for part, planned in zip(parts, plans(setting, parts), strict=True):
+            of_role.setdefault(part.role, []).extend(planned[1] if planned else (False,) * len(part.timesteps))
         return max(1 - sum(self.shares.get(role, 0.0) * sum(plan) / len(plan) for role, plan in of_role.items()), 1e-3)

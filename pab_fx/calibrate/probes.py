@@ -7,9 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..policy.how import Last, Residual, Taylor
-from ..policy.lists import Steps
-from ..policy.policy import Policy
 from ..policy.where import ATTENTION_ROLES, BLOCKS, MLP, MODEL, Attentions, Blocks, FeedForwards, Model, Where
+from .setting import Method, Part, Setting
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ class Effort:
 EFFORTS = {"low": Effort(15, 2, 1), "medium": Effort(40, 3, 3), "high": Effort(150, 5, 3)}
 
 
-def probes(roles: Collection[str], of: int, effort: Effort) -> list[tuple[Policy, ...]]:
-    """The policies of the probes.
+def probes(roles: Collection[str], of: int, effort: Effort) -> list[Setting]:
+    """The settings of the probes.
 
     Args:
         roles: of the parts that were found.
@@ -42,12 +41,11 @@ def probes(roles: Collection[str], of: int, effort: Effort) -> list[tuple[Policy
     kinds: list[Where] = [Blocks()] if BLOCKS in roles else []
     kinds += [Attentions()] if has_attentions else []
     kinds += [Model()] if MODEL in roles else []
-    found: list[tuple[Policy, ...]] = []
+    found = []
     for where, stretch in itertools.product(kinds[: effort.kinds], stretches(of, effort.stretches)):
         how = Taylor(1, of=Last() if isinstance(where, Attentions) else Residual())
-        rule = Steps(_computing(stretch, of), of)
-        inside = (Policy(FeedForwards(), rule, how),) if isinstance(where, Attentions) and MLP in roles else ()
-        found.append((Policy(where, rule, how), *inside))
+        inside = (Part(FeedForwards(), how),) if isinstance(where, Attentions) and MLP in roles else ()
+        found.append(Setting(Method("probe", (Part(where, how), *inside)), _computing(stretch, of), of))
     return found
 
 

@@ -111,8 +111,8 @@ def calibrate(
         limits = (limit, limit) if limit else _like(laboratory, budget, peak)
         judge = Judge(laboratory, *limits, peak, margin, parts, steps)
         planned = probes(roles, steps, EFFORTS[effort])
-        for policies in planned:
-            judge.probe(policies)
+        for probe in planned:
+            judge.probe(probe)
         tries = most - 1 - len(planned) - len(compare or ()) - 2 * rounds
         judge.search(methods(roles), max(tries, 1))
         setting = judge.best()

@@ -58,11 +58,11 @@ class Predictions:
 
     def psnr(self, setting: Setting) -> float:
         """In dB, from the trajectories and what settings have done to samples."""
-        return self._sensitivity.psnr(errors_of(setting.policies, self._parts))
+        return self._sensitivity.psnr(errors_of(setting, self._parts))
 
     def operations(self, setting: Setting) -> float:
         """The share of operations that is left."""
-        return self._costs.predicted(setting.policies, self._parts)
+        return self._costs.predicted(setting, self._parts)
 
     def room(self, setting: Setting, runs: Iterable[Run]) -> tuple[float, float]:
         """By how much it is expected to keep the budget, in dB, and how much more it may be.
@@ -85,7 +85,7 @@ class Predictions:
 
     def _errors(self, method: Method, lists: Sequence[tuple[int, ...]]) -> list[float]:
         settings = [Setting(method, each, self._of) for each in lists]
-        prepare([each.policies for each in settings], self._parts)
+        prepare(settings, self._parts)
         return [-self.psnr(each) for each in settings]
 
 
