@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,9 +25,13 @@ from pab_fx.bench._torch import cold_compiler, peak_of_live_bytes
 from pab_fx.bench.caches import CACHES, Plan
 from pab_fx.bench.chart import save_chart
 from pab_fx.bench.contenders import (
+    CACHE_DIT,
     COLUMNS,
+    PLAIN,
     SETUPS,
+    SHORT_NAMES,
     Broadcasting,
+    CacheDit,
     Contender,
     LowerBound,
     Setting,
@@ -41,12 +46,15 @@ from pab_fx.cli import app
 CPU = torch.device("cpu")
 QUICK = Settings(models=("wan",), size="quick", rounds=2, inner="eager")
 SHORT = ("compile", "pab_fx specialize")
+OF_PAB = tuple(column for column in COLUMNS if column not in CACHE_DIT)
 times = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9)
 
 
 def setting_of(model: BenchModel, steps: int = 8, policy: str = "pab") -> tuple[Setting, Trajectory]:
-    clock, network, timesteps = Clock(), model.build(CPU), timesteps_of(steps)
-    cache, inputs = CACHES[policy](model, None, steps, clock), model.inputs(timesteps, CPU)
+    clock, network = Clock(), model.build(CPU)
+    cache = CACHES[policy](model, None, steps, clock)
+    timesteps = timesteps_of(steps, cache.spacing)
+    inputs = model.inputs(timesteps, CPU)
     setting = Setting(network, cache, timesteps, Plan.of(network, cache.config, timesteps), inputs, "eager")
     return setting, Trajectory(timesteps, inputs, clock, CPU)
 
@@ -66,7 +74,8 @@ def wan(result: BenchResult) -> ModelResult:
 
 
 def test_all_columns_run_and_the_one_that_spoils_the_others_runs_last(wan: ModelResult) -> None:
-    assert tuple(column.column for column in wan.columns) == COLUMNS
+    assert tuple(column.column for column in wan.columns) == OF_PAB
+    assert tuple(SHORT_NAMES.values()) == COLUMNS
     assert all(len(column.seconds) == QUICK.rounds for column in wan.columns)
 
 
@@ -74,9 +83,9 @@ def test_every_column_reuses_what_the_schedule_says(wan: ModelResult) -> None:
     """1000, 875, ... 125: spatial reuses in 5 of the 8 steps at odd calls from 875 to 125, cross where `n mod 6`."""
     timesteps = timesteps_of(8)
     inside = [n for n, t in enumerate(timesteps) if n > 0 and 100 < t < 800]
-    expected = 2 * sum(n % 2 != 0 for n in inside) + 2 * sum(n % 6 != 0 for n in inside)
+    expected = 3 * sum(n % 2 != 0 for n in inside) + 3 * sum(n % 6 != 0 for n in inside)
     reused = {column.column: column.reused for column in wan.columns}
-    assert reused == {name: 0 if name in ("eager", "compile") else expected for name in COLUMNS}
+    assert reused == {name: 0 if name in PLAIN else expected for name in OF_PAB}
     assert wan.kinds == {"computing": 3, "partly": 2, "reusing": 3}
 
 
@@ -85,13 +94,13 @@ def test_outputs_are_those_of_the_hooks_and_others_are_not(wan: ModelResult) -> 
     assert distances.pop("lower bound") is None
     for name, found in distances.items():
         assert found is not None
-        assert found > 1e-2 if name in ("eager", "compile") else found < 1e-5, name
+        assert found > 1e-2 if name in PLAIN else found < 1e-5, name
 
 
 def test_pab_fx_is_captured_once_and_hooks_exhaust_the_limit(wan: ModelResult) -> None:
     columns = {column.column: column for column in wan.columns}
-    for name in ("compile", "pab_fx specialize", "pab_fx cond", "regional"):
-        assert (columns[name].captures, columns[name].late_captures) == (1, 0), name
+    for name in ("compile", "compile regional", "pab_fx specialize", "pab_fx cond", "regional"):
+        assert (columns[name].captures, columns[name].late_captures, columns[name].breaks) == (1, 0, 0), name
     assert columns["pab_fx cond"].graphs == columns["compile"].graphs == 1
     assert columns["hooks + compile"].captures == torch._dynamo.config.recompile_limit
     assert (columns["eager"].captures, columns["hooks"].captures) == (0, 0)
@@ -131,7 +140,7 @@ def test_the_chart_is_a_picture_of_every_column(result: BenchResult, tmp_path: P
 
 def test_the_table_in_markdown_has_a_row_for_each_column(result: BenchResult) -> None:
     lines = [line for line in markdown_of(result).splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == list(COLUMNS)
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(OF_PAB)
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -139,7 +148,7 @@ def test_the_table_in_markdown_has_a_row_for_each_column(result: BenchResult) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model_compiles_with_inductor(name: str) -> None:
     (model,) = run_bench(dataclasses.replace(QUICK, models=(name,), rounds=1, inner="inductor")).models
-    assert len(model.columns) == len(COLUMNS)
+    assert len(model.columns) == len(OF_PAB)
     starts = {column.column: column.cold_start for column in model.columns}
     assert all(start is None or start > 0.5 for start in starts.values())
 
@@ -164,7 +173,7 @@ def test_a_cold_start_finds_no_cache() -> None:
 
 def test_a_contender_that_reuses_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETUPS, "pab_fx specialize", Contender)
-    with pytest.raises(BenchError, match=r"pab_fx specialize reused 0 .* schedule says 16"):
+    with pytest.raises(BenchError, match=r"pab_fx specialize reused 0 .* schedule says 24, \[0, 0, 3, 6"):
         run_bench(dataclasses.replace(QUICK, columns=("pab_fx specialize",)))
 
 
@@ -200,7 +209,7 @@ def test_what_rounding_is_is_learnt_from_compile_and_eager(monkeypatch: pytest.M
 def test_what_does_not_fit_into_the_time_is_left_out_and_noted() -> None:
     (model,) = run_bench(dataclasses.replace(QUICK, minutes=1e-6)).models
     assert model.columns == ()
-    assert len(model.notes) == len(COLUMNS)
+    assert len(model.notes) == len(OF_PAB)
     assert all("left out" in note for note in model.notes)
 
 
@@ -335,10 +344,62 @@ def test_a_generation_starts_afresh_and_leaves_nothing(column: str) -> None:
     setting, trajectory = setting_of(model_of("cogvideox", "quick"))
     runs = contender(column, setting)
     first, second = (trajectory.run(runs, watch=True) for _ in range(2))
-    assert runs.reused == 2 * setting.plan.reused
+    assert first.reused == second.reused == setting.plan.reused
     assert all(torch.equal(a, b) for a, b in zip(first.outputs, second.outputs, strict=True))
     if isinstance(runs, Broadcasting):
         assert all(role.cache_bytes == 0 for role in runs.handle.report().roles)
+
+
+DBCACHE = dataclasses.replace(QUICK, policy="dbcache-taylorseer", rounds=1)
+
+
+def test_cache_dit_makes_the_same_decisions_in_more_graphs() -> None:
+    """Its DBCache with its TaylorSeer: the same steps reuse and outputs are the same, which `run_model` checks too."""
+    pytest.importorskip("cache_dit")
+    columns = ("eager", "cache-dit", *SHORT, "lower bound", "cache-dit + compile")
+    (model,) = run_bench(dataclasses.replace(DBCACHE, columns=columns)).models
+    found = {column.column: column for column in model.columns}
+    assert (tuple(found), model.notes) == (columns, ())
+    assert model.kinds == {"computing": 5, "reusing": 3}
+    for name in columns:
+        far, reuses = found[name].distance, name not in PLAIN
+        assert found[name].reused == (3 if reuses else 0)
+        assert far is None if name == "lower bound" else far is not None and (far < 1e-5 if reuses else far > 1e-3)
+    ours, theirs = found["pab_fx specialize"], found["cache-dit + compile"]
+    assert (ours.captures, ours.breaks) == (1, 0)
+    assert theirs.captures > 1 < theirs.breaks
+    assert ours.of_bound is not None
+    assert ours.over_cache_dit == Spread.of([theirs.seconds[0] / ours.seconds[0]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["firstblock", "dbcache", "dbcache-taylorseer"])
+@pytest.mark.parametrize("name", NAMES)
+def test_cache_dit_is_raced_on_every_model_that_it_knows(name: str, policy: str) -> None:
+    pytest.importorskip("cache_dit")
+    settings = dataclasses.replace(DBCACHE, models=(name,), policy=policy, columns=(*CACHE_DIT, "pab_fx specialize"))
+    (model,) = run_bench(settings).models
+    raced = {column.column for column in model.columns}
+    assert raced == ({"pab_fx specialize"} if name == "latte" else set(settings.columns))
+    assert model.notes == ()
+
+
+def test_without_cache_dit_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (model,) = run_bench(dataclasses.replace(DBCACHE, columns=("cache-dit", "pab_fx specialize"))).models
+    assert [column.column for column in model.columns] == ["pab_fx specialize"]
+    assert model.notes == ('cache-dit was left out: pip install "pab-fx[bench]" installs it',)
+
+
+def test_other_outputs_of_cache_dit_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(CacheDit):
+        def at(self, step: int) -> Any:
+            return lambda **inputs: (self.call(**inputs)[0] * 1.01,)
+
+    pytest.importorskip("cache_dit")
+    monkeypatch.setitem(SETUPS, "cache-dit", Other)
+    (model,) = run_bench(dataclasses.replace(DBCACHE, columns=("cache-dit",))).models
+    assert "outputs of cache-dit are 1.0e-02 from the reference's" in model.notes[0]
 
 
 @pytest.mark.parametrize("policy", ["blocks", "taylorseer", "magcache", "firstblock", "dbcache", "easycache"])
@@ -364,8 +425,7 @@ def test_other_policies_are_raced_at_the_decisions_of_their_hooks(policy: str) -
 def test_the_plan_is_what_the_hooks_do(model: BenchModel, steps: int) -> None:
     setting, trajectory = setting_of(model, steps)
     hooks = contender("hooks", setting)
-    trajectory.run(hooks, watch=True)
-    assert hooks.reused == setting.plan.reused
+    assert trajectory.run(hooks, watch=True).reused == setting.plan.reused
     assert len(setting.plan.kinds) == steps
 
 

@@ -18,6 +18,13 @@ def captured_frames() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+def graph_breaks() -> int:
+    """How often Dynamo has broken off a graph in this process. `counters["graph_break"]`, 2.9 to 2.15."""
+    from torch._dynamo.utils import counters
+
+    return sum(counters["graph_break"].values())
+
+
 def cold_compiler() -> contextlib.AbstractContextManager[None]:
     """Compile inside as the first process on a machine does: no cache in memory or on disk knows any kernel.
 

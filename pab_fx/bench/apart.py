@@ -34,10 +34,13 @@ def sharing_weights(model: nn.Module) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def give_own_code(model: nn.Module) -> None:
-    """Let a model run a copy of its class's code."""
-    cls = type(model)
-    model.__class__ = type(cls.__name__, (cls,), {"forward": _copy_of_code(cls.forward), "__module__": cls.__module__})
+def give_own_code(*modules: nn.Module) -> None:
+    """Let modules run a copy of their class's code: one copy for all that are of one class."""
+    for cls in {type(module) for module in modules}:
+        own = type(cls.__name__, (cls,), {"forward": _copy_of_code(cls.forward), "__module__": cls.__module__})
+        for module in modules:
+            if type(module) is cls:
+                module.__class__ = own
 
 
 def _copy_of_code(function: Any) -> Any:

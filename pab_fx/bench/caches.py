@@ -1,10 +1,11 @@
-"""The step caches that are timed: what `pab_fx` is given, what diffusers' hooks are given, and what both reuse."""
+"""The step caches that are timed: what `pab_fx` is given, what others are given for the same, and what all reuse."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
@@ -25,15 +26,29 @@ from .models import BenchModel, diffusers_config
 
 @dataclass(frozen=True)
 class Cache:
-    """A step cache in the words of both.
+    """A step cache in the words of all.
 
     Args:
         config: for `pab_fx.enable`.
         hooks: the config of diffusers' hooks that do the same, `None` if none do.
+        cache_dit: fields of cache-dit's `DBCacheConfig` that say the same, `None` if none do.
+        order: of cache-dit's TaylorSeer beside those, 0 for none.
+        spacing: how far apart timesteps are, as a share of what they are in a whole generation.
     """
 
     config: Any
     hooks: Any = None
+    cache_dit: Mapping[str, Any] | None = None
+    order: int = 0
+    spacing: float = 1.0
+
+
+THRESHOLD, SPACING = 0.99, 1 / 200
+"""Of rules with a signal: every change keeps to the threshold, and each step measures to decide.
+
+With random weights changes tell nothing, and a plan that is known before makes the same decisions in every column. They
+are too large for that between steps of a usual distance, and from a threshold of 1 on cache-dit would not measure.
+"""
 
 
 def _pab(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
@@ -61,21 +76,37 @@ def _magcache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) 
 
 
 def _firstblock(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
-    """A threshold that every change keeps to: all steps but the first reuse, and each measures to decide.
+    """All steps but the first reuse. The hooks fail with Latte, as MagCache's do; cache-dit does not know it."""
+    config = FirstBlockCacheConfig(threshold=THRESHOLD)
+    if model.name == "latte":
+        return Cache(config, spacing=SPACING)
+    return Cache(config, config, _dbcache_fields(first=1, last=0, warmup=1), spacing=SPACING)
 
-    With random weights changes tell nothing, and a plan that is known before makes the same decisions in every column.
+
+def _dbcache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any, order: int = 0) -> Cache:
+    """The first and the last block run in every step. cache-dit does not know Latte.
+
+    cache-dit's TaylorSeer has its first difference in the fourth step, where `Taylor` has it in the second one: with
+    four steps at the beginning that compute, they forecast alike at order 1.
     """
-    config = FirstBlockCacheConfig(threshold=1e9)
-    return Cache(config, None if model.name == "latte" else config)
+    how = Taylor(order, of=Residual()) if order else Residual()
+    policy = Policy(Blocks(1, -1), Change(Blocks(0, 1), THRESHOLD, warmup=4, max_skips=3), how)
+    fields = None if model.name == "latte" else _dbcache_fields(first=1, last=1, warmup=4, max_skips=3)
+    return Cache(policy, None, fields, order, SPACING)
 
 
-def _dbcache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
-    """The first and the last block run in every step; the threshold is as for `_firstblock`."""
-    return Cache(Policy(Blocks(1, -1), Change(Blocks(0, 1), 1e9, warmup=2, max_skips=3), Residual()))
+def _dbcache_fields(first: int, last: int, warmup: int, max_skips: int = -1) -> Mapping[str, Any]:
+    return {
+        "Fn_compute_blocks": first,
+        "Bn_compute_blocks": last,
+        "residual_diff_threshold": THRESHOLD,
+        "max_warmup_steps": warmup,
+        "max_continuous_cached_steps": max_skips,
+    }
 
 
 def _easycache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
-    """The whole model, by how far its sample has changed; the threshold is as for `_firstblock`."""
+    """The whole model, by how far its sample has changed, which has no upper limit: here no change is too large."""
     rule = Change(Model(), 1e9, accumulate=True, warmup=2, max_skips=3, by_rate=True)
     return Cache(Policy(Model(), rule, RatedResidual()))
 
@@ -87,12 +118,18 @@ CACHES: Mapping[str, Callable[[BenchModel, PABConfig | None, int, Any], Cache]] 
     "magcache": _magcache,
     "firstblock": _firstblock,
     "dbcache": _dbcache,
+    "dbcache-taylorseer": partial(_dbcache, order=1),
     "easycache": _easycache,
 }
 """By name on the command line, made for a model, ranges of PAB (`None`: the model's), steps, and a clock."""
 
 
 EVERY_BLOCK = NamedModules(LITE["skipped"])
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """Names of a model's repeated blocks."""
+    return [name for name, _ in model.named_modules() if EVERY_BLOCK.takes(MODULES, name)]
 
 
 @dataclass(frozen=True)
@@ -138,15 +175,15 @@ class Plan:
         return tuple(frozenset(itertools.compress(self.reuses, step)) for step in flags)
 
     @property
+    def reused(self) -> tuple[int, ...]:
+        """For each step, the calls of parts that are answered from a cache."""
+        return tuple(sum(self.parts[role] for role in roles) for roles in self.steps)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """For each step "computing" if no role reuses, "reusing" if all do, else "partly"."""
         names = {0: "computing", len(self.reuses): "reusing"}
         return tuple(names.get(len(roles), "partly") for roles in self.steps)
-
-    @property
-    def reused(self) -> int:
-        """Calls of parts that are answered from a cache in a generation."""
-        return sum(self.parts[role] * sum(steps) for role, steps in self.reuses.items())
 
 
 def _said(policy: Policy) -> str:
@@ -159,8 +196,8 @@ def _candidates(model: nn.Module, where: Any) -> Iterator[tuple[str, str, str]]:
         yield MODEL, "", ""
         return
     if isinstance(where, Blocks):
-        blocks = [name for name, _ in model.named_modules() if EVERY_BLOCK.takes(MODULES, name)]
-        yield from ((BLOCKS, where.label, name) for name in blocks[where.first : where.last])
+        blocks = blocks_of(model)[where.first : where.last]
+        yield from ((BLOCKS, where.label, name) for name in blocks)
         return
     for name, module in model.named_modules():
         if isinstance(where, NamedModules):

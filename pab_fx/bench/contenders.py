@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +17,7 @@ from torch.fx.node import map_aggregate
 from ..enable import enable
 from ..policy.where import BLOCKS
 from .apart import CountingCompiler, give_own_code, sharing_weights
-from .caches import Cache, Plan
+from .caches import Cache, Plan, blocks_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Contender:
     def __init__(self, setting: Setting, is_compiled: bool = False) -> None:
         self.compiler = CountingCompiler(setting.inner)
         self.model = sharing_weights(setting.model)
+        self._reused = 0
         self.call: Callable[..., Any] = self.compiled(self.model) if is_compiled else self.model
 
     def compiled(self, model: nn.Module) -> Callable[..., Any]:
@@ -61,8 +64,12 @@ class Contender:
         model's code, and gives a code up that it cannot trace, as hooks may make it.
         """
         give_own_code(model)
-        compiled: Callable[..., Any] = torch.compile(model, backend=lambda gm, inputs: self.compiler(gm, inputs))
+        compiled: Callable[..., Any] = torch.compile(model, backend=self.backend())
         return compiled
+
+    def backend(self) -> Callable[..., Any]:
+        """This contender's own compiler, which is equal to no other backend."""
+        return lambda gm, inputs: self.compiler(gm, inputs)
 
     def at(self, step: int) -> Callable[..., Any]:
         """What runs in a step."""
@@ -77,12 +84,24 @@ class Contender:
     @property
     def reused(self) -> int:
         """Calls of parts that were answered from a cache so far."""
-        return 0
+        return self._reused
 
     @property
     def held_bytes(self) -> int:
         """What it holds between generations, beside the weights."""
         return 0
+
+
+class BlockByBlock(Contender):
+    """The model whose repeated blocks are compiled one by one, as `compile_repeated_blocks` of diffusers does."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        blocks = [self.model.get_submodule(name) for name in blocks_of(self.model)]
+        give_own_code(*blocks)
+        backend = self.backend()
+        for block in blocks:
+            block.compile(backend=backend, fullgraph=True)
 
 
 class Hooked(Contender):
@@ -98,7 +117,6 @@ class Hooked(Contender):
             for name, hook in getattr(registry, "hooks", {}).items()
             if name in MARKS
         ]
-        self._reused = 0
         self._marks: list[Any] = [None] * len(self._hooks)
 
     def at(self, step: int) -> Callable[..., Any]:
@@ -119,11 +137,6 @@ class Hooked(Contender):
         """As a pipeline does at its end."""
         self.model._reset_stateful_cache()
         self._marks = [None] * len(self._hooks)
-
-    @property
-    def reused(self) -> int:
-        """As seen by `after_step`."""
-        return self._reused
 
 
 def _cache_of_attention(hook: Any, before: Any) -> Any:
@@ -148,6 +161,33 @@ MARKS: Mapping[str, Callable[[Any, Any], Any]] = {
     "fbc_leader_block_hook": _decision,
 }
 """By the name of a hook, for it and its mark before: an object that is another one after a step that computed."""
+
+
+class CacheDit(Contender):
+    """The model under cache-dit's DBCache; its documentation compiles it by `torch.compile` and nothing else."""
+
+    def __init__(self, setting: Setting, is_compiled: bool = False) -> None:
+        super().__init__(setting, is_compiled)
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # it tells on stderr what it does
+        import cache_dit
+
+        fields, order = setting.cache.cache_dit or {}, setting.cache.order
+        config = cache_dit.DBCacheConfig(
+            **fields, enable_separate_cfg=False, num_inference_steps=len(setting.timesteps)
+        )
+        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+        self._configs = {"cache_config": config, "calibrator_config": calibrator}
+        self._refresh = cache_dit.refresh_context
+        cache_dit.enable_cache(self.model, **self._configs)
+
+    def after_step(self) -> None:
+        """Count the step if it is one of those that it has answered from its cache."""
+        state = self.model._context_manager.get_context(*self.model._context_names)
+        self._reused += state.get_current_step() in state.get_cached_steps()
+
+    def reset(self) -> None:
+        """As it documents it for transformers without a pipeline."""
+        self._refresh(self.model, **self._configs)
 
 
 class Broadcasting(Contender):
@@ -194,7 +234,7 @@ class LowerBound(Contender):
     """What no reuse can beat: the compiled model, and, where roles reuse, with constants in place of their modules.
 
     Blocks that reuse as a whole hand on what they are given: what leads up to them is needed all the same. One variant
-    for each set of reusing roles that occurs, chosen per step by the plan.
+    for each set of reusing roles that occurs, chosen per step by the plan: it measures no signal and waits for none.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -202,9 +242,8 @@ class LowerBound(Contender):
         plan = setting.plan
         names = {name for role in plan.reuses for name in plan.modules[role]}
         self._constants = outputs_of(self.model, names, setting.inputs[0], BLOCKS in plan.modules)
-        self._plan = plan
+        self._plan, self._roles, self._saved = plan, plan.steps, plan.reused
         self._calls = {roles: self.compiled(self.without(roles)) for roles in dict.fromkeys(plan.steps)}
-        self._reused = 0
 
     def use(self, compiled: Callable[..., Any]) -> None:
         """Run computing steps with a compiled model that is there already, which saves a compilation."""
@@ -222,14 +261,8 @@ class LowerBound(Contender):
 
     def at(self, step: int) -> Callable[..., Any]:
         """The variant for a step."""
-        roles = self._plan.steps[step]
-        self._reused += sum(self._plan.parts[role] for role in roles)
-        return self._calls[roles]
-
-    @property
-    def reused(self) -> int:
-        """By the variants that were called."""
-        return self._reused
+        self._reused += self._saved[step]
+        return self._calls[self._roles[step]]
 
     @property
     def held_bytes(self) -> int:
@@ -263,25 +296,54 @@ def outputs_of(
 SETUPS: Mapping[str, Callable[[Setting], Contender]] = {
     "eager": Contender,
     "hooks": Hooked,
+    "cache-dit": CacheDit,
     "compile": lambda setting: Contender(setting, is_compiled=True),
+    "compile regional": BlockByBlock,
     "pab_fx specialize": Broadcasting,
     "no invariants": lambda setting: Broadcasting(setting, step_invariants=False),
     "pab_fx cond": lambda setting: Broadcasting(setting, lowering="cond"),
     "regional": lambda setting: Broadcasting(setting, regional=True),
     "lower bound": LowerBound,
+    "cache-dit + compile": lambda setting: CacheDit(setting, is_compiled=True),
     "hooks + compile": lambda setting: Hooked(setting, is_compiled=True),
 }
 """What sets each column up, in the order in which they run."""
 
 COLUMNS = tuple(SETUPS)
-HOOKS_AND_COMPILE = COLUMNS[-1]
-_SHORT = ("eager", "hooks", "compile", "specialize", "each-step", "cond", "regional", "bound", "both")
-SHORT_NAMES = dict(zip(_SHORT, COLUMNS, strict=True))
-"""As on the command line."""
+CACHE_DIT_AND_COMPILE, HOOKS_AND_COMPILE = COLUMNS[-2:]
+SHORT_NAMES = {
+    "eager": "eager",
+    "hooks": "hooks",
+    "cache-dit": "cache-dit",
+    "compile": "compile",
+    "compile-regional": "compile regional",
+    "specialize": "pab_fx specialize",
+    "each-step": "no invariants",
+    "cond": "pab_fx cond",
+    "regional": "regional",
+    "bound": "lower bound",
+    "cache-dit-compile": CACHE_DIT_AND_COMPILE,
+    "both": HOOKS_AND_COMPILE,
+}
+"""As on the command line, in the order of `COLUMNS`."""
+
+PLAIN = ("eager", "compile", "compile regional")
+"""The columns that reuse nothing."""
+
+CACHE_DIT = ("cache-dit", CACHE_DIT_AND_COMPILE)
+"""The columns of cache-dit."""
 
 
-NEED_HOOKS = ("hooks", HOOKS_AND_COMPILE)
-"""The columns that are left out where no hooks do the same."""
+def does_the_same(column: str, cache: Cache) -> bool:
+    """Whether a column has words for this cache."""
+    if column in CACHE_DIT:
+        return cache.cache_dit is not None
+    return column not in ("hooks", HOOKS_AND_COMPILE) or cache.hooks is not None
+
+
+def is_installed(column: str) -> bool:
+    """Whether what a column needs beside this package's own dependencies is there."""
+    return column not in CACHE_DIT or importlib.util.find_spec("cache_dit") is not None
 
 
 def contender(column: str, setting: Setting) -> Contender:

@@ -84,14 +84,19 @@ class Generation:
     """One run through all timesteps.
 
     Args:
-        seconds: from before the first step to after the last.
         steps: seconds of each step.
         outputs: of each step; empty where they were not to be kept.
+        reused: of each step, the calls of parts that were answered from a cache; empty where outputs are.
     """
 
-    seconds: float
     steps: tuple[float, ...]
     outputs: tuple[torch.Tensor, ...] = ()
+    reused: tuple[int, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(self.steps)
 
 
 @dataclass(frozen=True)
@@ -132,25 +137,25 @@ class Trajectory:
 
         Args:
             contender: what runs.
-            watch: whether to keep outputs and to count what is reused.
+            watch: whether to keep outputs and to count what is reused, between the steps.
         """
-        outputs = []
+        spans, outputs, reused = [], [], [contender.reused]
         contender.reset()
         self._wait()
-        marks = [self._mark()]
         for i, (t, inputs) in enumerate(zip(self.timesteps, self.inputs, strict=True)):
             self.clock.t = t
+            start = self._mark()
             output = contender.at(i)(**inputs)[0]
+            spans.append((start, self._mark()))
             if watch:
                 outputs.append(output.clone())
                 contender.after_step()
+                reused.append(contender.reused)
             del output
-            marks.append(self._mark())
         self._wait()
-        times = [self._seconds(marks[0], mark) for mark in marks]
+        steps = tuple(self._seconds(*span) for span in spans)
         contender.reset()
-        steps = tuple(end - start for start, end in itertools.pairwise(times))
-        return Generation(times[-1], steps, tuple(outputs))
+        return Generation(steps, tuple(outputs), tuple(after - before for before, after in itertools.pairwise(reused)))
 
     def peak_bytes(self, contender: Contender) -> int:
         """The most memory that a generation holds at once, less the weights and what others hold."""

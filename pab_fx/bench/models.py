@@ -152,14 +152,18 @@ def diffusers_config(pab: PABConfig, clock: Any) -> PyramidAttentionBroadcastCon
     return PyramidAttentionBroadcastConfig(**fields)
 
 
-def timesteps_of(steps: int) -> tuple[float, ...]:
+def timesteps_of(steps: int, spacing: float = 1.0) -> tuple[float, ...]:
     """Timesteps from 1000 down, evenly spaced, as schedulers with `timestep_spacing="trailing"` have them.
+
+    Args:
+        steps: how many.
+        spacing: how far apart, as a share of what leads to 0.
 
     Example:
         >>> timesteps_of(4)
         (1000.0, 750.0, 500.0, 250.0)
     """
-    return tuple(1000.0 * (steps - i) / steps for i in range(steps))
+    return tuple(1000.0 * (steps - spacing * i) / steps for i in range(steps))
 
 
 def _cogvideox(layers: int, heads: int, frames: int, height: int, width: int, text: int, wide: int, **more: Any) -> Any:
@@ -284,10 +288,10 @@ SIZES: Mapping[str, tuple[BenchModel, ...]] = {
         ),
     ),
     "quick": (
-        _cogvideox(2, 1, 2, 4, 6, 5, 16, title="CogVideoX, tiny", steps=8),
+        _cogvideox(3, 1, 2, 4, 6, 5, 16, title="CogVideoX, tiny", steps=8),
         _latte(2, 2, 8, 3, 8, 5, 16, title="Latte, tiny", steps=8),
         _flux(2, 2, 1, 32, 4, 5, 16, title="Flux, tiny", steps=8),
-        _wan(2, 2, 12, 32, 2, (4, 6), 5, 16, title="Wan, tiny", steps=8),
+        _wan(3, 2, 12, 32, 2, (4, 6), 5, 16, title="Wan, tiny", steps=8),
     ),
 }
 NAMES = tuple(model.name for model in SIZES["cpu"])

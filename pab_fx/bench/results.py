@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ class ColumnResult:
         generation: seconds of a generation.
         speedup: over `compile` in the same round; `None` without that column.
         over_hooks: speed-up over "hooks + compile" in the same round; `None` without that column.
+        over_cache_dit: speed-up over "cache-dit + compile" in the same round; `None` without that column.
         of_bound: time as a multiple of the lower bound's in the same round; `None` without that column.
         step_seconds: of a step, by what the schedule reuses in it: "computing" (nothing), "partly", "reusing" (all).
         cold_start: seconds of the first generation, with empty caches, less the median one; `None` if nothing compiles.
         captures: graphs that Dynamo captured, over all generations.
         graphs: graphs that the inner compiler was given.
         late_captures: those of `captures` after the first generation.
+        breaks: how often Dynamo broke off a graph, over all generations.
         peak_bytes: held at once in a generation, less the weights.
         distance: relative L2 distance of all outputs from those of the hooks, or where none do the same of `pab_fx` run
             eagerly; `None` for the bound, whose outputs mean nothing.
@@ -47,12 +50,14 @@ class ColumnResult:
     generation: Spread
     speedup: Spread | None
     over_hooks: Spread | None
+    over_cache_dit: Spread | None
     of_bound: Spread | None
     step_seconds: Mapping[str, float]
     cold_start: float | None
     captures: int
     graphs: int
     late_captures: int
+    breaks: int
     peak_bytes: int
     distance: float | None
     reused: int
@@ -135,11 +140,16 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
 
 
-TIMES = ("", "generation, s", "over compile", "over hooks + compile", "of the bound")
-COSTS = ("computing, ms", "partly, ms", "reusing, ms", "cold start, s", "captured", "compiled", "MiB", "distance")
+PARTS = (
+    ("generation, s", "over compile", "of the bound"),
+    ("over hooks + compile", "over cache-dit + compile", "MiB", "distance"),
+    ("computing, ms", "partly, ms", "reusing, ms", "cold start, s", "captured", "breaks", "compiled"),
+)
+"""Columns of a table, in parts that fit into a terminal."""
 
 NARROW = {
     "over hooks + compile": "over hooks\n+ compile",
+    "over cache-dit + compile": "over cache-dit\n+ compile",
     "computing, ms": "comput-\ning, ms",
     "partly, ms": "partly,\nms",
     "reusing, ms": "reusing,\nms",
@@ -153,7 +163,8 @@ NARROW = {
 
 def rows_of(result: ModelResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of a model's table; what no row says has no column."""
-    header, rows = TIMES + COSTS, [_row(column) for column in result.columns]
+    header = ("", *itertools.chain.from_iterable(PARTS))
+    rows = [_row(column) for column in result.columns]
     shown = [i for i, name in enumerate(header) if not name or any(row[i] for row in rows)]
     return tuple(header[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
 
@@ -165,14 +176,16 @@ def _row(column: ColumnResult) -> tuple[str, ...]:
         column.column,
         f"{column.generation.median:.2f}",
         _spread(column.speedup, 2),
-        _spread(column.over_hooks, 2),
         _spread(column.of_bound, 3),
+        _spread(column.over_hooks, 2),
+        _spread(column.over_cache_dit, 2),
+        f"{column.peak_bytes / 2**20:.1f}",
+        "" if column.distance is None else f"{column.distance:.0e}",
         *("" if seconds is None else f"{1000 * seconds:.0f}" for seconds in steps),
         "" if column.cold_start is None else f"{column.cold_start:.1f}",
         f"{column.captures}{late}",
+        str(column.breaks),
         str(column.graphs),
-        f"{column.peak_bytes / 2**20:.1f}",
-        "" if column.distance is None else f"{column.distance:.0e}",
     )
 
 
@@ -193,15 +206,15 @@ def caption_of(result: ModelResult) -> str:
 
 
 def tables_of(result: ModelResult) -> list[Table]:
-    """The table of a model for a terminal, in two parts, since a terminal is narrow."""
+    """The table of a model for a terminal, in parts, since a terminal is narrow."""
     header, rows = rows_of(result)
-    times = sum(name in TIMES for name in header)
     tables = []
-    for part in (slice(1, times), slice(times, None)):
-        heads = (Column(NARROW.get(name, name), justify="right", no_wrap=True) for name in header[part])
+    for part in PARTS:
+        shown = [i for i, name in enumerate(header) if name in part]
+        heads = (Column(NARROW.get(header[i], header[i]), justify="right", no_wrap=True) for i in shown)
         table = Table(Column(min_width=10), *heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for row in rows:
-            table.add_row(row[0], *row[part])
+            table.add_row(row[0], *(row[i] for i in shown))
         tables.append(table)
     return tables
 

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ._torch import quiet_recompile_limit
 from .apart import CountingCompiler
 from .caches import CACHES, Plan
-from .contenders import NEED_HOOKS, Setting
+from .contenders import Setting, does_the_same
 from .measure import Clock, Trajectory
 from .models import BenchModel, model_of, timesteps_of
 from .race import Race, Say
@@ -63,17 +63,18 @@ def run_model(model: BenchModel, settings: Settings, say: Say) -> ModelResult:
     device, clock = torch.device(settings.device), Clock()
     say("building")
     network = model.build(device)
-    timesteps = timesteps_of(settings.steps or model.steps)
-    cache = CACHES[settings.policy](model, settings.pab, len(timesteps), clock)
+    steps = settings.steps or model.steps
+    cache = CACHES[settings.policy](model, settings.pab, steps, clock)
+    timesteps = timesteps_of(steps, cache.spacing)
     plan = Plan.of(network, cache.config, timesteps)
-    if not plan.reused:
-        raise ValueError(f"{model.name}: the policy reuses nothing in {len(timesteps)} steps.")
+    if not any(plan.reused):
+        raise ValueError(f"{model.name}: the policy reuses nothing in {steps} steps.")
     inputs = model.inputs(timesteps, device)
     setting = Setting(network, cache, timesteps, plan, inputs, settings.inner, settings.tell_timesteps)
     trajectory = Trajectory(timesteps, inputs, clock, device)
     warm_up(settings.inner, device)
     race = Race(setting, trajectory, settings, TOLERANCES[model.dtype], say)
-    columns = [column for column in settings.columns if cache.hooks or column not in NEED_HOOKS]
+    columns = [column for column in settings.columns if does_the_same(column, cache)]
     with quiet_recompile_limit():
         race.enter(columns)
         race.take_turns(columns)
@@ -83,7 +84,7 @@ def run_model(model: BenchModel, settings: Settings, say: Say) -> ModelResult:
         cls=type(network).__name__,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
-        steps=len(timesteps),
+        steps=steps,
         policy=settings.policy,
         broadcast=plan.said,
         kinds=dict(Counter(plan.kinds)),

@@ -19,12 +19,16 @@ def bench(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Which, with commas between, of eager, hooks, compile, specialize, each-step, cond, regional, bound, "
-            "both (hooks + compile). All."
+            help="Which, with commas between, of eager, hooks, cache-dit, compile, compile-regional, specialize, "
+            "each-step, cond, regional, bound, cache-dit-compile, both (hooks + compile). All."
         ),
     ] = None,
     policy: Annotated[
-        str, typer.Option(help="The step cache: pab, blocks, taylorseer, magcache, firstblock, dbcache, easycache.")
+        str,
+        typer.Option(
+            help="The step cache: pab, blocks, taylorseer, magcache, firstblock, dbcache, dbcache-taylorseer, "
+            "easycache."
+        ),
     ] = "pab",
     config: Annotated[
         str | None,
@@ -40,7 +44,7 @@ def bench(
     markdown: Annotated[Path | None, typer.Option(help="Write the tables in Markdown.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models: shows that it runs, and no more.")] = False,
 ) -> None:
-    """Time generations under hooks, torch.compile and pab_fx, in turns, and how near they are to the lower bound."""
+    """Time generations under hooks, cache-dit, torch.compile and pab_fx, in turns, and how near the bound they are."""
     from ..bench.chart import SUFFIXES, save_chart
     from ..bench.heap import keep_freed_memory
     from ..bench.results import caption_of, markdown_of, tables_of

@@ -68,7 +68,7 @@ def explain(
         >>> (kwargs,) = wan.inputs((900.0,), device)
         >>> report = explain(wan.build(device), kwargs, spatial_attention_block_skip_range=2, rounds=0)
         >>> [region.name for region in report.regions if region.left_alone is None]
-        ['blocks.0.attn1', 'blocks.1.attn1']
+        ['blocks.0.attn1', 'blocks.1.attn1', 'blocks.2.attn1']
     """
     if steps < 1 or rounds < 0:
         raise ValueError(f"steps must be at least 1 and rounds at least 0, got {steps} and {rounds}.")
