@@ -1,190 +1,305 @@
-"""Is a calibrated setting better than a preset, on prompts and seeds that the calibration has not seen?
+"""Is what calibration finds faster and nearer than everything else, on prompts that it has not seen?
 
-    python examples/prove_calibration.py --folder runs/calibration
+    python examples/prove_calibration.py --folder runs/proof --picture docs/front.png
 
-For each preset: calibrate the demo's model to be no worse than it on some captions; then sample other captions, from
-other seeds, without PAB, with the preset and with the proposal. The proposal has to be as near to the samples without
-PAB as the preset, in both measures, and faster: by the floating-point operations that are left out, and by the time
-of the processor, in generations that take turns. Prints a table in Markdown, and ends with an error if it is not so.
+Calibrates the demo's model for three budgets. Then samples other captions, from other seeds, with each proposal, with
+every single method at several settings, with the presets, and in fewer steps. Each proposal has to keep its budget on
+those, with at most so many operations, and to be nearer than every single method at as many operations. Prints a table
+in Markdown, draws speed-up against error, and ends with an error if it is not so. What is finished is kept in the
+folder: the same command goes on after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from rich.progress import Progress
 
 import pab_fx
-from pab_fx import PABConfig
-from pab_fx.calibrate.changes import ModuleChanges
-from pab_fx.calibrate.samples import Difference
-from pab_fx.calibrate.settings import at_own_timesteps, reused_modules
+from pab_fx import (
+    Attentions,
+    Blocks,
+    Change,
+    Every,
+    FeedForwards,
+    How,
+    Last,
+    Magnitude,
+    Model,
+    PABConfig,
+    Policy,
+    RatedResidual,
+    Residual,
+    Rule,
+    Taylor,
+)
+from pab_fx.calibrate.files import Folder
+from pab_fx.calibrate.laboratory import Laboratory
+from pab_fx.calibrate.result import Calibration
+from pab_fx.calibrate.samples import Difference, batches_of
+from pab_fx.calibrate.trials import Trials
 from pab_fx.demo import CAPTIONS, load_pipeline
-from pab_fx.policy.config import PRESETS
+from pab_fx.demo.run import demo_config
+from pab_fx.policy.when import evenly_spaced, reused_calls
+from pab_fx.report.palette import COMPUTE_COLOUR, REUSE_COLOUR, bare, pyplot
 
 SEEN, UNSEEN = 100, 3_000_000
 """Seeds of the first caption of each kind."""
+LIMITS = {42: 0.3, 50: 0.4, 60: 0.53}
+"""For a PSNR in dB the share of the operations that may be left."""
+PRESETS = ("cogvideox", "latte", "open-sora")
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a setting comes to on unseen captions: means over clips, and speed-ups."""
+class Point:
+    """What a setting comes to on unseen captions: mean PSNR in dB, and the share of operations that is left."""
 
     name: str
     psnr: float
-    relative_l2: float
     operations: float
-    measured: float
 
 
 def main() -> None:
-    """Calibrate, compare, print."""
+    """Calibrate, compare, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/calibration"))
-    parser.add_argument("--captions", type=int, default=8, help="that the calibration sees")
+    parser.add_argument("--folder", type=Path, default=Path("runs/proof"))
+    parser.add_argument("--captions", type=int, default=24, help="that the calibration sees")
     parser.add_argument("--unseen", type=int, default=24, help="other captions, that are compared")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--layer-groups", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3, help="timed generations of each kind")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of captions")
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
-    parser.add_argument(
-        "--pictures",
-        type=Path,
-        nargs=3,
-        metavar=("CHANGES", "ROLES", "PARETO"),
-        help="copies of the last calibration's",
-    )
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--effort", default="medium")
+    parser.add_argument("--margin", type=float, default=1.0, help="standard errors in reserve")
+    parser.add_argument("--budgets", type=int, nargs="+", default=list(LIMITS))
+    parser.add_argument("--picture", type=Path, help="speed-up against error, as PNG")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    order = np.random.default_rng(args.seed).permutation(len(CAPTIONS))
+    order = np.random.default_rng(0).permutation(len(CAPTIONS))
     captions = [str(CAPTIONS[i]) for i in order]
     seen, unseen = captions[: args.captions], captions[args.captions :][: args.unseen]
-    pipe = quiet_pipeline()
-    found = {
-        name: pab_fx.calibrate(
-            pipe,
-            seen,
-            PABConfig.preset(name),
-            call={"num_inference_steps": args.steps},
-            folder=args.folder,
-            seed=SEEN,
-            batch=args.batch,
-            layer_groups=args.layer_groups,
-            rounds=0,
-        )
-        for name in args.presets
-    }
-    for name, copy in zip(("changes.png", "roles.png", "pareto.png"), args.pictures or (), strict=False):
-        shutil.copy(args.folder / name, copy)
-    plain = clips(pipe, unseen, args)
-    print("\n| setting | PSNR, dB | relative L2 | speed-up by operations | speed-up measured |")
-    print("| --- | --- | --- | --- | --- |")
-    worse = []
-    for name, calibration in found.items():
-        timesteps = calibration.changes[0].timesteps
-        configs = {name: at_own_timesteps(PABConfig.preset(name), timesteps), "calibrated to it": calibration.config}
-        preset, proposal = compare(configs, calibration.changes, plain, unseen, args)
-        for row in (preset, proposal):
-            speedups = f"{row.operations:.2f}x | {row.measured:.2f}x"
-            print(f"| {row.name} | {row.psnr:.2f} | {row.relative_l2:.4f} | {speedups} |", flush=True)
-        is_near = proposal.psnr >= preset.psnr and proposal.relative_l2 <= preset.relative_l2
-        is_faster = proposal.operations > preset.operations and proposal.measured > preset.measured
-        worse += [] if is_near and is_faster else [name]
-    if worse:
-        raise SystemExit(f"not better than {', '.join(worse)}")
-
-
-def compare(
-    configs: dict[str, PABConfig],
-    changes: Sequence[ModuleChanges],
-    plain: np.ndarray,
-    captions: Sequence[str],
-    args: argparse.Namespace,
-) -> list[Row]:
-    """A row for each of the configs."""
-    pipes = {name: quiet_pipeline() for name in configs}
-    for name, pipe in pipes.items():
-        scheduler = pipe.scheduler
-        pab_fx.enable(pipe, configs[name], inner="eager", timesteps=lambda scheduler=scheduler: scheduler.timesteps)
-    rows = []
-    plain_pipe = quiet_pipeline()
-    plain_pipe.transformer.compile(backend="eager")  # so that all that differs is what is reused
-    speedups = measured_speedups(plain_pipe, pipes, captions[:4], args)
-    for name, pipe in pipes.items():
-        frames = clips(pipe, captions, args)
-        differences = [Difference.between(a, b) for a, b in zip(frames, plain, strict=True)]
-        rows.append(
-            Row(
-                name,
-                statistics.fmean(each.psnr() for each in differences),
-                statistics.fmean(each.relative_l2 for each in differences),
-                speedup_by_operations(pipe, configs[name], changes),
-                speedups[name],
-            )
-        )
-    return rows
-
-
-def quiet_pipeline() -> Any:
-    """The demo's pipeline, without a progress bar."""
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    found = {budget: calibrated(pipe, seen, budget, args) for budget in args.budgets}
+    curves, presets, proposals = compared(pipe, unseen, found, args)
+    print(table(found, proposals, curves, presets))
+    if args.picture:
+        draw(curves, presets, proposals, found, args.picture)
+    wrong = [each for budget, point in proposals.items() for each in complaints(budget, point, curves, presets)]
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
-def clips(pipe: Any, captions: Sequence[str], args: argparse.Namespace) -> np.ndarray:
-    """A clip for each caption, [N, F, H, W, 3] in 0 to 1, from seeds far from those of the calibration."""
-    found = []
-    for start in range(0, len(captions), args.batch):
-        some = list(captions[start : start + args.batch])
-        generators = [torch.Generator().manual_seed(UNSEEN + start + i) for i in range(len(some))]
-        found.append(pipe(some, num_inference_steps=args.steps, generator=generators).frames)
-    return np.concatenate(found)
+def calibrated(pipe: Any, prompts: Sequence[str], budget: int, args: argparse.Namespace) -> Calibration:
+    """The proposal for a budget in dB."""
+    return pab_fx.calibrate(
+        pipe,
+        prompts,
+        f"psnr>={budget}",
+        call={"num_inference_steps": 50},
+        folder=args.folder / "calibration",
+        effort=args.effort,
+        seed=SEEN,
+        batch=args.batch,
+        margin=args.margin,
+        rounds=1,
+    )
 
 
-def measured_speedups(
-    plain: Any, pipes: dict[str, Any], captions: Sequence[str], args: argparse.Namespace
-) -> dict[str, float]:
-    """The ratio of the processor's time for a whole generation without and with PAB, in turns: median over rounds."""
-    ratios: dict[str, list[float]] = {name: [] for name in pipes}
-    for turn in range(args.rounds + 1):
-        without = seconds_of(lambda: plain(list(captions), num_inference_steps=args.steps))
-        for name, pipe in pipes.items():
-            within = seconds_of(lambda pipe=pipe: pipe(list(captions), num_inference_steps=args.steps))
-            ratios[name] += [without / within] if turn else []  # the first captures
-    return {name: statistics.median(found) for name, found in ratios.items()}
+def single_methods(pipe: Any, prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """For each method configs of several speeds, by name."""
+
+    def parts(how: How) -> Any:
+        return lambda rule: (Policy(Attentions(), rule, how), Policy(FeedForwards(), rule, how))
+
+    def one(where: Any, how: How) -> Any:
+        return lambda rule: (Policy(where, rule, how),)
+
+    ratios = pab_fx.magnitude_ratios(pipe, lambda: pipe(list(prompts), num_inference_steps=50), 50)
+    regular: dict[str, Rule] = {f"every {n}": Every(n, warmup=2) for n in (2, 3, 4, 6)}
+    magnitudes: dict[str, Rule] = {f"{t}": Magnitude(ratios, t, 5, 0.1) for t in (0.01, 0.03, 0.06, 0.12)}
+    first: dict[str, Rule] = {f"{t}": Change(Blocks(0, 1), t, warmup=2) for t in (0.03, 0.06, 0.12, 0.25)}
+    easy: dict[str, Rule] = {
+        f"{t}": Change(Model(), t, accumulate=True, by_rate=True, warmup=2) for t in (0.02, 0.05, 0.1, 0.2)
+    }
+    methods = {
+        "PAB, as kept": (parts(Last()), regular),
+        "PAB, forecast": (parts(Taylor(1)), regular),
+        "TaylorSeer, order 2": (parts(Taylor(2)), regular),
+        "blocks, residual": (one(Blocks(), Residual()), regular),
+        "blocks, order 1": (one(Blocks(), Taylor(1, of=Residual())), regular),
+        "blocks, order 2": (one(Blocks(), Taylor(2, of=Residual())), regular),
+        "model, order 2": (one(Model(), Taylor(2, of=Residual())), regular),
+        "MagCache": (one(Blocks(), Residual()), magnitudes),
+        "FirstBlock": (one(Blocks(first=1), Residual()), first),
+        "EasyCache": (one(Model(), RatedResidual()), easy),
+    }
+    return {name: {label: make(rule) for label, rule in rules.items()} for name, (make, rules) in methods.items()}
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    """Of the processor, in one thread: what else runs on the machine does not count."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
+Curves = Mapping[str, Sequence[Point]]
 
 
-def speedup_by_operations(pipe: Any, config: PABConfig, changes: Sequence[ModuleChanges]) -> float:
-    """Floating-point operations of a generation without PAB over those with it: of its matrix products."""
-    model = quiet_pipeline().transformer
-    counter = FlopCounterMode(display=False)
-    shape = (1, 3, model.config.video_length, model.config.sample_size, model.config.sample_size)
-    with counter, torch.no_grad():
-        model(torch.zeros(shape), torch.zeros(1), torch.zeros(1, 5, model.config.caption_channels))
-    of_module = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
-    reuses = reused_modules(config, changes)
-    steps = len(changes[0].timesteps)
-    spared = sum(of_module[module.name] * sum(plan) for module, plan in reuses.items())
-    return 1 / (1 - spared / (steps * counter.get_total_flops()))
+def compared(
+    pipe: Any, prompts: Sequence[str], found: Mapping[int, Calibration], args: argparse.Namespace
+) -> tuple[Curves, list[Point], dict[int, Point]]:
+    """What the single methods, the presets and the proposals come to on prompts that calibration did not see."""
+    batches = batches_of(prompts, UNSEEN, args.batch)
+    home = Folder(args.folder / "unseen", {"prompts": list(prompts), "batch": args.batch})
+    methods = single_methods(pipe, prompts[:4])
+    pipe.scheduler.set_timesteps(50)
+    own = {"latte": demo_config([float(t) for t in pipe.scheduler.timesteps])}  # its feed-forwards' steps are moved
+    with Trials(pipe, None, {"num_inference_steps": 50}, "eager") as trials, Progress() as progress:
+        laboratory = Laboratory(home, trials, batches, (), progress, 60 * len(batches))
+        laboratory.observe()
+
+        def point(name: str, config: Any) -> Point:
+            outcome = laboratory.outcome(name, config)
+            return Point(name, outcome.psnr(), outcome.operations)
+
+        proposals = {budget: point(f"calibrated to {budget} dB", each.policies) for budget, each in found.items()}
+        presets = [point(name, own.get(name) or PABConfig.preset(name)) for name in PRESETS]
+        curves = {
+            name: [point(f"{name}, {label}", each) for label, each in configs.items()]
+            for name, configs in methods.items()
+        }
+        references = [np.load(home.entries / f"reference-{batch.label}.npy") for batch in batches]
+    curves["fewer steps"] = [fewer(pipe, batches, references, steps, home) for steps in (40, 26, 18, 14)]
+    return curves, presets, proposals
+
+
+def fewer(pipe: Any, batches: Sequence[Any], references: Sequence[np.ndarray], steps: int, home: Folder) -> Point:
+    """Without a cache, in fewer steps."""
+    known = home.load(f"steps-{steps}")
+    if known is None:
+        known = []
+        for batch, reference in zip(batches, references, strict=True):
+            generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+            clips = pipe(list(batch.prompts), generator=generators, num_inference_steps=steps, output_type="np")[0]
+            known += [Difference.between(a, b).psnr() for a, b in zip(clips, reference, strict=True)]
+        home.save(f"steps-{steps}", known)
+    return Point(f"{steps} steps", float(np.mean(known)), steps / 50)
+
+
+def at(points: Sequence[Point], operations: float) -> float | None:
+    """The PSNR of a method with as many operations, between the two settings that are next to it."""
+    ordered = sorted(points, key=lambda point: point.operations)
+    if not ordered[0].operations <= operations <= ordered[-1].operations:
+        return None
+    return float(np.interp(operations, [p.operations for p in ordered], [p.psnr for p in ordered]))
+
+
+def complaints(budget: int, point: Point, curves: Curves, presets: Sequence[Point]) -> list[str]:
+    """What is not as it has to be."""
+    wrong = []
+    if point.psnr < budget:
+        wrong.append(f"{point.name}: {point.psnr:.2f} dB on unseen captions")
+    if point.operations > LIMITS.get(budget, 1.0):
+        wrong.append(f"{point.name}: {point.operations:.3f} of the operations, where {LIMITS[budget]} are allowed")
+    for name, points in curves.items():
+        other = at(points, point.operations)
+        if other is not None and other > point.psnr:
+            wrong.append(f"{point.name}: {point.psnr:.2f} dB, where {name} has {other:.2f} at as many operations")
+    wrong += [
+        f"{point.name}: {each.name} is nearer, {each.psnr:.2f} dB, with no more operations"
+        for each in presets
+        if each.psnr > point.psnr and each.operations <= point.operations
+    ]
+    return wrong
+
+
+def table(
+    found: Mapping[int, Calibration], proposals: Mapping[int, Point], curves: Curves, presets: Sequence[Point]
+) -> str:
+    """Proposals, then every other setting by its operations."""
+    lines = ["| setting | PSNR, dB | operations left | speed-up by operations |", "| --- | --- | --- | --- |"]
+    others = sorted((p for points in (*curves.values(), presets) for p in points), key=lambda p: p.operations)
+    lines += [
+        f"| {point.name} | {point.psnr:.2f} | {point.operations:.3f} | {1 / point.operations:.2f}x |"
+        for point in (*proposals.values(), *others)
+    ]
+    lines.append("")
+    for budget, each in found.items():
+        said = "; ".join(f"{type(p.where).__name__} {p.describe()}" for p in each.policies)
+        measured = "" if each.measured_speedup is None else f", {each.measured_speedup:.2f}x measured"
+        lines.append(
+            f"- {budget} dB: {said}{measured}; {each.searched.psnr():.2f} dB on the captions it was searched with, "
+            f"{each.proposal.psnr():.2f} on those held out."
+        )
+    return "\n".join(lines)
+
+
+COLOURS = (
+    "#1f6feb",
+    "#6f42c1",
+    "#d1495b",
+    "#8a8f98",
+    "#3c4f8f",
+    "#0a7f6f",
+    "#b5651d",
+    "#a3476b",
+    "#c77d0a",
+    "#5b8c2a",
+    "#24292f",
+)
+
+
+def draw(
+    curves: Curves,
+    presets: Sequence[Point],
+    proposals: Mapping[int, Point],
+    found: Mapping[int, Calibration],
+    path: Path,
+) -> None:
+    """Speed-up against error: every method's curve, the proposals, and their steps below."""
+    rows = [(budget, policy) for budget, each in found.items() for policy in each.policies]
+    height = 0.25 * len(rows) + 0.6
+    figure, (axis, strip) = pyplot().subplots(
+        2, 1, figsize=(9.0, 5.6 + height), layout="constrained", height_ratios=(5.6, height)
+    )
+    for (name, points), colour in zip(curves.items(), COLOURS, strict=False):
+        ordered = sorted(points, key=lambda point: point.operations)
+        xs, ys = [1 / p.operations for p in ordered], [p.psnr for p in ordered]
+        axis.plot(xs, ys, color=colour, marker="o", markersize=3.5, linewidth=1.3, label=name, alpha=0.85)
+    for preset in presets:
+        axis.scatter(1 / preset.operations, preset.psnr, color="#24292f", marker="D", s=26, zorder=3)
+        axis.annotate(preset.name, (1 / preset.operations, preset.psnr), (5, 4), textcoords="offset points", fontsize=8)
+    ordered = sorted(proposals.values(), key=lambda point: point.operations)
+    xs, ys = [1 / p.operations for p in ordered], [p.psnr for p in ordered]
+    axis.plot(xs, ys, color="#c9a227", linewidth=2.5, marker="*", markersize=15, label="calibrated", zorder=5)
+    axis.set_xlim(1.0, 5.0)
+    axis.set_ylim(20, 75)
+    axis.set_xlabel("speed-up, by floating-point operations")
+    axis.set_ylabel("PSNR to the clips without a cache, dB")
+    axis.set_title("Speed-up against error: right is faster, up is nearer", loc="left", fontsize=11)
+    axis.grid(alpha=0.25, linewidth=0.5)
+    axis.legend(frameon=False, fontsize=8.5, ncols=2)
+    bare(axis)
+    steps_of(strip, rows)
+    figure.savefig(path, dpi=130)
+
+
+def steps_of(axis: Any, rows: Sequence[tuple[int, Policy]]) -> None:
+    """Which steps compute, a row for each policy."""
+    for row, (_, policy) in enumerate(rows):
+        assert policy.when is not None
+        plan = reused_calls(policy.when, evenly_spaced(50))
+        axis.bar(
+            range(len(plan)),
+            [0.7] * len(plan),
+            bottom=row - 0.35,
+            width=0.86,
+            color=[REUSE_COLOUR if reuse else COMPUTE_COLOUR for reuse in plan],
+        )
+    axis.set_yticks(range(len(rows)), [f"{budget} dB: {type(p.where).__name__}" for budget, p in rows], fontsize=8)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlim(-0.6, 49.6)
+    axis.set_xlabel("step: grey computes, green reuses", fontsize=9)
+    axis.tick_params(labelsize=8, length=0)
+    axis.spines[:].set_visible(False)
 
 
 if __name__ == "__main__":

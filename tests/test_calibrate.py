@@ -19,7 +19,7 @@ from pipelines import prompted
 from typer.testing import CliRunner
 
 import pab_fx
-from pab_fx import Attentions, Blocks, Every, Hermite, Last, PABConfig, Policy, Residual, Scalars, Taylor
+from pab_fx import Attentions, Blocks, Every, Hermite, Last, Model, PABConfig, Policy, Residual, Scalars, Taylor
 from pab_fx.calibrate import Budget, Calibration, prediction
 from pab_fx.calibrate.files import Folder
 from pab_fx.calibrate.lists import Shape, best_list, regular
@@ -468,6 +468,39 @@ def test_the_proposal_keeps_the_budget_and_reuses_on_prompts_that_were_not_seen(
     assert all(each.operations < 1 for each in found.compared)
 
 
+def test_parts_that_are_left_out_are_not_proposed(loop: Loop, found: Calibration) -> None:
+    only = pab_fx.calibrate(
+        loop.model,
+        PROMPTS,
+        "relative_l2<=0.01",
+        generate=loop,
+        folder=found.folder,
+        effort="low",
+        parts=["model"],
+        rounds=0,
+    )
+    assert {type(policy.where) for each in only.tried for policy in each.searched.config} == {Model}
+
+
+def test_a_signal_is_tried_and_proposed_only_where_it_beats_the_best_list(tmp_path: Path) -> None:
+    loop = Loop(steps=12)
+    found = pab_fx.calibrate(
+        loop.model,
+        ["a", "bb"],
+        "relative_l2<=0.02",
+        generate=loop,
+        folder=tmp_path,
+        rounds=0,
+        parts=["blocks"],
+        margin=0,
+    )
+    by_signal = [each for each in found.tried if "threshold" in each.searched.label]
+    assert len(by_signal) == EFFORTS["medium"].thresholds
+    assert any(each.searched.operations < 1 for each in by_signal)
+    keeping = [each for each in found.tried if each.held is not None and each.room >= 0]
+    assert found.proposal.operations == min(each.searched.operations for each in keeping)
+
+
 def test_the_prompts_held_out_decide_and_are_not_searched_with(loop: Loop, found: Calibration) -> None:
     assert len(found.proposal.differences) == len(found.searched.differences) == len(PROMPTS) // 2
     assert set(found.proposal.differences).isdisjoint(found.searched.differences)
@@ -631,6 +664,8 @@ def test_a_pipeline_with_two_branches_of_guidance_is_calibrated(tmp_path: Path) 
         ({"generate": None}, "pass generate="),
         ({"generate": 3}, "must be a function"),
         ({"batch": 2}, "one prompt at a time"),
+        ({"parts": "blocks"}, "parts must be of attentions, blocks, model"),
+        ({"parts": ["mlp"]}, "parts must be of attentions, blocks, model"),
         ({"effort": "much"}, "effort must be one of low, medium, high"),
         ({"rounds": True}, "rounds must be an integer"),
         ({"margin": -1}, "margin must be a number of at least 0"),

@@ -5,6 +5,7 @@
     probes.py        the settings that show how much errors matter
     prediction.py    the error and the operations of any setting, from those
     search.py        the setting to try next
+    signals.py       settings that go by a signal, tried beside it
     judge.py         tries them, until the best one that keeps the budget is known
     run.py           all of it in order
 

@@ -63,6 +63,13 @@ def _check_config(name: str, config: Any) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
+def check_names(known: Collection[str], parts: Any) -> None:
+    """Refuse parts that there are not."""
+    is_list = isinstance(parts, Collection) and not isinstance(parts, str) and len(parts)
+    if not is_list or not set(parts) <= set(known):
+        raise ValueError(f"parts must be of {', '.join(known)}, one at least, got {parts!r}.")
+
+
 def check_effort(effort: Any, known: Collection[str]) -> None:
     """Refuse an effort that there is not."""
     if effort not in known:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from ..policy.policy import Policy
 from .budget import Budget
 from .laboratory import Laboratory
 from .lists import regular
@@ -13,6 +14,7 @@ from .prediction import errors_of, fitted
 from .result import Outcome, Tried
 from .search import Predictions, Run, fastest, nearest
 from .setting import Method, Setting
+from .signals import Signalled, Threshold
 from .trajectory import Trajectory
 
 REFIT = 4
@@ -34,7 +36,8 @@ class Judge:
 
     Attributes:
         runs: what was found so far.
-        tried: the settings among it, in order.
+        tried: lists of steps among it, in order.
+        signals: settings with a signal among it.
     """
 
     laboratory: Laboratory
@@ -46,24 +49,41 @@ class Judge:
     of: int
     runs: list[Run] = field(default_factory=list)
     tried: dict[Setting, Tried] = field(default_factory=dict)
+    signals: list[Tried] = field(default_factory=list)
 
     def probe(self, setting: Setting) -> None:
         """Generate with a setting to learn how much its errors matter."""
         self._remember("", setting, self.laboratory.outcome("probing", setting.policies))
 
     def try_(self, setting: Setting) -> Tried:
-        """Generate with a setting; with the prompts held out too, if the budget is kept with the others."""
-        searched = self.laboratory.outcome(f"try {len(self.tried) + 1}", setting.policies)
-        searched = replace(searched, label=setting.label)
-        held, room = None, self._room(searched)
-        if room >= 0:
-            held = replace(
-                self.laboratory.outcome(f"try {len(self.tried) + 1}", setting.policies, True), label=setting.label
-            )
-            room = self._room(held, self.on_held)
-        found = self.tried[setting] = Tried(searched, held, room)
-        self._remember(setting.method.label, setting, searched, room)
+        """Generate with a setting, and learn from what is found."""
+        found = self.tried[setting] = self._tried(setting.label, setting.policies)
+        self._remember(setting.method.label, setting, found.searched, found.room)
         return found
+
+    def try_signals(self, methods: Sequence[Signalled], tries: int) -> None:
+        """Generate with methods that have a signal, so many thresholds of each, to be faster than the best list."""
+        known = self._best_of(self.tried.values())
+        if known is None:
+            return
+        most = 1 / self.budget.speedup if self.budget.speedup else known.searched.operations
+        for method in methods:
+            threshold = Threshold()
+            for _ in range(tries):
+                label, policies = f"{method.label}, threshold {threshold.next:.3g}", method.policies(threshold.next)
+                found = self._tried(label, policies)
+                self.signals.append(found)
+                threshold.narrow(larger=found.searched.operations > most)
+
+    def _tried(self, label: str, policies: tuple[Policy, ...]) -> Tried:
+        """Generate; with the prompts held out too, if the budget is kept with the others."""
+        name = f"try {len(self.tried) + len(self.signals) + 1}"
+        searched = replace(self.laboratory.outcome(name, policies), label=label)
+        room = self._room(searched)
+        if room < 0:
+            return Tried(searched, None, room)
+        held = replace(self.laboratory.outcome(name, policies, on_held=True), label=label)
+        return Tried(searched, held, self._room(held, self.on_held))
 
     def search(self, methods: Sequence[Method], tries: int) -> None:
         """Generate with settings, at most so many, until the best that keeps the budget is known."""
@@ -84,26 +104,32 @@ class Judge:
         runs = [(run.errors, run.psnr) for run in self.runs if run.errors]
         return Predictions(self.parts, self.laboratory.costs, self.of, fitted(runs))
 
-    def best(self) -> Setting:
+    def best(self) -> Tried:
         """The fastest setting that keeps the budget, or the nearest that is as fast as it says.
 
         Raises:
             RuntimeError: if none does, saying how near the most careful one was.
         """
-        keeping = {setting: each for setting, each in self.tried.items() if each.held is not None and each.room >= 0}
-        if keeping and self.budget.speedup is not None:
-            return max(keeping, key=lambda setting: keeping[setting].room)
-        if keeping:
-            return min(keeping, key=lambda setting: (keeping[setting].searched.operations, -keeping[setting].room))
-        if not self.tried:
+        every = (*self.tried.values(), *self.signals)
+        found = self._best_of(every)
+        if found is not None:
+            return found
+        if not every:
             raise RuntimeError(f"no setting is expected to keep the budget, {self.budget}: allow more.")
-        nearest_ = max(self.tried.values(), key=lambda each: each.room)
+        nearest_ = max(every, key=lambda each: each.room)
         outcome = nearest_.held or nearest_.searched
         raise RuntimeError(
             f"no setting keeps the budget, {self.budget}, with {self.margin:g} standard errors in reserve. The "
             f"nearest has {outcome.psnr(self.peak):.2f} dB and a relative L2 of {outcome.relative_l2:.3g}: allow more, "
             "give more prompts, so that their mean is better known, or more effort."
         )
+
+    def _best_of(self, every: Iterable[Tried]) -> Tried | None:
+        keeping = [each for each in every if each.held is not None and each.room >= 0]
+        if self.budget.speedup is None:
+            return min(keeping, key=lambda each: (each.searched.operations, -each.room), default=None)
+        fast = [each for each in keeping if each.searched.speedup >= self.budget.speedup - 1e-6]
+        return max(fast, key=lambda each: each.room, default=None)
 
     def _room(self, outcome: Outcome, budget: Budget | None = None) -> float:
         return (budget or self.budget).room(outcome.differences, self.peak, self.margin)

@@ -19,14 +19,16 @@ class Effort:
         generations: of each prompt, at most.
         stretches: in how many stretches of steps each kind of part is probed.
         kinds: how many kinds are probed, blocks first.
+        thresholds: how many thresholds are tried of each method with a signal.
     """
 
     generations: int
     stretches: int
     kinds: int
+    thresholds: int
 
 
-EFFORTS = {"low": Effort(15, 2, 1), "medium": Effort(40, 3, 3), "high": Effort(150, 5, 3)}
+EFFORTS = {"low": Effort(15, 2, 1, 0), "medium": Effort(40, 3, 3, 4), "high": Effort(150, 5, 3, 8)}
 
 
 def probes(roles: Collection[str], of: int, effort: Effort) -> list[Setting]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,14 +14,24 @@ from ..policy.files import save_policies
 from ..report.palette import pyplot
 from .budget import Budget
 from .files import Folder
-from .given import check_amounts, check_call, check_configs, check_counts, check_effort, check_model, identity
+from .given import (
+    check_amounts,
+    check_call,
+    check_configs,
+    check_counts,
+    check_effort,
+    check_model,
+    check_names,
+    identity,
+)
 from .judge import Judge, curves
 from .laboratory import Laboratory
 from .plots import save_plots
 from .probes import EFFORTS, probes
 from .result import Calibration
 from .samples import Generate, batches_of
-from .setting import methods
+from .setting import KINDS, kind_of, methods
+from .signals import signalled
 from .trajectory import pooled
 from .trials import Trials
 
@@ -36,6 +46,7 @@ def calibrate(
     compare: Mapping[str, Any] | None = None,
     folder: str | os.PathLike[str] = "calibration",
     effort: str = "medium",
+    parts: Collection[str] = KINDS,
     seed: int = 0,
     batch: int = 1,
     peak: float = 1.0,
@@ -67,6 +78,8 @@ def calibrate(
         compare: configs or policies to show beside it, by name.
         folder: where files are written: `policies.json`, `front.png`, `changes.png`, `roles.png` and `entries`.
         effort: "low", "medium" or "high": at most 15, 40 or 150 generations of each prompt.
+        parts: of what is chosen, of "attentions" (feed-forwards with them), "blocks" and "model". What is kept of all
+            attentions of a large model takes much memory: leave them out there.
         seed: the i-th prompt starts from the noise of `seed + i`.
         batch: prompts in one generation of a pipeline.
         peak: for PSNR, the largest difference that two elements of a sample can have; 1 for pixels in 0 to 1.
@@ -91,6 +104,7 @@ def calibrate(
     check_model(model, prompts, generate, batch)
     check_call(model, generate, call or {})
     check_configs(**({} if limit else {"budget": budget}), **{f"compare[{k!r}]": v for k, v in (compare or {}).items()})
+    check_names(KINDS, parts)
     check_effort(effort, EFFORTS)
     check_counts(1, batch=batch)
     check_counts(0, rounds=rounds)
@@ -106,37 +120,46 @@ def calibrate(
         laboratory = Laboratory(home, trials, searched, held, progress, most * (len(searched) + len(held)))
         trajectories = laboratory.observe()
         progress.console.print(_estimate(laboratory.seconds, most))
-        parts = pooled(trajectories)
-        steps, roles = len({t for part in parts for t in part.timesteps}), {part.role for part in parts}
+        found = pooled(trajectories)
+        steps = len({t for each in found for t in each.timesteps})
+        roles = {each.role for each in found if kind_of(each.role) in parts}
+        _check_roles(roles, parts)
         limits = (limit, limit) if limit else _like(laboratory, budget, peak)
-        judge = Judge(laboratory, *limits, peak, margin, parts, steps)
+        judge = Judge(laboratory, *limits, peak, margin, found, steps)
         planned = probes(roles, steps, EFFORTS[effort])
         for probe in planned:
             judge.probe(probe)
-        tries = most - 1 - len(planned) - len(compare or ()) - 2 * rounds
-        judge.search(methods(roles), max(tries, 1))
-        setting = judge.best()
+        signals, thresholds = signalled(roles), EFFORTS[effort].thresholds
+        rest = len(planned) + len(compare or ()) + 2 * rounds + len(signals) * thresholds
+        judge.search(methods(roles), max(most - 1 - rest, 1))
+        judge.try_signals(signals, thresholds)
+        chosen = judge.best()
         compared = tuple(laboratory.outcome(name, each, on_held=True) for name, each in (compare or {}).items())
-        measured = laboratory.measured_speedup(setting.policies, rounds)
-    chosen = judge.tried[setting]
+        measured = laboratory.measured_speedup(chosen.searched.config, rounds)
     assert chosen.held is not None
     warn_of_timing(chosen.held.speedup, measured)
-    found = Calibration(
-        policies=setting.policies,
+    result = Calibration(
+        policies=chosen.searched.config,
         proposal=chosen.held,
         searched=chosen.searched,
         budget=limits[1],
         measured_speedup=measured,
-        tried=tuple(judge.tried.values()),
+        tried=(*judge.tried.values(), *judge.signals),
         compared=compared,
         curves=curves(judge.predictions(), methods(roles), steps),
         trajectories=trajectories,
         peak=peak,
         folder=home.path,
     )
-    save_policies(found.policies, home.path / "policies.json")
-    save_plots(found)
-    return found
+    save_policies(result.policies, home.path / "policies.json")
+    save_plots(result)
+    return result
+
+
+def _check_roles(roles: Collection[str], parts: Collection[str]) -> None:
+    """Refuse to choose from nothing."""
+    if not roles:
+        raise ValueError(f"the model has none of parts={tuple(parts)!r}, so there is nothing to calibrate.")
 
 
 def _like(laboratory: Laboratory, config: Any, peak: float) -> tuple[Budget, Budget]:

@@ -10,6 +10,14 @@ from ..policy.lists import Steps
 from ..policy.policy import Policy
 from ..policy.where import ATTENTION_ROLES, BLOCKS, MLP, MODEL, Attentions, Blocks, FeedForwards, Model, Where
 
+KINDS = ("attentions", "blocks", "model")
+"""Of parts: feed-forwards go with attentions."""
+
+
+def kind_of(role: str) -> str:
+    """The kind of a part by its role."""
+    return role if role in (BLOCKS, MODEL) else "attentions"
+
 
 @dataclass(frozen=True)
 class Part:

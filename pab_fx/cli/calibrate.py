@@ -44,6 +44,7 @@ def calibrate(
     effort: Annotated[
         str, typer.Option(help="low, medium or high: at most 15, 40 or 150 generations of each prompt.")
     ] = "medium",
+    parts: Annotated[str, typer.Option(help="Of what is chosen.")] = "attentions,blocks,model",
     compare: Annotated[
         list[str] | None,
         typer.Option(metavar="SETTING", help="Another setting to show beside it, as for a budget; repeatable."),
@@ -86,6 +87,7 @@ def calibrate(
             batch=batch,
             margin=margin,
             effort=effort,
+            parts=parts.split(","),
             compare=others,
             rounds=rounds,
             inner=inner,
