@@ -242,15 +242,24 @@ def test_a_signal_that_is_not_followed_from_graph_to_graph_is_refused_and_it_is_
     assert "the modulated input, which decides, is not followed" in str(region.left_alone)
 
 
-def test_blocks_that_break_inside_are_left_alone_and_it_is_said() -> None:
-    entry = zoo.BY_NAME["HiDreamImageTransformer2DModel"]
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("HiDreamImageTransformer2DModel", "double_stream_blocks.0"),
+        ("NucleusMoEImageTransformer2DModel", "transformer_blocks.1"),  # the one before does not
+    ],
+)
+def test_a_range_of_which_a_block_breaks_inside_is_left_alone_and_it_is_said(name: str, block: str) -> None:
+    entry = zoo.BY_NAME[name]
     model = entry.build()
     with pab_fx.enable(model, Policy(Blocks(), Every(2), Residual()), inner="eager") as pab:
-        model(**entry.step(600.0, 0))
-        reasons = {str(region.left_alone) for region in pab.report().regions}
-    assert any(
-        "the graph breaks inside of the block double_stream_blocks.0, so that no graph" in each for each in reasons
-    )
+        for step in range(3):
+            model(**entry.step(600.0 - step, step))
+        report = pab.report()
+    reasons = [str(region.left_alone) for region in report.regions]
+    assert any(f"the graph breaks inside of the block {block}, so that no graph holds all of it" in r for r in reasons)
+    assert None not in [region.left_alone for region in report.regions]
+    assert report.reused == 0
 
 
 # ------------------------------------------------------------------------------------------------- of diffusers

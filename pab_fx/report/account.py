@@ -52,7 +52,7 @@ def report_of(
     costs = _costs(captured, rounds)
     found = tuple(
         dataclasses.replace(each, **costs[each.name]) if each.name in costs else each
-        for each in _regions(captured, regions, runtime.left_alone)
+        for each in _regions(captured, regions, {**_ranges_left_alone(regions), **runtime.left_alone})
     )
     timesteps, source = runtime.seen.timesteps(assumed)
     return Report(
@@ -107,6 +107,11 @@ def _contexts(cells: Iterable[tuple[Hashable, Cell]]) -> tuple[ContextReport, ..
         total[0] += sum((kept[0] if isinstance(kept, tuple) else kept).nbytes for kept in cell.caches or ())
         total[1] += sum(spec.size for spec in cell.specs)
     return tuple(ContextReport(label, *total) for label, total in sorted(found.items()))
+
+
+def _ranges_left_alone(regions: Sequence[Region]) -> dict[str, str]:
+    """By name, why ranges that span several graphs are left alone: one block that cannot be skipped is enough."""
+    return {region.name: region.unsafe for region in regions if region.piece is not None and region.unsafe}
 
 
 def _regions(
