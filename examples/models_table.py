@@ -123,11 +123,10 @@ def _blocks(backend: PABBackend) -> str:
     """Of each graph that has some; those of graphs that are alike once."""
     found = []
     for region in backend.regions:
-        alone = region.relative is not None
         count = region.why.partition(" of ")[0] if " of " in region.why else "1"
-        where = f"{region.name.partition(':')[0].partition('.')[0]} one by one" if alone else count
         streams = f"{len(region.outputs)} stream{'s' if len(region.outputs) > 1 else ''}"
         left_alone = None if region.unsafe is None else f"left alone: {region.unsafe.partition(' (')[0]}"
+        where = f"{count} in several graphs" if region.piece is not None else count
         found.append(f"{where}, {left_alone or streams}")
     return "; ".join(dict.fromkeys(found)) or "none"
 

@@ -21,6 +21,7 @@ from .diffusers import listen
 from .diffusers.configs import callback_of, policies_of
 from .diffusers.hooks import adapter_parameters, other_cache
 from .export.rewrite import rewrite
+from .graph import effects
 from .graph.copies import copy_of
 from .graph.dataflow import STATE, is_number
 from .graph.modules import ModuleNames, repeated_blocks
@@ -29,6 +30,7 @@ from .options import as_key, cache_device_of, cache_dtype_of, inner_compiler, re
 from .passes.cut import tag_with_signals
 from .passes.numbers import fix_numbers
 from .passes.order import Lowering
+from .passes.pieces import placed
 from .passes.users import Pass, Passes
 from .policy.checks import checked_flag
 from .policy.config import PABConfig
@@ -41,6 +43,7 @@ from .run.call import BroadcastGraph
 from .run.holding import addresses, holder_for
 from .run.measuring import position_of
 from .run.owners import anchors
+from .run.pieces import PieceGraph
 from .run.running import module_names, running_modules
 from .run.runtime import Runtime
 from .select.region import Region
@@ -217,7 +220,7 @@ class PABBackend:
     @property
     def graphs(self) -> list[BroadcastGraph]:
         """What runs in the place of the captured graphs that broadcast."""
-        return [each.graph for each in self.captured if each.graph is not None]
+        return [graph for each in self.captured for graph in each.all_graphs]
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph: select, make conditional, lower, hand to the inner compiler."""
@@ -239,7 +242,7 @@ class PABBackend:
         if self.lowering == "cond":
             regions = tuple(_without_numbers(region) for region in regions)
         self.regions += regions
-        run: BroadcastGraph | Plain | None = self._broadcasting(captured, regions, names, example_inputs)
+        run: BroadcastGraph | PieceGraph | Plain | None = self._broadcasting(captured, regions, names, example_inputs)
         if run is None:
             if not any(region.is_broadcast for region in self.regions):
                 self.notices.warn_of_nothing(regions)
@@ -260,16 +263,17 @@ class PABBackend:
 
     def _broadcasting(
         self, captured: fx.GraphModule, regions: Sequence[Region], names: ModuleNames, example_inputs: Sequence[Any]
-    ) -> BroadcastGraph | None:
+    ) -> BroadcastGraph | PieceGraph | None:
         """What runs in the place of a captured graph; `None` if nothing of it is broadcast."""
-        nodes_of = {region.module_id: region.nodes for region in regions if region.is_broadcast}
-        if not nodes_of:
+        broadcast = [region for region in regions if region.is_broadcast]
+        if not broadcast:
             return None
-        self.notices.warn_of_several_calls([region for region in regions if region.is_broadcast])
-        inputs = captured.graph.find_nodes(op="placeholder")
+        self.notices.warn_of_several_calls(broadcast)
+        nodes_of = {region.module_id: region.nodes for region in broadcast}
         # adapters are switched within a generation; what has been counted and kept goes on
         adapters = {id(parameter) for module in running_modules() for parameter in adapter_parameters(module)}
         lasting = [None if id(given) in adapters else given for given in example_inputs]
+        found = anchors(nodes_of, captured.graph.find_nodes(op="placeholder"), lasting)
         compiler = self._compiler(names)
         is_model = len(names.enclosing) <= 1
         unchanging: frozenset[int] | None = None
@@ -279,15 +283,24 @@ class PABBackend:
                 likely = likely_unchanging(captured, example_inputs, names.model)
                 unchanging = likely - self._overwritten(example_inputs)
         lowerings = partial(Lowerings, compiler=compiler, lowering=self._lowering)
-        return BroadcastGraph(
-            self.runtime,
-            Variants(captured, regions, lowerings, self._passes.run_after),
-            unchanging,
-            anchors(nodes_of, inputs, lasting),
-            example_inputs,
-            is_model,
-            has_conditions=self.lowering == "cond",
-        )
+
+        def made(regions: Sequence[Region], is_captured: bool = True) -> BroadcastGraph:
+            return BroadcastGraph(
+                self.runtime,
+                Variants(captured, regions, lowerings, self._passes.run_after),
+                unchanging,
+                found,
+                example_inputs if is_captured else (),
+                is_model,
+                self.lowering == "cond",
+                is_captured,
+            )
+
+        piece = next((region for region in broadcast if region.piece is not None), None)
+        if piece is None:
+            return made(regions)
+        at = lambda place, is_captured: made(placed(regions, place), is_captured)  # noqa: E731
+        return PieceGraph(self.runtime, piece, at, effects.process_groups(captured.graph))
 
     def _overwritten(self, example_inputs: Sequence[Any]) -> frozenset[int]:
         """Positions of the inputs that CUDA graphs returned: in each step the same tensor, with other values."""

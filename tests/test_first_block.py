@@ -33,6 +33,8 @@ CACHED = (
     "HunyuanVideoTransformer3DModel-token_replace",
     "MochiTransformer3DModel",
     "PixArtTransformer2DModel",
+    "HunyuanImageTransformer2DModel",
+    "HunyuanVideoFramepackTransformer3DModel",
 )
 """Models of the zoo that have two blocks or more, and on which the hooks run."""
 REFUSED = (
@@ -98,7 +100,7 @@ def found_of(entry: zoo.Entry, config: Any, **kwargs: Any) -> tuple[list[list[Te
 
 
 @pytest.mark.parametrize("lowering", ["specialize", "cond"])
-@pytest.mark.parametrize("name", in_default(CACHED, CACHED[:3]))
+@pytest.mark.parametrize("name", in_default(CACHED, (*CACHED[:3], "HunyuanImageTransformer2DModel")))
 def test_a_model_equals_the_hooks_bitwise(name: str, lowering: str) -> None:
     entry = zoo.BY_NAME[name]
     config = hooks.FirstBlockCacheConfig(threshold_of(entry))

@@ -29,7 +29,7 @@ from .._torch import (
 from ..graph.dataflow import value
 from ..passes.compress import stored
 from ..passes.cut import Cut
-from ..passes.form import Conditional, Predicate, Scalar, Slot, all_conditionals, mark_of, slots_returned
+from ..passes.form import Conditional, Entering, Predicate, Scalar, Slot, all_conditionals, mark_of, slots_returned
 from ..passes.order import Lowering, lowered
 from ..passes.strides import stride_order
 from .specs import TensorSpec
@@ -67,7 +67,7 @@ class Compiled:
 
     gm: fx.GraphModule
     run: Callable[[list[Any]], Sequence[Any]]
-    takes: tuple[Predicate | Scalar | Slot, ...]
+    takes: tuple[Predicate | Scalar | Slot | Entering, ...]
     reads: tuple[tuple[int, int, int], ...]
     writes: tuple[tuple[int, tuple[int | None, ...]], ...]
     returns: int

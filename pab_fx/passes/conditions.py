@@ -24,6 +24,14 @@ a copy of the slot. With a how that computes, as `Taylor(1)`, both branches hold
         %out  : attention(norm(%x))                               %out : %slot_0 + %slot_1 * %distance
         %d    : where(%filled > 0, (%out - %slot_0) / %distance, 0.0)
         return (%out, clone(%out), %d)                            return (%out, clone(%slot_0), clone(%slot_1))
+
+Where a range of blocks spans several graphs, the one that ends it takes what entered the range as an input, and the
+ones before it hand their streams on (`Handed`). With `Residual`:
+
+    compute_0(%x, %entering_0):                               read_0(%slot_0, %x):
+        %out  : blocks.2(%x)                                      %out : add(%x, %slot_0)
+        %r    : sub(%out, %entering_0)
+        return (%out, %r)                                         return (%out, clone(%slot_0))
 """
 
 from __future__ import annotations
@@ -50,6 +58,7 @@ from .form import (
     COPY,
     MARK,
     Conditional,
+    Entering,
     Predicate,
     Scalar,
     Slot,
@@ -173,11 +182,12 @@ def _made_conditional(
     scalars = Scalars(*(_scalar_input(gm, made.index, name, region.outputs[0]) for name in Scalars._fields))
     place = {"nn_module_stack": region.outputs[-1].meta.get("nn_module_stack", {})}  # `regional` keeps them together
     end = body[-1].next
+    entering = {} if region.begins else _entering_inputs(gm, made, reads.inputs)
     with graph.inserting_before(end):
-        inputs = reads.given(region, graph, lambda node: node)
+        inputs = reads.given(region, graph, lambda node: entering.get(node, node))
         yielded = _yielded(graph, region)
         updated = traced_how(how, "update", looks, graph, slots, inputs, yielded, scalars, meta=place)
-        given = {*slots, *scalars, *reads.inputs}
+        given = {*slots, *scalars, *reads.inputs, *entering.values()}
         values = [
             node
             if node not in given
@@ -272,6 +282,14 @@ def _slot_inputs(
         kept[slot] if slot in kept else add_input(gm, f"pab_slot_{slot.module}_{slot.index}", slot, recorded)
         for slot, recorded in zip(made.slots, looks, strict=True)
     ]
+
+
+def _entering_inputs(gm: fx.GraphModule, made: Conditional, own: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """For what enters here, what entered the range of blocks in another graph."""
+    return {
+        node: add_input(gm, f"pab_entering_{made.index}_{i}", Entering(made.index, i), value(node))
+        for i, node in enumerate(own)
+    }
 
 
 def _scalar_input(gm: fx.GraphModule, index: int, name: str, output: fx.Node) -> fx.Node:

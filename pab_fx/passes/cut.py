@@ -47,6 +47,7 @@ from ..policy.when import Rule
 from ..select.region import Region
 from ..select.signals import Signal, Source, signals, with_signals
 from ..select.tag import tag
+from .pieces import prepared
 
 RULES = "pab_rules"
 """Key in the output's meta: the rules whose signals a graph returns behind what it returned."""
@@ -79,8 +80,9 @@ def tag_with_signals(
 ) -> tuple[Region, ...]:
     """The regions of a graph, as `tag` finds them; the graph returns the signals of their rules too, from now on."""
     names = names or ModuleNames()
-    regions = tag(gm, policies, names)
-    wanted = {region.policy.when for region in regions if region.is_broadcast and region.policy is not None}
+    regions = prepared(gm, tag(gm, policies, names))
+    alone = [region for region in regions if region.is_broadcast and region.piece is None]
+    wanted = {region.policy.when for region in alone if region.policy is not None}
     found = signals(gm, [policy for policy in policies if policy.when in wanted], names)
     is_whole = names.begins and names.ends and not names.frame
     return with_signals(regions, found, add_signals(gm, found), is_whole)

@@ -69,6 +69,19 @@ class Scalar:
 
 
 @dataclass(frozen=True)
+class Entering:
+    """An input that is what entered a range of blocks in this step, where another graph holds its beginning.
+
+    Args:
+        conditional: index of the conditional that ends the range.
+        stream: number of the stream, as it enters this graph.
+    """
+
+    conditional: int
+    stream: int
+
+
+@dataclass(frozen=True)
 class Conditional:
     """What a `cond` node broadcasts.
 

@@ -82,7 +82,7 @@ def reads_of(graph: fx.Graph, region: Region) -> Reads:
     stays = [slot for slot, node in zip(slots, carried, strict=True) if slot is node]
     whole = [slots.index(node) if node in stays else None for node in read]
     return Reads(
-        inputs=tuple(inputs) if region.passing or any(node.users for node in given) else (),
+        inputs=tuple(inputs) if region.passing or any(node.users or node in read for node in given) else (),
         streams=found,
         scalars=frozenset(name for name in Scalars._fields if getattr(scalars, name).users),
         whole=tuple(whole) if region.passing is None else (None,) * len(region.outputs),

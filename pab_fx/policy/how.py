@@ -187,6 +187,30 @@ class Residual(How):
 
 
 @dataclass(frozen=True)
+class Handed(How):
+    """Nothing is kept: what enters is handed on as it is, for another part to add to it.
+
+    Example:
+        >>> Handed().read((), (torch.tensor([2.0]),), Scalars(torch.tensor(1.0), torch.tensor(1.0)))
+        (tensor([2.]),)
+    """
+
+    reads_streams = True
+
+    def slots(self, outputs: Tensors) -> tuple[torch.Tensor, ...]:
+        """None."""
+        return ()
+
+    def update(self, slots: Tensors, inputs: Tensors, outputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
+        """Nothing."""
+        return ()
+
+    def read(self, slots: Tensors, inputs: Tensors, scalars: Scalars) -> tuple[torch.Tensor, ...]:
+        """What enters."""
+        return tuple(inputs)
+
+
+@dataclass(frozen=True)
 class RatedResidual(Residual):
     """As `Residual`, and the rate at which the output changes with what enters (EasyCache, arXiv 2507.02860).
 

@@ -52,16 +52,14 @@ def report_of(
     costs = _costs(captured, rounds)
     found = tuple(
         dataclasses.replace(each, **costs[each.name]) if each.name in costs else each
-        for each in _regions(captured, regions)
+        for each in _regions(captured, regions, {**_ranges_left_alone(regions), **runtime.left_alone})
     )
     timesteps, source = runtime.seen.timesteps(assumed)
     return Report(
         roles=_roles(runtime, regions),
         regions=found,
         graphs=sum(
-            len(each.graph.graphs) + (each.graph.lowerings.head is not None)
-            for each in captured
-            if each.graph is not None
+            len(graph.graphs) + (graph.lowerings.head is not None) for each in captured for graph in each.all_graphs
         ),
         warnings=warnings,
         once=_once(runtime, captured),
@@ -111,19 +109,28 @@ def _contexts(cells: Iterable[tuple[Hashable, Cell]]) -> tuple[ContextReport, ..
     return tuple(ContextReport(label, *total) for label, total in sorted(found.items()))
 
 
-def _regions(captured: Sequence[Captured], regions: Sequence[Region]) -> tuple[RegionReport, ...]:
+def _ranges_left_alone(regions: Sequence[Region]) -> dict[str, str]:
+    """By name, why ranges that span several graphs are left alone: one block that cannot be skipped is enough."""
+    return {region.name: region.unsafe for region in regions if region.piece is not None and region.unsafe}
+
+
+def _regions(
+    captured: Sequence[Captured], regions: Sequence[Region], left_alone: Mapping[str, str]
+) -> tuple[RegionReport, ...]:
     """Each part once, for each block that runs its graph; left alone if no piece of it is broadcast."""
     instances = {region: of for each in captured for region, of in each.instances.items()}
-    found = [each for region in regions for each in _instances(region, instances.get(region, {}))]
+    found = [each for region in regions for each in _instances(region, instances.get(region, {}), left_alone)]
     broadcast = {each.name for each in found if each.left_alone is None}
     return tuple(dict.fromkeys(each for each in found if each.left_alone is None or each.name not in broadcast))
 
 
-def _instances(region: Region, instances: Mapping[str, tuple[str, Rule | None]]) -> Iterator[RegionReport]:
+def _instances(
+    region: Region, instances: Mapping[str, tuple[str, Rule | None]], found: Mapping[str, str]
+) -> Iterator[RegionReport]:
     """A region in each block that has run it, or as it was captured where none has."""
     for name, (role, rule) in (instances or {region.name: (region.role, _rule(region))}).items():
         why = region.why if name == region.name or region.assign is None else region.assign(name)[2]
-        left_alone = region.unsafe or (None if rule else LEFT_ALONE)
+        left_alone = region.unsafe or found.get(name) or (None if rule else LEFT_ALONE)
         words = [rule.describe(), _how(region)] if rule is not None and left_alone is None else []
         yield RegionReport(name, role, why, left_alone, region.note, ", ".join(filter(None, words)))
 
@@ -173,7 +180,7 @@ def _costs(graphs: Sequence[Captured], rounds: Sequence[Round]) -> dict[str, dic
             time_share, seconds = _measured(spared, rounds, len(names))
             outer = around(calls[0], [region for region in captured.regions if region.is_broadcast])
             for name in names:
-                shares[name] += captured.runs * flops / len(names) / total if total else 0.0
+                shares[name] += captured.runs_of(calls[0]) * flops / len(names) / total if total else 0.0
                 costs[name] = {
                     "operations": sum(operations(region.nodes) for region in calls),
                     "spared": operations(spared),

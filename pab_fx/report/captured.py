@@ -14,6 +14,7 @@ from ..policy.when import Rule
 from ..run.call import BroadcastGraph
 from ..run.holding import addresses
 from ..run.measuring import keeper_of
+from ..run.pieces import PieceGraph
 from ..select.region import Region
 from .costs import flops, spared_by
 
@@ -58,24 +59,38 @@ class Captured:
     regions: tuple[Region, ...]
     frame: str
     model: int
-    run: BroadcastGraph | Plain
+    run: BroadcastGraph | PieceGraph | Plain
 
     @property
     def runs(self) -> int:
         """How often the graph was called."""
         return self.run.runs
 
+    def runs_of(self, region: Region) -> int:
+        """How often it was called for that region: blocks of one class may be in a range, and in none."""
+        return self.run.visits if region.piece is not None and isinstance(self.run, PieceGraph) else self.runs
+
     @property
     def graph(self) -> BroadcastGraph | None:
-        """What runs it if something of it is broadcast."""
-        return None if isinstance(self.run, Plain) else self.run
+        """What runs it if something of it is broadcast; of a piece of a range of blocks what says most about it."""
+        return next(iter(self.all_graphs), None)
+
+    @property
+    def all_graphs(self) -> list[BroadcastGraph]:
+        """What runs it if something of it is broadcast: of a piece one for each kind of place in its range."""
+        if isinstance(self.run, Plain):
+            return []
+        return [self.run] if isinstance(self.run, BroadcastGraph) else self.run.graphs
 
     @property
     def instances(self) -> dict[Region, dict[str, tuple[str, Rule | None]]]:
         """For each region, role and rule of the modules that it has run as, by their qualified names."""
         if self.graph is None:
             return {}
-        by_id = {anchor.module_id: self.graph.instances.get(m, {}) for m, anchor in enumerate(self.graph.anchors)}
+        by_id: dict[str, dict[str, tuple[str, Rule | None]]] = {}
+        for graph in self.all_graphs:
+            for m, anchor in enumerate(graph.anchors):
+                by_id.setdefault(anchor.module_id, {}).update(graph.instances.get(m, {}))
         return {region: by_id[region.module_id] for region in self.regions if region.module_id in by_id}
 
     @property

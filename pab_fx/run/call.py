@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..compile.variants import Variants
 from ..graph.dataflow import value
 from ..graph.modules import joined
 from ..passes.counting import TIMESTEP_NAMES, timestep_name
-from ..passes.form import Predicate, Scalar, mark_of
+from ..passes.form import Entering, Predicate, Scalar, mark_of
 from ..policy.how import How, Scalars
 from ..policy.when import END, Rule
 from .checks import check_outputs, refuse
@@ -37,6 +37,25 @@ COMPUTE, REUSE = torch.tensor(True), torch.tensor(False)
 """Predicates of conditions; made here, since a graph may be compiled inside of a mode that makes fake tensors."""
 
 
+@dataclass
+class Visit:
+    """One run of a graph that holds a piece of a range of blocks; see `pieces`.
+
+    Args:
+        module: number of the module that the piece is in the graph.
+        cell: the range's.
+        ends: whether the range ends with this piece: what is kept of it is read and written there.
+        decision: what was decided where the range began; `None` where it begins, and set by the run there.
+        entering: what entered the range, by the streams of the graph; what enters the graph where that is not read.
+    """
+
+    module: int
+    cell: Cell
+    ends: bool
+    decision: Decision | None
+    entering: Sequence[torch.Tensor | None]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a call does once it is decided.
@@ -46,6 +65,7 @@ class Plan:
         given: what it takes after the captured graph's inputs: predicates, and `None` for what is filled in.
         scalars: per scalar: (position among all inputs, number of the decision, call, number of the scalar, device).
         weights: per weight that is read: (position, how, yields the module that it is asked about, device).
+        entering: per stream of a range of blocks that is taken as it entered that: (position, number of the stream).
         reads: per slot that is read: (position, cell, number among the cell's caches).
         unread: per slot that is demanded but not read: (position, module, number).
         drops: cells whose caches are not kept on, or are to be replaced.
@@ -57,6 +77,7 @@ class Plan:
     given: tuple[torch.Tensor | None, ...]
     scalars: tuple[tuple[int, int, int, int, torch.device], ...]
     weights: tuple[tuple[int, How, Callable[[], nn.Module | None], torch.device], ...]
+    entering: tuple[tuple[int, int], ...]
     reads: tuple[tuple[int, Cell, int], ...]
     unread: tuple[tuple[int, int, int], ...]
     drops: tuple[Cell, ...]
@@ -77,6 +98,7 @@ class BroadcastGraph:
         is_model: whether the graph is of the outermost model's own frame. In a block's, an input called
             timestep may be an embedding of it.
         has_conditions: whether one graph holds every condition, instead of one for each set of reusing parts.
+        is_captured: whether this is made while Dynamo captures the graph, and not later.
 
     Attributes:
         runs: how often the graph was called.
@@ -93,6 +115,7 @@ class BroadcastGraph:
         example_inputs: Sequence[Any],
         is_model: bool,
         has_conditions: bool,
+        is_captured: bool = True,
     ) -> None:
         self._runtime, self._variants, self._has_conditions = runtime, variants, has_conditions
         self._has_erred = False
@@ -103,35 +126,43 @@ class BroadcastGraph:
         self.anchors = anchors
         self._owners = tuple(anchor.positions[0] for anchor in anchors if anchor.positions)
         self._timestep_input = _timestep_input(self.lowerings.inputs) if is_model else None
-        # inside of Dynamo's call, the graph that the first step runs
-        self.lowerings.compile_as_captured(self._key((False,) * len(self.lowerings.conditionals)), example_inputs)
+        if is_captured:  # inside of Dynamo's call, the graph that the first step runs
+            self.lowerings.compile_as_captured(self._key((False,) * len(self.lowerings.conditionals)), example_inputs)
 
     def __call__(self, *args: Any) -> Any:
-        runtime, step = self._runtime, current_step.get() or self._step_of_its_own()
+        return self.run(args, step_of(self._runtime))
+
+    def run(self, args: tuple[Any, ...], step: Step, visit: Visit | None = None) -> Any:
+        """Run the graph in a step, as a piece of a range of blocks if it is one."""
+        runtime = self._runtime
         runtime.calls += 1
         self.runs += 1
-        t = self._timestep(args) if step.t is None else step.t
+        t = self.timestep(args) if step.t is None else step.t
         timesteps = step.timesteps or runtime.known_timesteps()
         call = Call(t, step.next_t, timesteps, step.generation, current_steps.get())
         store = runtime.store(step.request)
-        modules, expected = self._modules(args, step, store), self.lowerings.expected(args)
+        modules, expected = self._modules(args, step, store, visit), self.lowerings.expected(args)
+        decided = {} if visit is None or visit.decision is None else {visit.module: visit.decision}
         store.enter(modules.first)
         try:
             before = modules.first.count
-            self._begin(modules, call, expected)
+            self._begin(modules, call, _slots(expected, visit), decided)
             if self.once is not None:
                 args = (*args, *self._computed_once(args, step, modules.first.count.n == 0))
                 expected = self.lowerings.expected(args)  # of another variant, if the guess was wrong
             context = (current_cache_context.get(), step.branch)
             args, measured = measure(runtime, self.lowerings, modules, store, context, args, call)
-            decisions = modules.advance(call, measured)
+            decisions = modules.advance(call, measured, decided)
             for decision in decisions:
-                decision.record(runtime.counts)
-            if call.generation is None and before.n > 0 and before.t == t:
+                if decision.group.modules[0] not in decided:
+                    decision.record(runtime.counts)
+            if visit is not None:
+                visit.decision = next(each for each in decisions if visit.module in each.group.modules)
+            if call.generation is None and before.n > 0 and before.t == t and not decided:
                 self._warn_of_second_call(t, decisions)
             if self.lowerings.rules:
                 keep_signals(runtime, self.lowerings.rules, modules, decisions)
-            outputs = self._run(args, self._plan(modules, decisions), decisions, expected)
+            outputs = self._run(args, self._plan(modules, decisions, visit), decisions, expected, visit)
             if runtime.has_cuda_graphs:
                 self.overwrites = addresses(outputs)
             return outputs
@@ -159,14 +190,7 @@ class BroadcastGraph:
 
     # ------------------------------------------------------------------------------------------- whose state
 
-    def _step_of_its_own(self) -> Step:
-        """The step of a model that is not enabled, only compiled: it has no more than a request."""
-        pipeline = running_pipeline()
-        if pipeline is not None:
-            self._runtime.clock(pipeline)  # so that the backend heeds the end of the pipeline's call
-        return Step(request_of(pipeline))
-
-    def _modules(self, args: Sequence[Any], step: Step, store: StateStore) -> Lockstep:
+    def _modules(self, args: Sequence[Any], step: Step, store: StateStore, visit: Visit | None) -> Lockstep:
         """The modules that a call runs, with their cells in its request and cache context."""
         context = (current_cache_context.get(), step.branch)
         known = store.found.setdefault(self, {})
@@ -177,23 +201,33 @@ class BroadcastGraph:
                 args[i] in self._runtime.tied for i in self._owners
             )
             owners = [weakref.ref(args[i], lambda _: known.pop(context, None)) for i in self._owners]
-            cells = self._cells(args, store, context)
-            found = self._lockstep(cells, owners, tuple(self._signals(args, store, context, cells)))
+            cells = self._cells(args, store, context, visit)
+            found = self._lockstep(cells, owners, tuple(self._signals(args, store, context, cells)), visit)
             if by_owner:
                 known[context] = found
         return found
 
-    def _lockstep(self, cells: Sequence[Cell], owners: Sequence[Any], signals: Sequence[Cell] = ()) -> Lockstep:
+    def _lockstep(
+        self, cells: Sequence[Cell], owners: Sequence[Any], signals: Sequence[Cell] = (), visit: Visit | None = None
+    ) -> Lockstep:
         modules = self.lowerings.modules
         conditionals = self.lowerings.conditionals
         outers = [None if calls[0].outer is None else conditionals[calls[0].outer].module for calls in modules]
         remembers = [calls[0].remembers for calls in modules]
+        if visit is not None and not visit.ends:  # what is kept is read in another graph, maybe also where it computes
+            remembers[visit.module] = True
         unread = [m for m, calls in enumerate(modules) if not calls[0].policy.how.is_read]
-        return Lockstep(cells, tuple(map(len, modules)), remembers, outers, owners, signals, unread)
+        piece = None if visit is None else visit.module
+        return Lockstep(cells, tuple(map(len, modules)), remembers, outers, owners, signals, unread, piece)
 
-    def _cells(self, args: Sequence[Any], store: StateStore, context: Hashable) -> list[Cell]:
+    def _cells(self, args: Sequence[Any], store: StateStore, context: Hashable, visit: Visit | None) -> list[Cell]:
         cells = []
         for m in range(len(self.anchors)):
+            if visit is not None and m == visit.module:
+                cells.append(visit.cell)
+                if visit.cell.rule is not None:
+                    self.instances.setdefault(m, {})[visit.cell.name] = (visit.cell.role, visit.cell.rule)
+                continue
             owner, key = self._place(m, args)
             cell = store.find(owner, key, context)
             if cell is None:
@@ -241,9 +275,11 @@ class BroadcastGraph:
 
     # ------------------------------------------------------------------------------------------- begin
 
-    def _begin(self, modules: Lockstep, call: Call, expected: Expected) -> None:
+    def _begin(
+        self, modules: Lockstep, call: Call, slots: Sequence[Sequence[TensorSpec]], decided: Mapping[int, Decision]
+    ) -> None:
         """Begin a generation where it is due, and note the timestep."""
-        if modules.begin(call, expected.slots):
+        if modules.begin(call, slots, decided):
             self._runtime.restarts += 1
             if self._runtime.restarts > 1:
                 self._runtime.warn_once(
@@ -252,7 +288,7 @@ class BroadcastGraph:
                     "time: timesteps of a generation fall, so each rise begins another one, and little or nothing is "
                     "reused. Set current_timestep_callback to a function that returns the scheduler's timestep.",
                 )
-        is_first = modules.first.count.n == 0
+        is_first = modules.first.count.n == 0 and not decided
         self._runtime.seen.see(call.t, call.timesteps, is_first)
         if call.timesteps and call.generation is None and call.t not in call.timesteps:
             self._warn_of_other_timesteps(call.t, call.timesteps)
@@ -261,7 +297,7 @@ class BroadcastGraph:
             if why is not None:
                 self._runtime.warn_once(f"mismatch {type(rule).__name__}", f"pab_fx: {why}")
 
-    def _timestep(self, args: Sequence[Any]) -> float:
+    def timestep(self, args: Sequence[Any]) -> float:
         """The timestep of this call: from the callback, the graph's input, or the argument of the model around it."""
         callback = self._runtime.callback
         if callback is not None:
@@ -342,11 +378,11 @@ class BroadcastGraph:
 
     # ------------------------------------------------------------------------------------------- decide
 
-    def _plan(self, modules: Lockstep, decisions: Sequence[Decision]) -> Plan:
+    def _plan(self, modules: Lockstep, decisions: Sequence[Decision], visit: Visit | None) -> Plan:
         """What decisions come to; found once for equal ones."""
         key = (self.lowerings, *[(each.reuses, each.reads, each.keeps, each.rests) for each in decisions])
         if key not in modules.plans:
-            modules.plans[key] = self._planned(modules, decisions)
+            modules.plans[key] = self._planned(modules, decisions, visit)
         return modules.plans[key]
 
     def _reuses(self, decisions: Sequence[Decision]) -> tuple[bool, ...]:
@@ -361,7 +397,7 @@ class BroadcastGraph:
     def _key(self, reuses: tuple[bool, ...]) -> Any:
         return "cond" if self._has_conditions else reuses
 
-    def _planned(self, modules: Lockstep, decisions: Sequence[Decision]) -> Plan:
+    def _planned(self, modules: Lockstep, decisions: Sequence[Decision], visit: Visit | None) -> Plan:
         cells, reuses = modules.cells, self._reuses(decisions)
         compiled = self.lowerings.compiled(self._key(reuses))
         number_of = {m: i for i, decision in enumerate(decisions) for m in decision.group.modules}
@@ -370,10 +406,13 @@ class BroadcastGraph:
         written = {m: positions for m, positions in compiled.writes if m in is_written}
         # a slot that stays is neither let go nor written; of a module that has one, none is let go before
         stays = {m for m, each in of_module.items() if each.keeps and None in written.get(m, (None,))}
+        if visit is not None and not visit.ends:
+            stays.add(visit.module)
         given: list[torch.Tensor | None] = []
         scalars, weights = [], []
         inputs = [n for n in compiled.gm.graph.find_nodes(op="placeholder") if mark_of(n) is not None]
-        for p, (mark, node) in enumerate(zip(compiled.takes, inputs, strict=True), len(self.lowerings.inputs)):
+        further = list(enumerate(compiled.takes, len(self.lowerings.inputs)))
+        for (p, mark), node in zip(further, inputs, strict=True):
             computes = isinstance(mark, Predicate) and not reuses[mark.conditional]
             given.append((COMPUTE if computes else REUSE) if isinstance(mark, Predicate) else None)
             if isinstance(mark, Scalar):
@@ -393,6 +432,7 @@ class BroadcastGraph:
             tuple(given),
             tuple(scalars),
             tuple(weights),
+            tuple((p, mark.stream) for p, mark in further if isinstance(mark, Entering)),
             tuple((p, cells[m], i) for p, m, i in reads),
             tuple(each for each in compiled.reads if each not in reads),
             tuple(cell for m, cell in enumerate(cells) if m not in stays),
@@ -407,7 +447,14 @@ class BroadcastGraph:
 
     # ------------------------------------------------------------------------------------------- run, hold
 
-    def _run(self, args: Sequence[Any], plan: Plan, decisions: Sequence[Decision], expected: Expected) -> Any:
+    def _run(
+        self,
+        args: Sequence[Any],
+        plan: Plan,
+        decisions: Sequence[Decision],
+        expected: Expected,
+        visit: Visit | None,
+    ) -> Any:
         """Run a graph on what the cells keep, and keep what it leaves.
 
         What a step replaces, or is the last to read, is let go before: by the cells here, by the compiled graph as soon
@@ -423,6 +470,8 @@ class BroadcastGraph:
             inputs[position] = runtime.scalar(decisions[i].scalars[call][which], device)
         for position, how, module, device in plan.weights:
             inputs[position] = runtime.scalar(how.weigh(module()), device)
+        for position, stream in plan.entering if visit is not None else ():
+            inputs[position] = visit.entering[stream]  # type: ignore[union-attr]
         for position, cell, i in plan.reads:
             inputs[position] = runtime.lend(cell, i)
         for cell in plan.drops:
@@ -435,6 +484,26 @@ class BroadcastGraph:
             written = tuple([outputs[i] if i is not None else runtime.lend(cell, c) for c, i in enumerate(positions)])
             cell.caches, cell.specs = runtime.hold(cell, written), expected.slots[m]
         return outputs[: self.lowerings.outputs]
+
+
+def step_of(runtime: Runtime) -> Step:
+    """The step of an enabled model; of one that is only compiled, which has no more than a request."""
+    step = current_step.get()
+    if step is not None:
+        return step
+    pipeline = running_pipeline()
+    if pipeline is not None:
+        runtime.clock(pipeline)  # so that the backend heeds the end of the pipeline's call
+    return Step(request_of(pipeline))
+
+
+def _slots(expected: Expected, visit: Visit | None) -> Sequence[Sequence[TensorSpec]]:
+    """What the slots of each module look like; of a range of blocks that ends in another graph whatever is kept."""
+    if visit is None or visit.ends:
+        return expected.slots
+    slots = list(expected.slots)
+    slots[visit.module] = visit.cell.specs  # type: ignore[call-overload]
+    return slots
 
 
 def _check_slots(outputs: Any, plan: Plan, expected: Sequence[Sequence[TensorSpec]]) -> None:

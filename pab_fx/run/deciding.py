@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,6 +110,9 @@ class Decision:
                 counts[self.group.role, reuse] += len(self.group.cells)
 
 
+NOTHING: Mapping[int, Decision] = {}
+
+
 class Lockstep:
     """The modules of a graph in one cache context of one request.
 
@@ -121,6 +124,7 @@ class Lockstep:
         owners: for each module, yields what its cell hangs on, `None` once that is gone.
         signals: for each rule that looks at a signal, where that is kept.
         unread: numbers of the modules of which nothing is read in this graph.
+        piece: number of the module that is a piece of a range of blocks, `None` for none: it is decided by itself.
 
     Attributes:
         plans: what the decisions of a call came to, by whether each group reuses and keeps.
@@ -136,19 +140,28 @@ class Lockstep:
         owners: Sequence[Callable[[], object | None]],
         signals: Sequence[Cell] = (),
         unread: Collection[int] = (),
+        piece: int | None = None,
     ) -> None:
         self.cells, self.owners, self.signals = tuple(cells), tuple(owners), tuple(signals)
         self.first = next((cell for cell in cells if cell.rule is not None), cells[0])
         self.plans: dict[Hashable, Any] = {}
         self.nows: tuple[Any, ...] = ()
-        alike: dict[tuple[str, Rule | None, int, bool, bool, int | None], list[int]] = {}
+        alike: dict[tuple[str, Rule | None, int, bool, bool, int | None, bool], list[int]] = {}
         for m, cell in enumerate(cells):
-            key = (cell.role, cell.rule, calls[m], remembers[m], m not in unread, outers[m])
+            key = (cell.role, cell.rule, calls[m], remembers[m], m not in unread, outers[m], m == piece)
             alike.setdefault(key, []).append(m)
-        self._groups = [Group(*key, modules=tuple(ms), cells=tuple(cells[m] for m in ms)) for key, ms in alike.items()]
+        self._groups = [
+            Group(*key[:-1], modules=tuple(ms), cells=tuple(cells[m] for m in ms)) for key, ms in alike.items()
+        ]
 
-    def begin(self, call: Call, expected: Sequence[Sequence[TensorSpec]]) -> bool:
+    def begin(
+        self, call: Call, expected: Sequence[Sequence[TensorSpec]], decided: Mapping[int, Decision] = NOTHING
+    ) -> bool:
         """Start a new generation where a call is its first, for slots like `expected` of each module.
+
+        Args:
+            call: the call.
+            decided: what another graph has decided in this step, by module.
 
         Returns:
             Whether a generation began in the middle of another, because a timestep rose a little.
@@ -157,6 +170,8 @@ class Lockstep:
             self._groups, self.plans = [part for group in self._groups for part in group.parts()], {}
         rose = False
         for group in self._groups:
+            if group.modules[0] in decided:
+                continue
             if not all(cell.fits(expected[m]) for m, cell in zip(group.modules, group.cells, strict=True)):
                 for cell in group.cells:
                     cell.reset()
@@ -170,19 +185,23 @@ class Lockstep:
                     cell.reset()
         return rose
 
-    def advance(self, call: Call, number_of: Callable[[Rule], float | None]) -> list[Decision]:
+    def advance(
+        self, call: Call, number_of: Callable[[Rule], float | None], decided: Mapping[int, Decision] = NOTHING
+    ) -> list[Decision]:
         """Count the call, and decide it. What lies in another module has a higher number, so it comes after that.
 
         Args:
             call: the call.
             number_of: as for `Count.advanced`.
+            decided: as for `begin`.
         """
         of_module: dict[int, Decision] = {}
         decisions = []
         for group in self._groups:
             around = None if group.outer is None else of_module[group.outer]
             rests = around is not None and (around.rests or any(around.reuses))
-            decision = self._advance(group, call, rests, number_of)
+            made = decided.get(group.modules[0])
+            decision = self._advance(group, call, rests, number_of) if made is None else replace(made, group=group)
             of_module.update(dict.fromkeys(group.modules, decision))
             decisions.append(decision)
         return decisions

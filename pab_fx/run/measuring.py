@@ -84,9 +84,11 @@ def measure(
     A graph without a head goes by what another piece of the model, whose graph breaks, has measured in this step.
     """
     step, rules = (call.t, modules.first.count.n), lowerings.rules
-    of_step = {of: each for of, each in store.measured.items() if each.step == step}
     if not rules:
-        return args, of_step.get(context) or Measured((), (), step, _noted(runtime, context))
+        found: Measured | None = store.measured.get(context)
+        if found is None or found.step != step:
+            found = Measured((), (), step, _noted(runtime, context))
+        return args, found
     specs = [(spec,) for spec in lowerings.signal_specs(args)]
     cells = zip(modules.signals, specs, strict=True)
     kept = [runtime.lend(cell, 0) if cell.caches is not None and cell.fits(spec) else None for cell, spec in cells]
@@ -96,10 +98,22 @@ def measure(
         further.append(runtime.scalar(_noise_level(call, modules), specs[0][0].device))
     numbers, nows, crossing = lowerings.measured(args, before, further)
     known = [None if each is None else number for each, number in zip(kept, numbers, strict=True)]
-    first = next((each for of, each in of_step.items() if of != context), None)
-    store.measured[context] = found = Measured(rules, known, step, _noted(runtime, context), first)
     modules.nows = tuple(zip(nows, specs, strict=True))
-    return (*args, *crossing), found
+    return (*args, *crossing), note_numbers(runtime, store, context, step, rules, known)
+
+
+def note_numbers(
+    runtime: Runtime,
+    store: StateStore,
+    context: Hashable,
+    step: tuple[float, int],
+    rules: Sequence[Rule],
+    numbers: Sequence[torch.Tensor | None],
+) -> Measured:
+    """Note what rules have measured in a step of a cache context."""
+    first = next((each for of, each in store.measured.items() if of != context and each.step == step), None)
+    store.measured[context] = found = Measured(rules, numbers, step, _noted(runtime, context), first)
+    return found
 
 
 def _noise_level(call: Call, modules: Lockstep) -> float:

@@ -22,12 +22,18 @@ def running_modules() -> list[nn.Module]:
 
 def name_of_caller(roots: Sequence[nn.Module]) -> str | None:
     """Qualified name of the innermost running module, in the one of `roots` around it or in the outermost model."""
+    found = caller(roots)
+    return None if found is None else found[1]
+
+
+def caller(roots: Sequence[nn.Module]) -> tuple[nn.Module, str] | None:
+    """The model that runs, as for `name_of_caller`, and the innermost module's name in it."""
     callers = calling_modules()
     if not callers:
         return None
     around = _around(callers[0], callers)
     model = next((module for module in around if any(module is root for root in roots)), around[-1])
-    return next(name for name, module in model.named_modules() if module is callers[0])
+    return model, next(name for name, module in model.named_modules() if module is callers[0])
 
 
 def running_module(name: str, roots: Sequence[nn.Module]) -> nn.Module | None:

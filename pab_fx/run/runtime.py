@@ -47,6 +47,7 @@ class Runtime:
         calls: calls of graphs that broadcast.
         computed_once: how often what does not change was computed.
         taken_as_kept: how often it was taken instead.
+        left_alone: by name, why parts that were captured to be broadcast are computed in every step.
         restarts: generations that began in the middle of another, because a timestep rose a little.
     """
 
@@ -74,6 +75,7 @@ class Runtime:
         self.counts: Counter[tuple[str, bool]] = Counter()
         self.seen = SeenTimesteps()
         self.tied = TiedParameters()
+        self.left_alone: dict[str, str] = {}
         self._unread: weakref.WeakValueDictionary[TensorSpec, torch.Tensor] = weakref.WeakValueDictionary()
         self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
         self.calls = self.computed_once = self.taken_as_kept = self.restarts = self.numbers_read = 0
@@ -136,6 +138,11 @@ class Runtime:
             store = self.store(request_of(pipeline))
             self.at_end(store.cells())
             store.reset()
+
+    def leave_alone(self, name: str, why: str) -> None:
+        """Note why a part is computed in every step though it was captured to be broadcast; the user is told."""
+        self.left_alone[name] = why
+        self.warn_once(f"left alone {name}", f"pab_fx: {name} is computed in every step: {why}.")
 
     def hold(self, cell: Cell, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
         """What a cell keeps of these tensors, where caches are to lie."""

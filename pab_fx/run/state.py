@@ -165,6 +165,7 @@ class StateStore:
         kept: for each graph, what it computed once in the generation, by cache context.
         buffers: for each graph, where that lies, where it has to be at one address, by cache context.
         measured: what rules measured last, by cache context, for the pieces of a model whose graph breaks.
+        passages: how far such pieces have come in a step, by model and cache context.
     """
 
     _cells: Any = field(default_factory=WeakIdKeyDictionary)
@@ -173,6 +174,7 @@ class StateStore:
     kept: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
     buffers: WeakKeyDictionary[Any, dict[Hashable, Any]] = field(default_factory=WeakKeyDictionary)
     measured: dict[Hashable, Any] = field(default_factory=dict)
+    passages: dict[Hashable, Any] = field(default_factory=dict)
 
     def enter(self, called: Hashable) -> None:
         """Note that a call begins; `leave` notes its end.
@@ -215,6 +217,7 @@ class StateStore:
         """Reset every cell, or those of the given owners; what graphs computed once goes either way."""
         self.kept.clear()
         self.measured.clear()
+        self.passages.clear()
         self.found.clear()  # with what stands in for slots that are not read
         if owners is None:
             owners = [owner for owner, _ in self._owned()]

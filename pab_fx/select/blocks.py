@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -17,6 +18,7 @@ from ..graph import effects
 from ..graph.dataflow import is_projection, is_tensor
 from ..graph.modules import ModuleCall, list_of
 from ..policy.where import BLOCKS, Blocks
+from .pieces import broken_block, every_block, is_piece, piece_of
 from .region import Assign, Region
 from .streams import streams
 from .view import View
@@ -33,28 +35,73 @@ def ranges_of_blocks(view: View, assign: Assign, wanted: Iterable[Blocks]) -> li
     Raises:
         ValueError: for ranges that overlap.
     """
-    frame = view.names.frame
     regions: list[Region] = []
-    taken: dict[ModuleCall, Blocks] = {}
-    for where in wanted:
-        found = blocks(view, where)
-        are_alone = any(call.module is outer for call in found for outer in view.names.enclosing)
+    taken: dict[str, Blocks] = {}
+    order: tuple[str, ...]
+    shared: list[Blocks] = list(wanted)
+    for where in shared:
+        found, order = blocks(view, where), ()
+        is_whole = view.names.begins and view.names.ends and not view.names.frame
+        if view.names.model is not None and not is_whole:
+            order = every_block(view, where, found)
+            found = [call for call in found if call.name in order]
+            order = order if is_piece(view, order, found) else ()
         if not found:
             continue
-        name = f"{frame}:{where.label}".removeprefix(":")
-        chosen = found[where.first : where.last]
-        for call in chosen:
-            if taken.setdefault(call, where) is not where:
-                raise ValueError(f"{taken[call]!r} and {where!r} overlap: both have the block {call.name}.")
-        unsafe = None if chosen else f"the model has {len(found)} blocks, and none of them is in the range"
-        if are_alone and where.label != BLOCKS:
-            unsafe = "the blocks are captured one by one, where a range of them has to be all"
-        first, last = (call.name for call in ((chosen or found)[0], (chosen or found)[-1]))
-        why = f"{len(chosen)} of {len(found)} blocks, {first} to {last}" if len(chosen) > 1 else f"the block {first}"
-        nodes = nodes_between(view, chosen or found[:1])
-        unsafe = unsafe or _interrupted(view, chosen, nodes)
-        regions.append(Region.of(name, name, assign, BLOCKS, why, nodes, unsafe))
+        names = order or tuple(dict.fromkeys(call.name for call in found))
+        for name in names[where.first : where.last]:
+            if taken.setdefault(name, where) is not where:
+                raise ValueError(f"{taken[name]!r} and {where!r} overlap: both have the block {name}.")
+        regions += _piece(view, assign, where, shared, order, found) if order else [_range(view, assign, where, found)]
     return regions
+
+
+def _range(view: View, assign: Assign, where: Blocks, found: Sequence[ModuleCall]) -> Region:
+    """The region of a range in a graph that holds all blocks."""
+    chosen = found[where.first : where.last]
+    unsafe = None if chosen else f"the model has {len(found)} blocks, and none of them is in the range"
+    first, last = (call.name for call in ((chosen or found)[0], (chosen or found)[-1]))
+    why = f"{len(chosen)} of {len(found)} blocks, {first} to {last}" if len(chosen) > 1 else f"the block {first}"
+    nodes = nodes_between(view, chosen or found[:1])
+    unsafe = unsafe or _interrupted(view, chosen, nodes)
+    name = f"{view.names.frame}:{where.label}".removeprefix(":")
+    return Region.of(name, name, assign, BLOCKS, why, nodes, unsafe)
+
+
+def _piece(
+    view: View,
+    assign: Assign,
+    where: Blocks,
+    ranges: Sequence[Blocks],
+    order: Sequence[str],
+    found: Sequence[ModuleCall],
+) -> list[Region]:
+    """The region of a range in a graph that holds some of the model's blocks.
+
+    One that all blocks of a class run is a piece of any of the ranges. One of blocks in no range is a piece too: their
+    streams are followed.
+    """
+    in_range, piece = order[where.first : where.last], piece_of(view, ranges, order, found)
+    if piece.is_shared or len({piece.range_of(call.name) for call in found}) == 1:
+        chosen = list(found) if where is ranges[0] else []
+    else:
+        piece = replace(piece, ranges=(where,))
+        chosen = [call for call in found if call.name in in_range]
+    if not chosen:
+        return []
+    own = tuple(call.name for call in chosen)
+    piece = replace(piece, own=own)
+    unsafe = None if in_range else f"the model has {len(order)} blocks, and none of them is in the range"
+    nodes = nodes_between(view, chosen)
+    unsafe = unsafe or broken_block(view, chosen) or _interrupted(view, chosen, nodes)
+    ends = f"{in_range[0]} to {in_range[-1]}, " if len(in_range) > 1 else ""
+    why = f"{len(in_range)} of {len(order)} blocks, {ends}in several graphs" if in_range else "no block"
+    region = Region.of(where.label, where.label, assign, BLOCKS, why, nodes, unsafe)
+    signal = None if region.policy is None or region.policy.when is None else region.policy.when.signal
+    watched = order[signal.first : signal.last] if isinstance(signal, Blocks) else ()
+    if any(call.name in watched for call in found if call not in chosen) and not unsafe:
+        unsafe = "a graph that holds a part of its blocks holds blocks that its rule looks at, too"
+    return [replace(region, piece=piece, unsafe=unsafe)]
 
 
 def blocks(view: View, where: Blocks) -> list[ModuleCall]:

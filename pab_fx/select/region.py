@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from ..policy.policy import Policy
 from .streams import Source
+
+if TYPE_CHECKING:
+    from .pieces import Piece
 
 Assign = Callable[..., tuple[str, "Policy | None", str]]
 """Role, policy (`None` to leave alone) and reason for a role, a name and a reason that the graph tells."""
@@ -58,6 +61,8 @@ class Region:
             them may run this graph, and has a role of its own.
         relative: the name within that block, `None` where the frame is the model's own.
         passing: how a stream passes, where what is kept is read at the beginning of the region; see `passing`.
+        piece: what it is of ranges that span several graphs; `None` where one graph holds all of it.
+        begins: whether its streams enter here, and not in another graph that holds the beginning of its range.
     """
 
     name: str
@@ -73,6 +78,8 @@ class Region:
     assign: Any = None
     relative: str | None = None
     passing: Passing | None = None
+    piece: Piece | None = None
+    begins: bool = True
 
     @classmethod
     def of(

@@ -22,6 +22,7 @@ from .bounds import bounded_alike
 from .feed_forwards import feed_forwards
 from .gates import with_gate
 from .passing import passing
+from .pieces import with_ends
 from .region import Region, enclosing
 from .streams import streams
 from .view import View
@@ -102,6 +103,8 @@ def _found(view: View, policies: Sequence[Policy]) -> list[Region]:
 
 def _with_streams(view: View, region: Region) -> Region:
     """The region, unsafe if its how reads what enters where an output leaves, and nothing does."""
+    if region.piece is not None and region.is_broadcast:
+        return with_ends(view, region)
     if region.policy is None or not region.is_broadcast or not region.policy.how.reads_streams:
         return region
     where = region.policy.where
