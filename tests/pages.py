@@ -175,7 +175,7 @@ def stand_in(patch: pytest.MonkeyPatch, folder: Path, packages: bool = False) ->
 
 def calibrate_shortly(calibrate: Callable[..., Any], *args: Any, **given: Any) -> Any:
     """`calibrate` in a few generations of a few steps, by a budget that these keep whatever a busy machine measures."""
-    few = {"call": {"num_inference_steps": 8}, "batch": 4, "segments": 1, "tries": 2, "rounds": 1, "compare": {}}
+    few = {"call": {"num_inference_steps": 8}, "batch": 2, "effort": "low", "rounds": 1, "parts": ["blocks"]}
     return calibrate(*args[:2], **{**given, **few, "budget": "psnr>=10"})
 
 

@@ -47,6 +47,7 @@ from ..policy.when import Rule
 from ..select.region import Region
 from ..select.signals import Signal, Source, signals, with_signals
 from ..select.tag import tag
+from .form import noise_level
 from .pieces import prepared
 
 RULES = "pab_rules"
@@ -142,15 +143,6 @@ def _added_source(graph: fx.Graph, source: Source) -> fx.Node:
             return traced_into(graph, lambda given: (given.clone(),), source.now)[0]
         entering = through.entering(source.now, graph, lambda node: node)
         return traced_into(graph, lambda leaves, enters: (leaves - enters,), source.now, entering)[0]
-
-
-def noise_level(like: torch.Tensor) -> torch.Tensor:
-    """Stands for the noise level of a step until something tells it: an input of the head, or the timestep.
-
-    Raises:
-        RuntimeError: if it is run.
-    """
-    raise RuntimeError("the noise level of a step is told from outside of a graph.")
 
 
 def _noise_level(graph: fx.Graph, like: fx.Node) -> fx.Node:

@@ -68,6 +68,15 @@ class Scalar:
     name: str
 
 
+def noise_level(like: torch.Tensor) -> torch.Tensor:
+    """Stands for the noise level of a step until something tells it: an input of the head, or the timestep.
+
+    Raises:
+        RuntimeError: if it is run.
+    """
+    raise RuntimeError("the noise level of a step is told from outside of a graph.")
+
+
 @dataclass(frozen=True)
 class Entering:
     """An input that is what entered a range of blocks in this step, where another graph holds its beginning.

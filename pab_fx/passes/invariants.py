@@ -39,6 +39,7 @@ from .._torch import HigherOrderOperator, size_hint
 from ..graph import effects
 from ..graph.copies import copy_of
 from ..graph.dataflow import backward, is_state, is_tensor, is_tuple, op_name, value
+from .form import noise_level
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +264,8 @@ def _is_movable(node: fx.Node, memory: _Memory) -> bool:
     if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
         return False
     if effects.draws_random_numbers(node) or "generator" in node.kwargs or "unbacked_bindings" in node.meta:
+        return False
+    if node.target is noise_level:
         return False
     if effects.is_collective(node):  # whether an input is still the same each rank finds out for itself
         return False

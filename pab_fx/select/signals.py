@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
-from ..graph.dataflow import backward, is_tensor
+from ..graph.dataflow import backward, is_tensor, value
 from ..graph.modules import ModuleNames, argument_of
+from ..graph.parts import sizes
 from ..policy.change import Computed, ModulatedInput, Output, Sigma, named
 from ..policy.policy import Policy
 from ..policy.when import Rule
@@ -133,15 +135,24 @@ def _modulated_input(view: View, of: ModulatedInput) -> Source | None:
 
 
 def _sample(view: View, of: Any) -> Source | None:
-    """The sample, which diffusion models take first."""
+    """The sample, which diffusion models take first; where that holds no floats, what looks like a prediction."""
     if view.names.frame or not view.names.begins:
         return None
     given = [node for node in view.graph.find_nodes(op="placeholder") if node in view.acts]
     model = view.names.model
     if model is not None:
         parameters = list(inspect.signature(model.forward).parameters)
-        given = [node for node in given if argument_of(node, parameters) == parameters[0]]
+        first = [node for node in given if argument_of(node, parameters) == parameters[0]]
+        looks = (
+            [] if any(map(_is_floating, first)) else [sizes(node) for node in view.graph.output_node().all_input_nodes]
+        )
+        given = [node for node in given if _is_floating(node) and sizes(node) in looks] or first
     return Source(given[0]) if given else None
+
+
+def _is_floating(node: fx.Node) -> bool:
+    recorded = value(node)
+    return isinstance(recorded, torch.Tensor) and recorded.is_floating_point()
 
 
 def _of_module(view: View, of: Output) -> Source | None:
