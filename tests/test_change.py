@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import threading
 import warnings
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 import pab_fx
 from pab_fx import Blocks, Change, Every, Last, Model, ModulatedInput, Policy, Residual, Taylor
 from pab_fx.policy.when import Progress, Step
+from pab_fx.report.report import Report
 from pab_fx.testing import replaying
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -236,6 +238,22 @@ def test_branches_of_guidance_may_share_the_decision_of_the_first() -> None:
     assert report.reused == 2 * alone.reused
     assert report.numbers_read == len(TIMESTEPS) - 1
     assert not equal(kept, found)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_the_report_says_what_each_decision_was_by(accumulate: bool) -> None:
+    model = build(MMDiT)
+    rule = replace(FIRST, accumulate=accumulate)
+    with enabled(model, rule) as pab:
+        trajectory(model)
+        report = pab.report()
+    assert len(report.decisions) == report.numbers_read
+    assert sum(each.reused for each in report.decisions) == report.reused > 0
+    for each in report.decisions:
+        assert (each.measured <= rule.threshold) is each.reused
+        assert (each.threshold, each.context, each.timestep in TIMESTEPS) == (rule.threshold, "", True)
+    assert f"the last {len(report.decisions)} decisions by" in str(report)
+    assert Report.of_json(json.loads(json.dumps(report.as_json()))) == report
 
 
 def test_requests_in_turns_and_generations_that_were_cut_off_are_each_as_if_alone(inner: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import fx
 
 from ..compile.variants import ORIGIN
+from ..policy.change import named
 from ..policy.when import Rule
 from ..policy.where import ROLES
 from ..run.runtime import Runtime
@@ -18,7 +19,7 @@ from ..run.state import Cell
 from ..select.region import Region, around
 from .captured import Captured
 from .costs import operations
-from .data import ContextReport, GraphReport, OnceReport, RegionReport, RoleReport
+from .data import ContextReport, DecisionReport, GraphReport, OnceReport, RegionReport, RoleReport
 from .report import Report
 from .strips import Scheduled, schedule_of
 
@@ -68,6 +69,10 @@ def report_of(
         captured=tuple(map(_graph, captured)),
         seconds=median(sum(each.values()) for each in rounds) if rounds else None,
         restarts=runtime.restarts,
+        decisions=tuple(
+            DecisionReport(_label(context), t, named(rule.signal), by, getattr(rule, "threshold", None), reused)
+            for context, t, rule, by, reused in list(runtime.decisions)
+        ),
         numbers_read=runtime.numbers_read,
     )
 
@@ -100,13 +105,17 @@ def _contexts(cells: Iterable[tuple[Hashable, Cell]]) -> tuple[ContextReport, ..
     """The caches of these cells by their cache context, those of all requests together."""
     found: dict[str, list[int]] = {}
     for context, cell in cells:
-        name, branch = cast(tuple[Any, int], context)
-        label = str(name or "") + (f" #{branch + 1}" if branch else "")
-        total = found.setdefault(label, [0, 0])
+        total = found.setdefault(_label(context), [0, 0])
         # one that is kept on another device comes with what brings it back
         total[0] += sum((kept[0] if isinstance(kept, tuple) else kept).nbytes for kept in cell.caches or ())
         total[1] += sum(spec.size for spec in cell.specs)
     return tuple(ContextReport(label, *total) for label, total in sorted(found.items()))
+
+
+def _label(context: Hashable) -> str:
+    """The name of a cache context, and which call of a step it is where branches of guidance have none."""
+    name, branch = cast(tuple[Any, int], context)
+    return str(name or "") + (f" #{branch + 1}" if branch else "")
 
 
 def _ranges_left_alone(regions: Sequence[Region]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .data import GraphReport, ReportData
+from .data import DecisionReport, GraphReport, ReportData
 from .groups import Group, grouped, joined_names
 from .strips import EITHER, ruler
 from .units import counted, in_bytes, in_flops, in_percent, in_seconds, listed, unit_of
@@ -143,6 +143,7 @@ def graph_lines(report: ReportData) -> list[str]:
     if any(EITHER in strip.steps for strip in report.schedule.strips):
         read = f", {counted(report.numbers_read, 'number')} so far" if report.numbers_read else ""
         lines.append(f"a step that may do either waits for one number to decide{read}")
+    lines += decision_lines(report)
     steps = set(zip(*(strip.steps for strip in report.schedule.strips), strict=True))
     if len(steps) > 1:
         lines.append(
@@ -150,6 +151,23 @@ def graph_lines(report: ReportData) -> list[str]:
         )
     if report.graphs or not steps:
         lines.append(f"{counted(report.graphs, 'graph')} compiled")
+    return lines
+
+
+def decision_lines(report: ReportData) -> list[str]:
+    """What was decided by signals, a line for each: what it was measured at, for computed and for reused steps."""
+    found: dict[tuple[str, float | None], list[DecisionReport]] = {}
+    for each in report.decisions:
+        found.setdefault((each.signal, each.threshold), []).append(each)
+    lines = []
+    for (signal, threshold), decisions in found.items():
+        said = f"the last {counted(len(decisions), 'decision')} by {signal}"
+        said += "" if threshold is None else f", threshold {threshold:g}"
+        for reused, did in ((False, "computed"), (True, "reused")):
+            numbers = [each.measured for each in decisions if each.reused is reused]
+            if numbers:
+                said += f"; {did} {len(numbers)}, at {min(numbers):.3g} to {max(numbers):.3g}"
+        lines.append(said)
     return lines
 
 

@@ -134,6 +134,27 @@ class GraphReport:
 
 
 @dataclass(frozen=True)
+class DecisionReport:
+    """A decision by a signal.
+
+    Args:
+        context: as of `ContextReport`.
+        timestep: of the step.
+        signal: what was looked at, in words.
+        measured: what the rule went by: changes that add up are added up.
+        threshold: that of the rule, `None` if it has none.
+        reused: what was decided.
+    """
+
+    context: str
+    timestep: float
+    signal: str
+    measured: float
+    threshold: float | None
+    reused: bool
+
+
+@dataclass(frozen=True)
 class Box:
     """Nodes that are drawn as one.
 
@@ -183,6 +204,7 @@ class ReportData:
         seconds: time of a step that reuses nothing; `None` where it was not measured.
         numbers_read: how many numbers the host has read from the device, to decide by.
         restarts: generations that began in the middle of another, because a timestep rose a little.
+        decisions: the last ones by a signal, in order, at most 256.
         outlines: the graphs for drawing; only `pab_fx.explain` makes them.
     """
 
@@ -196,6 +218,7 @@ class ReportData:
     captured: tuple[GraphReport, ...] = ()
     seconds: float | None = None
     restarts: int = 0
+    decisions: tuple[DecisionReport, ...] = ()
     numbers_read: int = 0
     outlines: tuple[Outline, ...] = field(default=(), repr=False)
 

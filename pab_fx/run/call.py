@@ -156,6 +156,7 @@ class BroadcastGraph:
             for decision in decisions:
                 if decision.group.modules[0] not in decided:
                     decision.record(runtime.counts)
+                    runtime.note_decision(context, t, decision.group.rule, decision.decided_by, any(decision.reuses))
             if visit is not None:
                 visit.decision = next(each for each in decisions if visit.module in each.group.modules)
             if call.generation is None and before.n > 0 and before.t == t and not decided:

@@ -94,6 +94,7 @@ class Decision:
         keeps: whether what is left after the step has to be kept.
         scalars: `Scalars` as numbers, for each call of a module in the step.
         rests: whether it is neither run nor read, since what it lies in reuses.
+        decided_by: what was measured for it, `None` where nothing had to be.
     """
 
     group: Group
@@ -102,6 +103,7 @@ class Decision:
     keeps: bool
     scalars: tuple[tuple[float, float], ...]
     rests: bool = False
+    decided_by: float | None = None
 
     def record(self, counts: Counter[tuple[str, bool]]) -> None:
         """Count the calls of each role that compute and that reuse."""
@@ -234,7 +236,8 @@ class Lockstep:
             keeps |= next_t != END and not rule.is_over(call.t)
         for cell in group.cells:
             cell.count = count
-        return Decision(group, tuple(reuses), had_cache and (reuses[0] or group.remembers), keeps, tuple(scalars))
+        reads = had_cache and (reuses[0] or group.remembers)
+        return Decision(group, tuple(reuses), reads, keeps, tuple(scalars), decided_by=count.decided_by)
 
     def reset(self) -> None:
         """Forget the generation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,6 +21,9 @@ from .state import Cell, StateStore
 Assigned = Callable[[str, str], "Rule | None"]
 """The rule for a role and a qualified name, `None` to leave that part alone."""
 
+
+MOST_DECISIONS = 256
+"""How many decisions by a signal are remembered, for reports."""
 
 MOST_SCALARS = 4096
 """How many numbers are held as tensors: a weight may be another one in each step of each generation."""
@@ -48,6 +51,7 @@ class Runtime:
         computed_once: how often what does not change was computed.
         taken_as_kept: how often it was taken instead.
         left_alone: by name, why parts that were captured to be broadcast are computed in every step.
+        decisions: the last ones by a signal: cache context, timestep, rule, what it went by, and whether it reused.
         restarts: generations that began in the middle of another, because a timestep rose a little.
     """
 
@@ -76,6 +80,7 @@ class Runtime:
         self.seen = SeenTimesteps()
         self.tied = TiedParameters()
         self.left_alone: dict[str, str] = {}
+        self.decisions: deque[tuple[Any, float, Rule, float, bool]] = deque(maxlen=MOST_DECISIONS)
         self._unread: weakref.WeakValueDictionary[TensorSpec, torch.Tensor] = weakref.WeakValueDictionary()
         self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
         self.calls = self.computed_once = self.taken_as_kept = self.restarts = self.numbers_read = 0
@@ -138,6 +143,13 @@ class Runtime:
             store = self.store(request_of(pipeline))
             self.at_end(store.cells())
             store.reset()
+
+    def note_decision(self, context: Any, t: float, rule: Rule | None, by: float | None, reuses: bool) -> None:
+        """Note what a rule was decided by, if something was measured for it; once for all parts that go by it."""
+        if rule is not None and by is not None:
+            found = (context, t, rule, by, reuses)
+            if not self.decisions or self.decisions[-1] != found:
+                self.decisions.append(found)
 
     def leave_alone(self, name: str, why: str) -> None:
         """Note why a part is computed in every step though it was captured to be broadcast; the user is told."""

@@ -31,6 +31,7 @@ class Count(NamedTuple):
         first_t: timestep of the first call.
         change: what its rule's signal has changed by, added up since the last call that computed.
         generation: number of the generation it is in, `None` where the timesteps alone tell.
+        decided_by: what the last call was decided by, `None` where nothing had to be measured.
     """
 
     n: int = 0
@@ -41,6 +42,7 @@ class Count(NamedTuple):
     first_t: float = NEVER
     generation: int | None = None
     change: float = 0.0
+    decided_by: float | None = None
 
     def begun(self, t: float, step: int, timesteps: Sequence[float] | None, generation: int | None) -> Count:
         """The count at the begin of a call at timestep `t`: a new one if that starts a new generation.
@@ -72,7 +74,7 @@ class Count(NamedTuple):
 
     def rested(self, t: float) -> Count:
         """The count after a step in which the module was neither run nor read: a part around it reused."""
-        return self._replace(n=self.n + 1, t=t)
+        return self._replace(n=self.n + 1, t=t, decided_by=None)
 
     def advanced(
         self,
@@ -99,16 +101,17 @@ class Count(NamedTuple):
             is_read: whether the call may reuse at all.
         """
         step, progress, change = Step(self.n, t, of), Progress(self.n - self.computed, self.computed_t), 0.0
+        decided_by = None
         reuse = is_read and has_cache and self.n > 0 and decided(rule, step, progress)
         if reuse and rule.signal is not None:
             number = number_of(rule)
             if number is not None:
-                change = rule.weighed(number) + (self.change if rule.accumulates else 0.0)
+                decided_by = change = rule.weighed(number) + (self.change if rule.accumulates else 0.0)
             reuse = number is not None and decided(rule, step, progress, change)
         computed, computed_t = (self.computed, self.computed_t) if reuse else (self.n, t)
         filled = self.filled if reuse else 1 + (self.filled if has_cache else 0)
         first_t, change = self.first_t if self.n else t, change if reuse else 0.0
-        after = Count(self.n + 1, t, computed, computed_t, filled, first_t, self.generation, change)
+        after = Count(self.n + 1, t, computed, computed_t, filled, first_t, self.generation, change, decided_by)
         keeps = rule.keeps(step, Progress(after.n - computed, computed_t), next_t)
         return after, reuse, keeps or (remembers and next_t != END and not rule.is_over(t))
 
