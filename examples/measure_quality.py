@@ -3,7 +3,7 @@
     python examples/measure_quality.py --json quality.json --picture docs/quality.png --update docs/quality.md
     python examples/measure_quality.py --table forecasts --captions 24 --update docs/quality.md
     python examples/measure_quality.py --table parts --captions 8 --update docs/quality.md
-    python examples/measure_quality.py --table parts --captions 8 --model pictures --update docs/quality.md
+    python examples/measure_quality.py --table parts --captions 8 --model pictures --intervals 2 3
 
 Each caption is sampled once without PAB and once with each config, from the same noise, with inner="eager". Two runs
 with fewer steps and no PAB are yardsticks. In the table "forecasts", each config reads its caches as they were kept and
@@ -197,9 +197,9 @@ def forecasts(pipe: Any, steps: int) -> list[Way]:
     return [Way("without PAB", None, steps), *(way for same in zip(*orders, strict=True) for way in same)]
 
 
-def parts(pipe: Any, steps: int) -> list[Way]:
+def parts(pipe: Any, steps: int, intervals: Sequence[int] = (2, 3, 4, 6)) -> list[Way]:
     """Without a cache; for every part, interval and how; and without a cache in as many steps as compute."""
-    every = [Every(n) for n in (2, 3, 4, 6)]
+    every = [Every(n) for n in intervals]
     computed = [reused_calls(rule, range(steps, 0, -1)).count(False) for rule in every]
     return [
         Way("without a cache", None, steps),
@@ -390,15 +390,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=2_000_000)
     parser.add_argument("--table", choices=TABLES, default="quality", help="which ways are compared")
+    parser.add_argument("--intervals", type=int, nargs="+", metavar="N", help="of parts: compute in one step of N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG: the same frames in each way")
     parser.add_argument("--update", type=Path, metavar="FILE", help="a Markdown file whose tables are replaced")
     args = parser.parse_args(arguments)
     if args.model != "clips" and args.table != "parts":
         parser.error(f"--model {args.model} has --table parts only")
+    if args.intervals and args.table != "parts":
+        parser.error("--intervals is for --table parts")
     known = MODELS[args.model].CAPTIONS
     captions = [known[i % len(known)] for i in range(args.captions)]
     ways_of, write = TABLES[args.table]
+    if args.intervals:
+        ways_of = partial(ways_of, intervals=args.intervals)
     found = measure(ways_of, captions, args.steps or STEPS[args.model], args.batch, args.seed, args.model)
     written = write(found)
     print(written)

@@ -115,7 +115,7 @@ def update_average(average: torch.nn.Module, transformer: torch.nn.Module, step:
 
 def build_optimizers(transformer: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, which spares half of the first thousand steps; AdamW for the rest."""
-    matrices = [p for name, p in transformer.named_parameters() if "blocks" in name and p.ndim == 2]
+    matrices = [p for name, p in transformer.named_parameters() if "blocks" in name and name.endswith("weight")]
     chosen = {id(p) for p in matrices}
     rest = [p for p in transformer.parameters() if id(p) not in chosen]
     return [

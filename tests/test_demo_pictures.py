@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio
 
 import pab_fx
-from pab_fx import Blocks, Every, Policy, Residual, Taylor
+from pab_fx import Blocks, Every, Policy, Residual
 from pab_fx.demo import WEIGHTS, PicturePipeline, load_pipeline
 from pab_fx.demo.clips import SIZE
 from pab_fx.demo.picture_pipeline import MAX_WORDS, VOCABULARY, encode_caption
@@ -133,12 +133,12 @@ def test_weights_are_below_4_mb_and_load_as_float32(pipe: PicturePipeline) -> No
 def test_a_policy_reuses_and_changes_the_pictures_a_little(pipe: PicturePipeline) -> None:
     captions = list(CAPTIONS[:2])
     without = sample(pipe, captions)
-    policy = Policy(Blocks(), Every(2, warmup=1), Taylor(1, of=Residual()))
+    policy = Policy(Blocks(), Every(2, warmup=1), Residual())
     with pab_fx.enable(pipe, policy, inner="eager") as pab:
         cached = sample(pipe, captions)
         (role,) = pab.report().roles
     assert 0.4 < role.reused / (role.reused + role.computed) < 0.5
-    assert 35 < peak_signal_noise_ratio(without, cached, data_range=1.0) < 90
+    assert 25 < peak_signal_noise_ratio(without, cached, data_range=1.0) < 90
 
 
 def test_an_unknown_pipeline_is_refused_by_name() -> None:
