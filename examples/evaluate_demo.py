@@ -1,17 +1,20 @@
-"""Sample the demo's model and count how often the clips show what their captions say.
+"""Sample one of the demo's models and count how often the samples show what their captions say.
 
     python examples/evaluate_demo.py --captions 96 --sheet clips.png
     python examples/evaluate_demo.py --captions 96 --hooks
+    python examples/evaluate_demo.py --model pictures --sheet pictures.png
 
-The judge is `pab_fx.demo.recognise`, which measures colour, shape and direction in the pixels and has never
-seen the model. `--hooks` samples the same clips again with diffusers' own Pyramid Attention Broadcast and
-says by how much they differ.
+The judges are `pab_fx.demo.clips.recognise` and `pab_fx.demo.pictures.recognise`, which measure the pixels and have
+never seen the models. `--hooks` samples the same clips again with diffusers' own Pyramid Attention Broadcast and says
+by how much they differ.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
@@ -22,8 +25,9 @@ from rich.console import Console
 from rich.progress import track
 from skimage.metrics import peak_signal_noise_ratio
 
-from pab_fx.demo import CAPTIONS, WEIGHTS, Caption, ClipPipeline, fit, recognise
+from pab_fx.demo import PIPELINES, WEIGHTS, clips, pictures
 
+MODELS: dict[str, Any] = {"clips": clips, "pictures": pictures}
 console = Console()
 
 
@@ -51,40 +55,35 @@ def contact_sheet(frames: np.ndarray, labels: list[str], scale: int = 3, label_w
     return np.asarray(sheet)
 
 
-def sample(pipe: ClipPipeline, captions: list[Caption], args: argparse.Namespace, what: str) -> np.ndarray:
-    """One clip for each caption, `[N, F, H, W, 3]` in [0, 1]; each clip has a seed of its own."""
-    clips = []
+def sample(pipe: Any, captions: list[Any], args: argparse.Namespace, what: str) -> np.ndarray:
+    """A clip `[N, F, H, W, 3]` or picture `[N, H, W, 3]` in [0, 1] for each caption; each has a seed of its own."""
+    made = []
+    chosen = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    options = {name: value for name, value in chosen.items() if value is not None}
     for start in track(range(0, len(captions), args.batch), description=what, console=console):
         some = captions[start : start + args.batch]
         generators = [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(some))]
-        clips.append(
-            pipe(
-                [str(c) for c in some],
-                num_inference_steps=args.steps,
-                guidance_scale=args.guidance_scale,
-                generator=generators,
-            ).frames
-        )
-    return np.concatenate(clips)
+        made.append(pipe([str(c) for c in some], generator=generators, return_dict=False, **options)[0])
+    return np.concatenate(made)
 
 
-def report(frames: np.ndarray, captions: list[Caption]) -> None:
-    """Print how many clips are recognised as their caption, and how well drawn they are."""
-    clips = 2 * frames - 1
-    seen = [recognise(clip) for clip in clips]
-    for part in ("colour", "direction", "shape"):
+def report(model: Any, pixels: np.ndarray, captions: list[Any]) -> None:
+    """Print how many samples are recognised as their caption, and how well drawn they are."""
+    seen = [model.recognise(2 * each - 1) for each in pixels]
+    parts = [field.name for field in fields(model.Caption)]
+    for part in parts:
         right = sum(s is not None and getattr(s, part) == getattr(c, part) for s, c in zip(seen, captions, strict=True))
         console.print(f"{part:>10} {right:4d} of {len(captions)} = {right / len(captions):.1%}")
     right = sum(s == c for s, c in zip(seen, captions, strict=True))
     console.print(f"{'all three':>10} {right:4d} of {len(captions)} = {right / len(captions):.1%}")
-    overlaps = [fit(clip).get(c.shape, 0.0) for clip, c in zip(clips, captions, strict=True)]
-    console.print(f"overlap with the captioned shape: mean {np.mean(overlaps):.3f}, worst {min(overlaps):.3f}")
+    overlaps = [model.overlap(2 * each - 1, c) for each, c in zip(pixels, captions, strict=True)]
+    console.print(f"overlap with what the caption says: mean {np.mean(overlaps):.3f}, worst {min(overlaps):.3f}")
     for s, c in zip(seen, captions, strict=True):
         if s != c:
             console.print(f"  {c}: seen as {s}")
 
 
-def hooks_config(pipe: ClipPipeline) -> PyramidAttentionBroadcastConfig:
+def hooks_config(pipe: Any) -> PyramidAttentionBroadcastConfig:
     """PAB for all three roles; diffusers' default identifiers take Latte's temporal blocks for spatial."""
     return PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
@@ -99,38 +98,42 @@ def hooks_config(pipe: ClipPipeline) -> PyramidAttentionBroadcastConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", type=Path, default=WEIGHTS, help="folder of a ClipPipeline")
-    parser.add_argument("--captions", type=int, default=96, help="96 is each caption once")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance-scale", type=float, default=1.25)
+    parser.add_argument("--model", choices=MODELS, default="clips")
+    parser.add_argument("--pipeline", type=Path, help="a folder; the package's pipeline by default")
+    parser.add_argument("--captions", type=int, default=96, help="of clips, 96 is each caption once")
+    parser.add_argument("--steps", type=int, help="the pipeline's default: 50 for clips, 28 for pictures")
+    parser.add_argument("--guidance-scale", type=float, help="the pipeline's default")
     parser.add_argument("--seed", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--sheet", type=Path, help="PNG to write, a row for each clip")
+    parser.add_argument("--sheet", type=Path, help="PNG to write, a row for each sample")
     parser.add_argument("--sheet-rows", type=int, default=16)
-    parser.add_argument("--hooks", action="store_true", help="also sample with diffusers' PAB hooks and compare")
+    parser.add_argument("--hooks", action="store_true", help="also sample clips with diffusers' PAB hooks and compare")
     args = parser.parse_args()
+    if args.hooks and args.model != "clips":
+        parser.error("the hooks are configured for clips")
 
-    pipe = ClipPipeline.from_pretrained(args.pipeline)
+    model = MODELS[args.model]
+    pipe = PIPELINES[args.model].from_pretrained(args.pipeline or WEIGHTS / args.model, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
-    order = np.random.default_rng(args.seed).permutation(len(CAPTIONS))
-    captions = [CAPTIONS[order[i % len(order)]] for i in range(args.captions)]
+    order = np.random.default_rng(args.seed).permutation(len(model.CAPTIONS))
+    captions = [model.CAPTIONS[order[i % len(order)]] for i in range(args.captions)]
 
-    frames = sample(pipe, captions, args, "sampling")
-    report(frames, captions)
-    rows, labels = [frames], [[str(c) for c in captions]]
+    pixels = sample(pipe, captions, args, "sampling")
+    report(model, pixels, captions)
+    rows, labels = [pixels], [[str(c) for c in captions]]
     if args.hooks:
         pipe.transformer.enable_cache(hooks_config(pipe))
         hooked = sample(pipe, captions, args, "sampling with hooks")
-        report(hooked, captions)
-        psnr = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(frames, hooked, strict=True)]
+        report(model, hooked, captions)
+        psnr = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(pixels, hooked, strict=True)]
         console.print(f"PSNR between the two: mean {np.mean(psnr):.1f}, worst {min(psnr):.1f}, best {max(psnr):.1f} dB")
         rows.append(hooked)
         labels.append([f"same, PAB: {value:.1f} dB" for value in psnr])
     if args.sheet:
-        n = args.sheet_rows
-        stacked = np.stack([r[:n] for r in rows], axis=1)  # [n, 1 or 2, F, H, W, 3]
+        n, frames = args.sheet_rows, (-1, *pixels.shape[-3:])
+        stacked = np.stack([r[:n] for r in rows], axis=1)  # [n, 1 or 2, (F,) H, W, 3]
         texts = [text for pair in zip(*(some[:n] for some in labels), strict=True) for text in pair]
-        iio.imwrite(args.sheet, contact_sheet(stacked.reshape(-1, *stacked.shape[2:]), texts))
+        iio.imwrite(args.sheet, contact_sheet(stacked.reshape(len(texts), *frames), texts))
         console.print(f"wrote {args.sheet}")
 
 

@@ -1,13 +1,15 @@
-"""Quality as numbers: what each preset changes in the clips of the demo's model, and what they still show.
+"""Quality as numbers: what a cache changes in the samples of the demo's models, and what they still show.
 
     python examples/measure_quality.py --json quality.json --picture docs/quality.png --update docs/quality.md
     python examples/measure_quality.py --table forecasts --captions 24 --update docs/quality.md
     python examples/measure_quality.py --table parts --captions 8 --update docs/quality.md
+    python examples/measure_quality.py --table parts --captions 8 --model pictures --intervals 2 3
 
 Each caption is sampled once without PAB and once with each config, from the same noise, with inner="eager". Two runs
 with fewer steps and no PAB are yardsticks. In the table "forecasts", each config reads its caches as they were kept and
 as forecasts; in the table "parts", attentions, feed-forwards, blocks and the model compute in every n-th step. The
-metrics are scikit-image's; none has learned weights.
+metrics are scikit-image's; none has learned weights. The second model has the table "parts" only, as the presets are
+for video.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ from pab_fx import (
     Residual,
     Taylor,
 )
-from pab_fx.demo import CAPTIONS, Caption, ClipPipeline, load_pipeline, recognise
+from pab_fx.demo import clips, load_pipeline, pictures
 from pab_fx.demo.run import demo_config
 from pab_fx.policy.when import reused_calls
 
-PARTS = ("colour", "direction", "shape")
+MODELS: dict[str, Any] = {"clips": clips, "pictures": pictures}
+STEPS = {"clips": 50, "pictures": 28}
+PARTS = {"clips": ("colour", "direction", "shape"), "pictures": ("first", "relation", "second")}
 ORDERS = {"as kept": 0, "forecast, order 1": 1, "forecast, order 2": 2}
 HOWS: dict[str, Callable[[How], How]] = {
     "as kept": lambda of: of,
@@ -95,12 +99,14 @@ class Metric:
         measure: takes the reference and the clip.
         digits: behind the point.
         more_is_nearer: whether a higher number is a nearer clip.
+        frames: how many frames it takes at least.
     """
 
     name: str
     measure: Callable[[np.ndarray, np.ndarray], float]
     digits: int
     more_is_nearer: bool = False
+    frames: int = 1
 
     def worst(self, values: Sequence[float], share: float) -> float:
         """The number that `share` of the clips do not reach: a percentile from the bad end, 0 for the worst."""
@@ -112,7 +118,7 @@ METRICS = (
     Metric("SSIM", ssim, 4, more_is_nearer=True),
     Metric("NRMSE", lambda a, b: float(normalized_root_mse(a, b)), 4),
     Metric("CIEDE2000", colour_difference, 2),
-    Metric("motion NRMSE", motion_nrmse, 4),
+    Metric("motion NRMSE", motion_nrmse, 4, frames=2),
 )
 
 
@@ -134,9 +140,9 @@ class Found:
 
     Args:
         way: it.
-        clips: [N, F, H, W, 3] in 0 to 1.
+        clips: [N, F, H, W, 3] in 0 to 1; pictures are clips of one frame.
         reused: the share of all calls of attentions, and of feed-forwards, that reused.
-        right: how many clips have the caption's colour, direction, shape, and all three.
+        right: how many clips have each part of the caption, and all three.
         metrics: of each clip against the reference, by name; empty for the reference.
     """
 
@@ -161,7 +167,7 @@ class Found:
         return {**name, "reused": self.reused, "right": self.right, "metrics": spread}
 
 
-def ways(pipe: ClipPipeline, steps: int) -> list[Way]:
+def ways(pipe: Any, steps: int) -> list[Way]:
     """Without PAB, every config, and without PAB in fewer steps."""
     fewer = [max(1, round(steps * share)) for share in (0.8, 0.5)]
     return [
@@ -171,7 +177,7 @@ def ways(pipe: ClipPipeline, steps: int) -> list[Way]:
     ]
 
 
-def configs(pipe: ClipPipeline, steps: int) -> dict[str, PABConfig]:
+def configs(pipe: Any, steps: int) -> dict[str, PABConfig]:
     """The default and the presets, which read their caches as they were kept."""
     pipe.scheduler.set_timesteps(steps)
     latte = demo_config([float(t) for t in pipe.scheduler.timesteps])
@@ -179,7 +185,7 @@ def configs(pipe: ClipPipeline, steps: int) -> dict[str, PABConfig]:
     return {"default": PABConfig(), **presets, "latte": latte}
 
 
-def forecasts(pipe: ClipPipeline, steps: int) -> list[Way]:
+def forecasts(pipe: Any, steps: int) -> list[Way]:
     """Without PAB, and for every order every config, and every attention in every 3rd step."""
     orders = [
         [
@@ -191,9 +197,9 @@ def forecasts(pipe: ClipPipeline, steps: int) -> list[Way]:
     return [Way("without PAB", None, steps), *(way for same in zip(*orders, strict=True) for way in same)]
 
 
-def parts(pipe: ClipPipeline, steps: int) -> list[Way]:
+def parts(pipe: Any, steps: int, intervals: Sequence[int] = (2, 3, 4, 6)) -> list[Way]:
     """Without a cache; for every part, interval and how; and without a cache in as many steps as compute."""
-    every = [Every(n) for n in (2, 3, 4, 6)]
+    every = [Every(n) for n in intervals]
     computed = [reused_calls(rule, range(steps, 0, -1)).count(False) for rule in every]
     return [
         Way("without a cache", None, steps),
@@ -207,17 +213,19 @@ def parts(pipe: ClipPipeline, steps: int) -> list[Way]:
     ]
 
 
-def sample(pipe: ClipPipeline, captions: Sequence[Caption], steps: int, batch: int, seed: int, what: str) -> np.ndarray:
-    """One clip for each caption, [N, F, H, W, 3] in 0 to 1; each has a seed of its own."""
-    clips: list[Any] = []
+def sample(pipe: Any, captions: Sequence[Any], steps: int, batch: int, seed: int, what: str) -> np.ndarray:
+    """One clip for each caption, [N, F, H, W, 3] in 0 to 1, a picture as one frame; each has a seed of its own."""
+    made: list[Any] = []
     for start in track(range(0, len(captions), batch), description=f"{what:<24}", console=console):
         some = captions[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(some))]
-        clips.append(pipe([str(caption) for caption in some], num_inference_steps=steps, generator=generators).frames)
-    return np.concatenate(clips)
+        prompts = [str(caption) for caption in some]
+        made.append(pipe(prompts, num_inference_steps=steps, generator=generators, return_dict=False)[0])
+    pixels = np.concatenate(made)
+    return pixels if pixels.ndim == 5 else pixels[:, None]
 
 
-def run(way: Way, pipe: ClipPipeline, captions: Sequence[Caption], batch: int, seed: int) -> tuple[np.ndarray, dict]:
+def run(way: Way, pipe: Any, captions: Sequence[Any], batch: int, seed: int) -> tuple[np.ndarray, dict]:
     """The clips of a way, and the shares of calls that reused."""
     if way.config is None:
         return sample(pipe, captions, way.steps, batch, seed, way.name), {"attentions": 0.0, "feed-forwards": 0.0}
@@ -226,28 +234,35 @@ def run(way: Way, pipe: ClipPipeline, captions: Sequence[Caption], batch: int, s
         return clips, shares(pab.report(), way.steps * -(-len(captions) // batch), pipe)
 
 
-def shares(report: pab_fx.report.Report, calls: int, pipe: ClipPipeline) -> dict[str, float]:
+def shares(report: pab_fx.report.Report, calls: int, pipe: Any) -> dict[str, float]:
     """Of all calls of attentions and of feed-forwards, the share that reused; each module is called `calls` times."""
     attentions = {region.name for region in report.regions if region.role != "mlp"}
-    feed_forwards = [name for name, _ in pipe.transformer.named_modules() if name.endswith(".ff")]
+    feed_forwards = [name for name, _ in pipe.transformer.named_modules() if name.endswith((".ff", ".ff_context"))]
     found = {role.role: role.reused / (calls * len(attentions)) for role in report.roles if role.role != "mlp"}
     mlp = sum(role.reused for role in report.roles if role.role == "mlp") / (calls * len(feed_forwards))
     return {"attentions": sum(found.values()), "feed-forwards": mlp, **found}
 
 
-def right(clips: np.ndarray, captions: Sequence[Caption]) -> dict[str, int]:
-    """How many clips show what their caption says, by the demo's judge: it measures pixels and knows no model."""
-    seen = [recognise(2 * clip - 1) for clip in clips]
-    pairs = list(zip(seen, captions, strict=True))
-    found = {part: sum(s is not None and getattr(s, part) == getattr(c, part) for s, c in pairs) for part in PARTS}
+def right(model: str, clips: np.ndarray, captions: Sequence[Any]) -> dict[str, int]:
+    """How many clips show what their caption says, by the model's judge: it measures pixels and knows no model."""
+    pixels = clips if model == "clips" else clips[:, 0]
+    pairs = [(MODELS[model].recognise(2 * each - 1), c) for each, c in zip(pixels, captions, strict=True)]
+    found = {
+        part: sum(s is not None and getattr(s, part) == getattr(c, part) for s, c in pairs) for part in PARTS[model]
+    }
     return {**found, "all three": sum(s == c for s, c in pairs)}
 
 
 def measure(
-    ways_of: Callable[[ClipPipeline, int], list[Way]], captions: Sequence[Caption], steps: int, batch: int, seed: int
+    ways_of: Callable[[Any, int], list[Way]],
+    captions: Sequence[Any],
+    steps: int,
+    batch: int,
+    seed: int,
+    model: str = "clips",
 ) -> list[Found]:
     """Sample in every way, and compare with the first one."""
-    pipe = load_pipeline()
+    pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     found: list[Found] = []
     for way in ways_of(pipe, steps):
@@ -255,9 +270,9 @@ def measure(
         metrics = {
             metric.name: [metric.measure(a, b) for a, b in zip(found[0].clips, clips, strict=True)]
             for metric in METRICS
-            if found
+            if found and clips.shape[1] >= metric.frames
         }
-        found.append(Found(way, clips, reused, right(clips, captions), metrics))
+        found.append(Found(way, clips, reused, right(model, clips, captions), metrics))
     return found
 
 
@@ -268,12 +283,12 @@ def tables(found: Sequence[Found]) -> str:
     """What is reused and recognised, and how far the clips are from those without PAB, in Markdown."""
     number = len(found[0].clips)
     kept = _table(
-        ("", "attention calls reused", "feed-forward calls reused", *PARTS, "all three"),
+        ("", "attention calls reused", "feed-forward calls reused", *found[0].right),
         [
             (
                 each.way.name,
                 *(f"{each.reused[kind]:.1%}" for kind in ("attentions", "feed-forwards")),
-                *(f"{each.right[part]} of {number}" for part in (*PARTS, "all three")),
+                *(f"{count} of {number}" for count in each.right.values()),
             )
             for each in found
         ],
@@ -304,7 +319,7 @@ def table_of_hows(found: Sequence[Found], hows: Sequence[str]) -> str:
     return _table(("PSNR, dB", "calls reused", *hows, "all three, at least"), rows)
 
 
-TABLES: dict[str, tuple[Callable[[ClipPipeline, int], list[Way]], Callable[[Sequence[Found]], str]]] = {
+TABLES: dict[str, tuple[Callable[[Any, int], list[Way]], Callable[[Sequence[Found]], str]]] = {
     "quality": (ways, tables),
     "forecasts": (forecasts, partial(table_of_hows, hows=tuple(ORDERS))),
     "parts": (parts, partial(table_of_hows, hows=tuple(HOWS))),
@@ -327,7 +342,7 @@ SCALE, GAP, LINE, LABEL = 4, 6, 16, 130  # screen pixels for one of a clip; betw
 GAIN = 4
 
 
-def picture(found: Sequence[Found], captions: Sequence[Caption]) -> np.ndarray:
+def picture(found: Sequence[Found], captions: Sequence[Any]) -> np.ndarray:
     """The middle frame in each way, and below it what differs, `GAIN` times: of the worst, the median, the best clip.
 
     Clips are ordered by their PSNR under the config that changes most.
@@ -369,18 +384,27 @@ def update(path: Path, mark: str, written: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the tables, and write what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", type=int, default=96, help="96 is each caption once")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--model", choices=MODELS, default="clips")
+    parser.add_argument("--captions", type=int, default=96, help="of clips, 96 is each caption once")
+    parser.add_argument("--steps", type=int, help=f"by default {STEPS}")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=2_000_000)
     parser.add_argument("--table", choices=TABLES, default="quality", help="which ways are compared")
+    parser.add_argument("--intervals", type=int, nargs="+", metavar="N", help="of parts: compute in one step of N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG: the same frames in each way")
     parser.add_argument("--update", type=Path, metavar="FILE", help="a Markdown file whose tables are replaced")
     args = parser.parse_args(arguments)
-    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(args.captions)]
+    if args.model != "clips" and args.table != "parts":
+        parser.error(f"--model {args.model} has --table parts only")
+    if args.intervals and args.table != "parts":
+        parser.error("--intervals is for --table parts")
+    known = MODELS[args.model].CAPTIONS
+    captions = [known[i % len(known)] for i in range(args.captions)]
     ways_of, write = TABLES[args.table]
-    found = measure(ways_of, captions, args.steps, args.batch, args.seed)
+    if args.intervals:
+        ways_of = partial(ways_of, intervals=args.intervals)
+    found = measure(ways_of, captions, args.steps or STEPS[args.model], args.batch, args.seed, args.model)
     written = write(found)
     print(written)
     if args.json:
@@ -388,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.picture:
         imageio.imwrite(args.picture, picture(found, captions))
     if args.update:
-        update(args.update, args.table, written)
+        update(args.update, args.table if args.model == "clips" else f"{args.model} {args.table}", written)
 
 
 if __name__ == "__main__":

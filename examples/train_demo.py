@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +23,8 @@ from diffusers import DDIMScheduler, LatteTransformer3DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from rich.progress import Progress, TextColumn
 
+from pab_fx.demo.clip_pipeline import VOCABULARY, ClipPipeline, encode_caption
 from pab_fx.demo.clips import CAPTIONS, FRAMES, SIZE, draw
-from pab_fx.demo.pipeline import VOCABULARY, ClipPipeline, encode_caption
 
 
 def build_transformer(width: int = 128, heads: int = 4, layers: int = 3) -> LatteTransformer3DModel:
@@ -105,15 +107,13 @@ def set_plain_attention(transformer: LatteTransformer3DModel) -> None:
 
 
 @torch.no_grad()
-def update_average(
-    average: LatteTransformer3DModel, transformer: LatteTransformer3DModel, step: int, decay: float
-) -> None:
+def update_average(average: torch.nn.Module, transformer: torch.nn.Module, step: int, decay: float) -> None:
     """Exponential moving average of the weights, faster at the beginning."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(transformer.parameters()), 1 - decay)
 
 
-def build_optimizers(transformer: LatteTransformer3DModel, lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(transformer: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, which spares half of the first thousand steps; AdamW for the rest."""
     matrices = [p for name, p in transformer.named_parameters() if "blocks" in name and name.endswith("weight")]
     chosen = {id(p) for p in matrices}
@@ -126,11 +126,12 @@ def build_optimizers(transformer: LatteTransformer3DModel, lr: float) -> list[to
 
 @dataclass
 class Run:
-    """All that a run must remember to go on where it stopped."""
+    """All that a run must remember to go on where it stopped, and how its averaged weights become a pipeline."""
 
-    transformer: LatteTransformer3DModel
-    average: LatteTransformer3DModel
+    transformer: Any
+    average: Any
     optimizers: list[torch.optim.Optimizer]
+    pipeline_of: Callable[[Any], Any]
     step: int = 0
 
     def save(self, folder: Path) -> None:
@@ -142,7 +143,7 @@ class Run:
         }
         torch.save(state, folder / "checkpoint.tmp")
         (folder / "checkpoint.tmp").rename(folder / "checkpoint.pt")  # cut off before, the old one is whole
-        ClipPipeline(self.average, build_scheduler()).save_pretrained(folder / "pipeline")
+        self.pipeline_of(self.average).save_pretrained(folder / "pipeline")
 
     def resume(self, folder: Path) -> None:
         state = torch.load(folder / "checkpoint.pt")
@@ -153,34 +154,38 @@ class Run:
             optimizer.load_state_dict(saved)
 
 
-def start(args: argparse.Namespace) -> Run:
+def start(
+    args: argparse.Namespace,
+    build: Callable[[], Any],
+    optimizers_of: Callable[[Any, float], list[torch.optim.Optimizer]],
+    pipeline_of: Callable[[Any], Any],
+) -> Run:
     """A new run, or the one that the folder holds."""
     torch.manual_seed(args.seed)
-    transformer = build_transformer()
+    transformer = build()
     average = copy.deepcopy(transformer).requires_grad_(False)
-    set_plain_attention(transformer)
-    run = Run(transformer, average, build_optimizers(transformer, args.lr))
+    run = Run(transformer, average, optimizers_of(transformer, args.lr), pipeline_of)
     args.folder.mkdir(parents=True, exist_ok=True)
     if (args.folder / "checkpoint.pt").exists():
         run.resume(args.folder)
     return run
 
 
-def train(args: argparse.Namespace) -> None:
-    run, scheduler = start(args), build_scheduler()
+def train(args: argparse.Namespace, run: Run, loss_of: Callable[[Any, int], torch.Tensor]) -> None:
+    """Train to the last step.
+
+    Args:
+        args: those of `parser`.
+        run: where it begins.
+        loss_of: takes the transformer, compiled if asked for, and a step's number.
+    """
     predict = torch.compile(run.transformer) if args.compile else run.transformer
-    weights = loss_weights(scheduler)
     columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.4f}"))
     mean_loss, since, first = float("nan"), time.monotonic(), run.step
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=args.steps, completed=first, loss=mean_loss)
         for step in range(first, args.steps):
-            clips, embeds, timesteps, noise = batch(args.batch, args.seed, step, args.dropout)
-            noisy = scheduler.add_noise(clips, noise, timesteps)
-            with torch.autocast("cpu", torch.bfloat16):
-                predicted = predict(noisy, timesteps, embeds, return_dict=False)[0]
-            error = (predicted.float() - clips).square().mean(dim=(1, 2, 3, 4))  # [B]
-            loss = (weights[timesteps] * error).mean()
+            loss = loss_of(predict, step)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(run.transformer.parameters(), 1.0)
             for optimizer in run.optimizers:
@@ -199,23 +204,46 @@ def train(args: argparse.Namespace) -> None:
                 progress.console.print(f"step {run.step}  loss {mean_loss:.5f}  {pace:.3f} s/step")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+def parser(description: str | None, steps: int, batch: int, lr: float) -> argparse.ArgumentParser:
+    """The options of a training, with these defaults."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument(
         "--folder",
         type=Path,
         required=True,
         help="checkpoint and trained pipeline; goes on from a checkpoint there",
     )
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--dropout", type=float, default=0.1, help="share of captions that are left out, for guidance")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    train(parser.parse_args())
+    found.add_argument("--steps", type=int, default=steps)
+    found.add_argument("--batch", type=int, default=batch)
+    found.add_argument("--lr", type=float, default=lr)
+    found.add_argument("--ema", type=float, default=0.999)
+    found.add_argument("--dropout", type=float, default=0.1, help="share of captions that are left out, for guidance")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--save-every", type=int, default=500)
+    found.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    return found
+
+
+def main() -> None:
+    args = parser(__doc__, steps=10000, batch=24, lr=2e-3).parse_args()
+    scheduler = build_scheduler()
+    weights = loss_weights(scheduler)
+
+    def build() -> LatteTransformer3DModel:
+        transformer = build_transformer()
+        set_plain_attention(transformer)
+        return transformer
+
+    def loss_of(transformer: Any, step: int) -> torch.Tensor:
+        clips, embeds, timesteps, noise = batch(args.batch, args.seed, step, args.dropout)
+        noisy = scheduler.add_noise(clips, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = transformer(noisy, timesteps, embeds, return_dict=False)[0]
+        error = (predicted.float() - clips).square().mean(dim=(1, 2, 3, 4))  # [B]
+        return (weights[timesteps] * error).mean()
+
+    run = start(args, build, build_optimizers, lambda average: ClipPipeline(average, build_scheduler()))
+    train(args, run, loss_of)
 
 
 if __name__ == "__main__":

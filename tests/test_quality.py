@@ -81,6 +81,33 @@ def test_the_command_writes_the_table_of_forecasts(tmp_path: Path, capsys: pytes
     assert len(printed.splitlines()) == 2 + len(PRESETS) + 2
 
 
+@pytest.mark.slow
+def test_a_part_of_the_second_model_is_measured_against_no_cache() -> None:
+    way = measure_quality.Way
+    model = measure_quality.Policy(measure_quality.Model(), measure_quality.Every(2), measure_quality.Residual())
+
+    def ways(pipe: object, steps: int) -> list[measure_quality.Way]:
+        return [way("without a cache", None, steps), way("model", model, steps)]
+
+    captions = measure_quality.MODELS["pictures"].CAPTIONS[:1]
+    without, cached = measure_quality.measure(ways, captions, steps=6, batch=1, seed=0, model="pictures")
+    assert list(without.right) == ["first", "relation", "second", "all three"]
+    assert without.clips.shape == cached.clips.shape == (1, 1, 32, 32, 3)
+    assert 0 < cached.reused["attentions"] < 1
+    assert list(cached.metrics) == [metric.name for metric in METRICS if metric.frames == 1]
+    assert 10 < cached.metrics["PSNR, dB"][0] < 60
+
+
+def test_the_page_has_every_part_of_the_second_model() -> None:
+    written = PAGE[PAGE.index("<!-- pictures parts -->") : PAGE.index("<!-- /pictures parts -->")]
+    rows = re.findall(r"^\| (\w[\w-]*), 1 step of ", written, re.MULTILINE)
+    assert set(rows) == set(measure_quality.PARTS_OF_MODEL)
+    assert (
+        "measure_quality.py --table parts --captions 8 --model pictures --intervals 2 3 --update docs/quality.md"
+        in PAGE
+    )
+
+
 def test_the_page_has_every_preset_as_kept_and_as_forecasts() -> None:
     written = PAGE[PAGE.index("<!-- forecasts -->") : PAGE.index("<!-- /forecasts -->")]
     rows = re.findall(r"^\| ([\w, -]+?) \|", written, re.MULTILINE)

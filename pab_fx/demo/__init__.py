@@ -1,27 +1,37 @@
-"""A small trained text-to-video model: what Pyramid Attention Broadcast does to pictures, seen on a CPU."""
+"""Two small trained models: what step caches do to clips and to pictures, seen on a CPU.
+
+"clips" is a Latte that makes clips of a moving shape, "pictures" a Stable Diffusion 3 that makes pictures of two
+digits. Each has its captions, drawings and judge in a module (`clips`, `pictures`) and a pipeline (`ClipPipeline`,
+`PicturePipeline`). `CAPTIONS`, `Caption`, `VOCABULARY`, `draw`, `fit` and `recognise` of this package are those of the
+clips.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from diffusers.utils import logging
 
+from pab_fx.demo.clip_pipeline import VOCABULARY, ClipPipeline, ClipPipelineOutput
 from pab_fx.demo.clips import CAPTIONS, Caption, draw, fit, recognise
-from pab_fx.demo.pipeline import VOCABULARY, ClipPipeline, ClipPipelineOutput
+from pab_fx.demo.picture_pipeline import PicturePipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
+PIPELINES: dict[str, type[ClipPipeline | PicturePipeline]] = {"clips": ClipPipeline, "pictures": PicturePipeline}
 
 __all__ = [
     "CAPTIONS",
+    "PIPELINES",
     "VOCABULARY",
     "WEIGHTS",
     "Caption",
     "ClipPipeline",
     "ClipPipelineOutput",
+    "PicturePipeline",
     "draw",
     "fit",
     "load_pipeline",
@@ -30,12 +40,34 @@ __all__ = [
 ]
 
 
-def load_pipeline(**kwargs: Any) -> ClipPipeline:
-    """The trained pipeline that comes with this package; `kwargs` go to `ClipPipeline.from_pretrained`."""
-    # 6 MB: no progress bar, and no advice to install what loads large checkpoints in little memory
+@overload
+def load_pipeline(name: Literal["clips"] = "clips", **kwargs: Any) -> ClipPipeline: ...
+
+
+@overload
+def load_pipeline(name: Literal["pictures"], **kwargs: Any) -> PicturePipeline: ...
+
+
+@overload
+def load_pipeline(name: str, **kwargs: Any) -> ClipPipeline | PicturePipeline: ...
+
+
+def load_pipeline(name: str = "clips", **kwargs: Any) -> ClipPipeline | PicturePipeline:
+    """A trained pipeline that comes with this package.
+
+    Args:
+        name: "clips" or "pictures".
+        kwargs: go to `from_pretrained`.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in PIPELINES:
+        raise ValueError(f"there is no pipeline {name!r}, only {', '.join(PIPELINES)}")
+    # a few MB: no progress bar, and no advice to install what loads large checkpoints in little memory
     logging.disable_progress_bar()
     try:
-        return ClipPipeline.from_pretrained(WEIGHTS, **{"low_cpu_mem_usage": False, **kwargs})
+        return PIPELINES[name].from_pretrained(WEIGHTS / name, **{"low_cpu_mem_usage": False, **kwargs})
     finally:
         logging.enable_progress_bar()
 

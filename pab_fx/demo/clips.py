@@ -127,6 +127,13 @@ def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
     return (2 * clip - 1).astype(np.float32)
 
 
+def foreground(pixels: np.ndarray) -> np.ndarray:
+    """How much of each pixel a colour covers, `[..., H, W]` in [0, 1], of RGB `[..., H, W, 3]` in [-1, 1]."""
+    brightness = (np.clip(pixels, -1, 1).max(axis=-1) + 1) / 2  # a colour's strongest channel is 1
+    alpha = np.clip((brightness - BACKGROUND) / (1 - BACKGROUND), 0, 1)
+    return np.where(alpha > 0.25, alpha, 0.0)  # below: noise of a sampled background
+
+
 def measure(clip: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Find what stands out from the background.
 
@@ -137,9 +144,7 @@ def measure(clip: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         The coverage `[F, H, W]` in [0, 1] and the centroids `[F, 2]` (x, y) in pixels; None if some frame
         shows nothing.
     """
-    brightness = (np.clip(clip, -1, 1).max(axis=-1) + 1) / 2  # [F, H, W]: a colour's strongest channel is 1
-    alpha = np.clip((brightness - BACKGROUND) / (1 - BACKGROUND), 0, 1)
-    alpha = np.where(alpha > 0.25, alpha, 0.0)  # below: noise of a sampled background
+    alpha = foreground(clip)  # [F, H, W]
     mass = alpha.sum(axis=(1, 2))  # [F] pixels
     if (mass < 4).any():
         return None
@@ -166,6 +171,11 @@ def fit(clip: np.ndarray) -> dict[str, float]:
     return overlaps
 
 
+def overlap(clip: np.ndarray, caption: Caption) -> float:
+    """How well the captioned shape explains a clip `[F, H, W, 3]`: its number in `fit`, 0 if a frame shows nothing."""
+    return fit(clip).get(caption.shape, 0.0)
+
+
 def recognise(clip: np.ndarray) -> Caption | None:
     """Say what a clip shows, from its pixels alone.
 
@@ -187,13 +197,13 @@ def recognise(clip: np.ndarray) -> Caption | None:
     velocity = np.polyfit(np.arange(len(centres)), centres, 1)[0]  # [2] pixels per frame
     overlaps = fit(clip)
     return Caption(
-        colour=min(COLOURS, key=lambda name: _hue_distance(colour, COLOURS[name])),
+        colour=min(COLOURS, key=lambda name: float(hue_distance(colour, COLOURS[name]))),
         shape=max(overlaps, key=lambda name: overlaps[name]),
         direction=max(DIRECTIONS, key=lambda name: float(velocity @ np.array(DIRECTIONS[name]))),
     )
 
 
-def _hue_distance(a: np.ndarray, b: tuple[float, float, float]) -> float:
-    """Distance on the circle of hues, in turns (0 to 0.5)."""
-    difference = abs(rgb2hsv(np.asarray(a))[0] - rgb2hsv(np.asarray(b))[0])
-    return float(min(difference, 1 - difference))
+def hue_distance(rgb: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray:
+    """Distance `[...]` of colours `[..., 3]` from one, on the circle of hues, in turns (0 to 0.5)."""
+    difference = np.abs(rgb2hsv(np.asarray(rgb))[..., 0] - rgb2hsv(np.asarray(colour))[0])
+    return np.minimum(difference, 1 - difference)

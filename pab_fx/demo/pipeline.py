@@ -1,82 +1,53 @@
-"""A text-to-video pipeline small enough for tests: a Latte transformer in pixel space, five-word captions."""
+"""What the demo's two pipelines share: one-hot words, classifier-free guidance, the loop over steps."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
-from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 
-from pab_fx.demo.clips import COLOURS, DIRECTIONS, SHAPES
-
-VOCABULARY = ("a", "moving", *COLOURS, *SHAPES, *DIRECTIONS)
-MAX_WORDS = 5
+Callback = Callable[[Any, int, torch.Tensor, dict], dict]
+"""Takes the pipeline, the step's number, its timestep and tensors by name; returns those to replace."""
 
 
-def encode_caption(caption: str) -> torch.Tensor:
+def encode_words(caption: str, vocabulary: Sequence[str], most: int) -> torch.Tensor:
     """Turn a caption into one one-hot vector per word.
 
     Args:
-        caption: At most `MAX_WORDS` words of `VOCABULARY`. The empty caption is the null of classifier-free
-            guidance.
+        caption: At most `most` words of `vocabulary`. The empty caption is the null of classifier-free guidance.
+        vocabulary: All words.
+        most: The number of rows.
 
     Returns:
-        `[MAX_WORDS, len(VOCABULARY)]` float32; rows without a word are zero.
+        `[most, len(vocabulary)]` float32; rows without a word are zero.
 
     Raises:
         ValueError: If there are too many words or unknown ones.
     """
     words = caption.lower().split()
-    unknown = sorted(set(words) - set(VOCABULARY))
+    unknown = sorted(set(words) - set(vocabulary))
     if unknown:
-        raise ValueError(f"unknown words {unknown} in {caption!r}; the vocabulary is {', '.join(VOCABULARY)}")
-    if len(words) > MAX_WORDS:
-        raise ValueError(f"{caption!r} has {len(words)} words, at most {MAX_WORDS} are possible")
-    embeds = torch.zeros(MAX_WORDS, len(VOCABULARY))
+        raise ValueError(f"unknown words {unknown} in {caption!r}; the vocabulary is {', '.join(vocabulary)}")
+    if len(words) > most:
+        raise ValueError(f"{caption!r} has {len(words)} words, at most {most} are possible")
+    embeds = torch.zeros(most, len(vocabulary))
     for position, word in enumerate(words):
-        embeds[position, VOCABULARY.index(word)] = 1.0
+        embeds[position, vocabulary.index(word)] = 1.0
     return embeds
 
 
-@dataclass
-class ClipPipelineOutput(BaseOutput):
-    """Output of `ClipPipeline`.
+class CaptionPipeline(DiffusionPipeline):
+    """A pipeline in pixel space without text encoder and VAE.
+
+    A subclass says how captions are encoded (`encode_caption`), how noise is shaped (`latent_shape`), how the
+    transformer is called (`_predict`), and what `__call__` takes and returns.
 
     Args:
-        frames: By `output_type`:
-            `"np"`: array `[B, F, H, W, 3]` float32 in [0, 1];
-            `"pt"`: tensor `[B, F, 3, H, W]` in [0, 1];
-            `"pil"`: a list of B lists of F images;
-            `"latent"`: tensor `[B, 3, F, H, W]` as denoised, in [-1, 1].
-    """
-
-    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
-
-
-class ClipPipeline(DiffusionPipeline):
-    """Text-to-video in pixel space: diffusers' `LattePipeline` without text encoder and VAE.
-
-    Args:
-        transformer ([`LatteTransformer3DModel`]): Denoises clips `[B, 3, F, H, W]`, given one-hot words.
-        scheduler ([`DDIMScheduler`]): With the prediction type that the transformer was trained for.
-
-    Example:
-
-    ```python
-    >>> from pab_fx.demo import load_pipeline
-    >>> pipe = load_pipeline()
-    >>> frames = pipe("a red circle moving left", generator=torch.Generator().manual_seed(0)).frames[0]
-    ```
+        transformer: Denoises, given one-hot words.
+        scheduler: With the prediction type that the transformer was trained for.
     """
 
     model_cpu_offload_seq = "transformer"  # type: ignore[assignment]
@@ -85,12 +56,10 @@ class ClipPipeline(DiffusionPipeline):
     transformer: Any  # diffusers annotates a model's config and a scheduler's timesteps too narrowly
     scheduler: Any
 
-    def __init__(self, transformer: LatteTransformer3DModel, scheduler: DDIMScheduler) -> None:
+    def __init__(self, transformer: Any, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
-        self.video_processor = VideoProcessor(vae_scale_factor=1)
         self._guidance_scale = 1.0
-        self._guidance_rescale = 0.0
         self._num_timesteps = 0
         self._current_timestep: torch.Tensor | None = None
         self._interrupt = False
@@ -117,10 +86,22 @@ class ClipPipeline(DiffusionPipeline):
         """Set `pipe._interrupt = True` in a callback to skip the remaining steps."""
         return self._interrupt
 
-    def encode_prompt(self, prompt: list[str], num_videos_per_prompt: int = 1) -> torch.Tensor:
-        """One-hot words `[B, MAX_WORDS, len(VOCABULARY)]` in the transformer's dtype, B clips."""
-        embeds = torch.stack([encode_caption(p) for p in prompt])
-        embeds = embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+    def encode_caption(self, caption: str) -> torch.Tensor:
+        """One prompt as `[L, V]` float32."""
+        raise NotImplementedError
+
+    def latent_shape(self, batch_size: int) -> tuple[int, ...]:
+        """Of the noise that a generation begins with."""
+        raise NotImplementedError
+
+    def _predict(self, latents: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """One guided call of the transformer: shaped as the latents, in the scheduler's prediction type."""
+        raise NotImplementedError
+
+    def encode_prompt(self, prompt: list[str], per_prompt: int = 1) -> torch.Tensor:
+        """Words `[B, L, V]` in the transformer's dtype, each prompt `per_prompt` times."""
+        embeds = torch.stack([self.encode_caption(p) for p in prompt])
+        embeds = embeds.repeat_interleave(per_prompt, dim=0)
         return embeds.to(self._execution_device, self.transformer.dtype)
 
     def prepare_latents(
@@ -129,9 +110,8 @@ class ClipPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Initial noise `[B, 3, F, H, W]`, drawn unless given."""
-        config = self.transformer.config
-        shape = (batch_size, config.in_channels, config.video_length, config.sample_size, config.sample_size)
+        """Initial noise, shaped as `latent_shape` says, drawn unless given."""
+        shape = self.latent_shape(batch_size)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for a batch of {batch_size}")
         if latents is None:
@@ -139,124 +119,59 @@ class ClipPipeline(DiffusionPipeline):
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
         latents = latents.to(self._execution_device, self.transformer.dtype)
-        return latents * self.scheduler.init_noise_sigma
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching has none
 
-    @torch.no_grad()
-    def __call__(
+    def _denoise(
         self,
         prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.25,
-        guidance_rescale: float = 1.0,
-        num_videos_per_prompt: int = 1,
-        eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "np",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ClipPipelineOutput | tuple:
-        """Generate clips.
-
-        Args:
-            prompt: Captions such as `"a red circle moving left"`, made of the words in `VOCABULARY`.
-            negative_prompt: What to guide away from; nothing (the null caption) by default.
-            num_inference_steps: Denoising steps.
-            guidance_scale: Weight of classifier-free guidance; off at 1 and below, and then half as much is
-                computed.
-            guidance_rescale: How far the guided prediction is brought back to the standard deviation of the
-                unguided one, 0 to 1 (arXiv 2305.08891, section 3.4). Sampling starts in pure noise, where
-                guidance without it overshoots until the motion is lost.
-            num_videos_per_prompt: Clips for each prompt, next to each other in the output.
-            eta: DDIM's eta; 0 is deterministic given the initial noise.
-            generator: Source of the initial noise; a list has one for each clip.
-            latents: Initial noise `[B, 3, F, H, W]` in place of drawn one.
-            output_type: `"np"`, `"pt"`, `"pil"` or `"latent"`.
-            return_dict: Whether to return a `ClipPipelineOutput` rather than a tuple.
-            callback_on_step_end: Called after each step with the pipeline, the step's index, its timestep and
-                a dict of the tensors named in `callback_on_step_end_tensor_inputs`; what the dict it returns
-                holds replaces them.
-            callback_on_step_end_tensor_inputs: Some of `"latents"` and `"prompt_embeds"`.
-
-        Returns:
-            `ClipPipelineOutput`, or a tuple with the frames if `return_dict` is false.
-
-        Raises:
-            ValueError: If a prompt has unknown words, or if numbers of prompts, generators and latents don't
-                agree.
-        """
+        negative_prompt: str | list[str] | None,
+        per_prompt: int,
+        steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        callback: Callback | None,
+        callback_tensors: Sequence[str],
+        step_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Denoised latents; `step_kwargs` go to `scheduler.step`."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompts)
-        self._check_inputs(prompts, negatives, output_type, callback_on_step_end_tensor_inputs)
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
+        if len(negatives) != len(prompts):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
+        unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, not {sorted(unknown)}")
         self._current_timestep = None
         self._interrupt = False
 
-        prompt_embeds = self.encode_prompt(prompts, num_videos_per_prompt)
+        prompt_embeds = self.encode_prompt(prompts, per_prompt)
         if self.do_classifier_free_guidance:
-            prompt_embeds = torch.cat([self.encode_prompt(negatives, num_videos_per_prompt), prompt_embeds])
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            prompt_embeds = torch.cat([self.encode_prompt(negatives, per_prompt), prompt_embeds])
+        self.scheduler.set_timesteps(steps, device=self._execution_device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        latents = self.prepare_latents(len(prompts) * num_videos_per_prompt, generator, latents)
-        accepted = inspect.signature(self.scheduler.step).parameters  # not every scheduler has an eta
-        extra_step_kwargs = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
+        latents = self.prepare_latents(len(prompts) * per_prompt, generator, latents)
 
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        with self.progress_bar(total=steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
                 prediction = self._predict(latents, t, prompt_embeds)
-                latents = self.scheduler.step(prediction, t, latents, **extra_step_kwargs, return_dict=False)[0]
+                latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
-                if callback_on_step_end is not None:
+                if callback is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    given = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
-                    returned = callback_on_step_end(self, i, t, given) or {}
+                    returned = callback(self, i, t, {k: tensors[k] for k in callback_tensors}) or {}
                     latents = returned.pop("latents", latents)
                     prompt_embeds = returned.pop("prompt_embeds", prompt_embeds)
                 progress_bar.update()
 
         self._current_timestep = None
-        frames = latents
-        if output_type != "latent":
-            frames = self.video_processor.postprocess_video(latents, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ClipPipelineOutput(frames=frames) if return_dict else (frames,)
+        return latents
 
-    def _predict(self, latents: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """One guided call of the transformer: `[B, 3, F, H, W]` in the scheduler's prediction type."""
-        model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
-        model_input = self.scheduler.scale_model_input(model_input, t)
-        prediction = self.transformer(
-            hidden_states=model_input,
-            encoder_hidden_states=prompt_embeds,
-            timestep=t[None].to(model_input.device).expand(model_input.shape[0]),
-            enable_temporal_attentions=True,
-            return_dict=False,
-        )[0]
-        if self.do_classifier_free_guidance:
-            uncond, cond = prediction.chunk(2)
-            guided = uncond + self.guidance_scale * (cond - uncond)
-            ratio = cond.std(dim=(1, 2, 3, 4), keepdim=True) / guided.std(dim=(1, 2, 3, 4), keepdim=True)
-            prediction = guided * torch.lerp(torch.ones_like(ratio), ratio, self._guidance_rescale)
-        return prediction
 
-    def _check_inputs(
-        self,
-        prompts: list[str],
-        negatives: list[str],
-        output_type: str,
-        callback_tensor_inputs: Sequence[str],
-    ) -> None:
-        if len(negatives) != len(prompts):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
-        if output_type not in ("np", "pt", "pil", "latent"):
-            raise ValueError(f"output_type {output_type!r} is none of 'np', 'pt', 'pil', 'latent'")
-        unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, not {sorted(unknown)}")
+def check_output_type(output_type: str) -> None:
+    """Raise ValueError for what a pipeline cannot return, before it generates."""
+    if output_type not in ("np", "pt", "pil", "latent"):
+        raise ValueError(f"output_type {output_type!r} is none of 'np', 'pt', 'pil', 'latent'")
