@@ -1,15 +1,15 @@
 """Quality as numbers: what a cache changes in the samples of the demo's models, and what they still show.
 
-    python examples/measure_quality.py --json quality.json --picture docs/quality.png --update docs/quality.md
+    python examples/measure_quality.py --calibrated runs/proof/*.json --picture docs/quality.png --update docs/quality.md
+    python examples/measure_quality.py --model pictures --calibrated runs/pictures/*.json --update docs/quality.md
     python examples/measure_quality.py --table forecasts --captions 24 --update docs/quality.md
     python examples/measure_quality.py --table parts --captions 8 --update docs/quality.md
     python examples/measure_quality.py --table parts --captions 8 --model pictures --intervals 2 3
 
-Each caption is sampled once without PAB and once with each config, from the same noise, with inner="eager". Two runs
-with fewer steps and no PAB are yardsticks. In the table "forecasts", each config reads its caches as they were kept and
-as forecasts; in the table "parts", attentions, feed-forwards, blocks and the model compute in every n-th step. The
-metrics are scikit-image's; none has learned weights. The second model has the table "parts" only, as the presets are
-for video.
+Each caption is sampled once without a cache and once with each config, from the same noise, with inner="eager": every
+method as it was published, and what was calibrated. Two runs in fewer steps are yardsticks. In the table "forecasts",
+each config of PAB reads its caches as they were kept and as forecasts; in the table "parts", attentions, feed-forwards,
+blocks and the model compute in every n-th step. The metrics are scikit-image's; none has learned weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 import torch
+from diffusers import TaylorSeerCacheConfig
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
@@ -41,15 +43,17 @@ from pab_fx import (
     Hermite,
     How,
     Last,
+    Magnitude,
     Model,
     PABConfig,
     Policy,
     Residual,
     Taylor,
 )
-from pab_fx.demo import clips, load_pipeline, pictures
+from pab_fx.demo import PIPELINES, clips, load_pipeline, pictures
 from pab_fx.demo.run import demo_config
 from pab_fx.policy.when import reused_calls
+from pab_fx.report.report import Report
 
 MODELS: dict[str, Any] = {"clips": clips, "pictures": pictures}
 STEPS = {"clips": 50, "pictures": 28}
@@ -130,8 +134,18 @@ class Way:
     """A way to make the clips: with a config, or without PAB; in all steps, or in fewer."""
 
     name: str
-    config: PABConfig | Policy | None
+    config: Any
     steps: int
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Clips, [N, F, H, W, 3] in 0 to 1, and what they cost; see `Found`."""
+
+    clips: np.ndarray
+    reused: dict[str, float]
+    operations: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,8 @@ class Found:
         way: it.
         clips: [N, F, H, W, 3] in 0 to 1; pictures are clips of one frame.
         reused: the share of all calls of attentions, and of feed-forwards, that reused.
+        operations: the share of the floating-point operations that is left.
+        seconds: of the processor, per caption.
         right: how many clips have each part of the caption, and all three.
         metrics: of each clip against the reference, by name; empty for the reference.
     """
@@ -149,6 +165,8 @@ class Found:
     way: Way
     clips: np.ndarray
     reused: dict[str, float]
+    operations: float
+    seconds: float
     right: dict[str, int]
     metrics: dict[str, list[float]]
 
@@ -164,17 +182,33 @@ class Found:
             if (values := self.metrics.get(metric.name))
         }
         name = {"config": self.way.name, "steps": self.way.steps, "clips": len(self.clips)}
-        return {**name, "reused": self.reused, "right": self.right, "metrics": spread}
+        costs = {"operations": self.operations, "seconds": self.seconds}
+        return {**name, "reused": self.reused, **costs, "right": self.right, "metrics": spread}
 
 
-def ways(pipe: Any, steps: int) -> list[Way]:
-    """Without PAB, every config, and without PAB in fewer steps."""
+def ways(pipe: Any, steps: int, calibrated: Sequence[Path] = ()) -> list[Way]:
+    """Without a cache, every method at its published default, what was calibrated, and fewer steps without a cache."""
     fewer = [max(1, round(steps * share)) for share in (0.8, 0.5)]
+    found = {**configs(pipe, steps), **defaults(pipe, steps)}
+    found |= {f"calibrated: {path.stem}": pab_fx.load_policies(path) for path in calibrated}
     return [
-        Way("without PAB", None, steps),
-        *(Way(name, config, steps) for name, config in configs(pipe, steps).items()),
-        *(Way(f"without PAB, {count} steps", None, count) for count in fewer),
+        Way("without a cache", None, steps),
+        *(Way(name, config, steps) for name, config in found.items()),
+        *(Way(f"without a cache, {count} steps", None, count) for count in fewer),
     ]
+
+
+def defaults(pipe: Any, steps: int) -> dict[str, Any]:
+    """Other methods, as their authors or diffusers set them where nothing else is said."""
+    name = next(name for name, kind in PIPELINES.items() if isinstance(pipe, kind))
+    prompts = [str(caption) for caption in MODELS[name].CAPTIONS[:4]]
+    ratios = pab_fx.magnitude_ratios(pipe, lambda: pipe(prompts, num_inference_steps=steps), steps)
+    return {
+        "TaylorSeer": TaylorSeerCacheConfig(),
+        "MagCache": Policy(Blocks(), Magnitude(ratios), Residual()),
+        "first block": pab_fx.preset("first-block"),
+        "EasyCache": pab_fx.preset("easycache-wan"),
+    }
 
 
 def configs(pipe: Any, steps: int) -> dict[str, PABConfig]:
@@ -225,16 +259,34 @@ def sample(pipe: Any, captions: Sequence[Any], steps: int, batch: int, seed: int
     return pixels if pixels.ndim == 5 else pixels[:, None]
 
 
-def run(way: Way, pipe: Any, captions: Sequence[Any], batch: int, seed: int) -> tuple[np.ndarray, dict]:
-    """The clips of a way, and the shares of calls that reused."""
+def run(way: Way, pipe: Any, captions: Sequence[Any], batch: int, seed: int, steps: int) -> Ran:
+    """The clips of a way, and what they cost, in steps of which the reference has so many."""
     if way.config is None:
-        return sample(pipe, captions, way.steps, batch, seed, way.name), {"attentions": 0.0, "feed-forwards": 0.0}
-    with pab_fx.enable(pipe, way.config, inner="eager") as pab:
+        start = time.process_time()
         clips = sample(pipe, captions, way.steps, batch, seed, way.name)
-        return clips, shares(pab.report(), way.steps * -(-len(captions) // batch), pipe)
+        seconds = (time.process_time() - start) / len(captions)
+        return Ran(clips, {"attentions": 0.0, "feed-forwards": 0.0}, way.steps / steps, seconds)
+    with pab_fx.enable(pipe, way.config, inner="eager") as pab:
+        sample(pipe, captions[:1], 3, batch, seed, f"{way.name}, compiled")
+        before, start = pab.report(), time.process_time()
+        clips = sample(pipe, captions, way.steps, batch, seed, way.name)
+        seconds = (time.process_time() - start) / len(captions)
+        report = pab.report()
+    calls = way.steps * -(-len(captions) // batch)
+    return Ran(clips, shares(report, calls, pipe), left(before, report, calls), seconds)
 
 
-def shares(report: pab_fx.report.Report, calls: int, pipe: Any) -> dict[str, float]:
+def left(before: Report, after: Report, steps: int) -> float:
+    """The share of the floating-point operations that is left in so many steps between two reports."""
+    spared = 0.0
+    for role in after.roles:
+        reused = role.reused - sum(each.reused for each in before.roles if each.role == role.role)
+        regions = [each for each in after.regions if each.role == role.role and each.left_alone is None]
+        spared += sum(each.flops_share or 0.0 for each in regions) * reused / (max(len(regions), 1) * steps)
+    return 1 - spared
+
+
+def shares(report: Report, calls: int, pipe: Any) -> dict[str, float]:
     """Of all calls of attentions and of feed-forwards, the share that reused; each module is called `calls` times."""
     attentions = {region.name for region in report.regions if region.role != "mlp"}
     feed_forwards = [name for name, _ in pipe.transformer.named_modules() if name.endswith((".ff", ".ff_context"))]
@@ -266,13 +318,14 @@ def measure(
     pipe.set_progress_bar_config(disable=True)
     found: list[Found] = []
     for way in ways_of(pipe, steps):
-        clips, reused = run(way, pipe, captions, batch, seed)
+        ran = run(way, pipe, captions, batch, seed, steps)
         metrics = {
-            metric.name: [metric.measure(a, b) for a, b in zip(found[0].clips, clips, strict=True)]
+            metric.name: [metric.measure(a, b) for a, b in zip(found[0].clips, ran.clips, strict=True)]
             for metric in METRICS
-            if found and clips.shape[1] >= metric.frames
+            if found and ran.clips.shape[1] >= metric.frames
         }
-        found.append(Found(way, clips, reused, right(model, clips, captions), metrics))
+        shown = right(model, ran.clips, captions)
+        found.append(Found(way, ran.clips, ran.reused, ran.operations, ran.seconds, shown, metrics))
     return found
 
 
@@ -280,24 +333,20 @@ def measure(
 
 
 def tables(found: Sequence[Found]) -> str:
-    """What is reused and recognised, and how far the clips are from those without PAB, in Markdown."""
-    number = len(found[0].clips)
-    kept = _table(
-        ("", "attention calls reused", "feed-forward calls reused", *found[0].right),
-        [
-            (
-                each.way.name,
-                *(f"{each.reused[kind]:.1%}" for kind in ("attentions", "feed-forwards")),
-                *(f"{count} of {number}" for count in each.right.values()),
-            )
-            for each in found
-        ],
-    )
-    distances = _table(
-        ("", *(metric.name for metric in METRICS)),
-        [(each.way.name, *(_cell(metric, each.metrics[metric.name]) for metric in METRICS)) for each in found[1:]],
-    )
-    return f"{kept}\n\n{distances}"
+    """How far each way's clips are from those without a cache, what they show, and what they cost, in Markdown."""
+    number, seconds = len(found[0].clips), found[0].seconds
+    rows = [
+        (
+            each.way.name,
+            *(_cell(metric, each.metrics[metric.name]) if each.metrics else "" for metric in METRICS[:2]),
+            f"{each.right['all three']} of {number}",
+            f"{each.operations:.2f}",
+            f"{each.seconds / seconds:.2f}",
+        )
+        for each in found
+    ]
+    heads = ("", *(metric.name for metric in METRICS[:2]), "captions right", "operations left", "time")
+    return _table(heads, rows)
 
 
 def table_of_hows(found: Sequence[Found], hows: Sequence[str]) -> str:
@@ -391,17 +440,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=2_000_000)
     parser.add_argument("--table", choices=TABLES, default="quality", help="which ways are compared")
     parser.add_argument("--intervals", type=int, nargs="+", metavar="N", help="of parts: compute in one step of N")
+    parser.add_argument("--calibrated", type=Path, nargs="+", default=[], metavar="FILE", help="policies, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG: the same frames in each way")
     parser.add_argument("--update", type=Path, metavar="FILE", help="a Markdown file whose tables are replaced")
     args = parser.parse_args(arguments)
-    if args.model != "clips" and args.table != "parts":
-        parser.error(f"--model {args.model} has --table parts only")
+    if args.model != "clips" and args.table == "forecasts":
+        parser.error(f"--model {args.model} has no --table forecasts")
+    if args.calibrated and args.table != "quality":
+        parser.error("--calibrated is for --table quality")
     if args.intervals and args.table != "parts":
         parser.error("--intervals is for --table parts")
     known = MODELS[args.model].CAPTIONS
     captions = [known[i % len(known)] for i in range(args.captions)]
     ways_of, write = TABLES[args.table]
+    if args.calibrated:
+        ways_of = partial(ways_of, calibrated=args.calibrated)
     if args.intervals:
         ways_of = partial(ways_of, intervals=args.intervals)
     found = measure(ways_of, captions, args.steps or STEPS[args.model], args.batch, args.seed, args.model)

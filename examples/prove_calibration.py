@@ -73,11 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=STEPS, default="clips")
     parser.add_argument("--folder", type=Path, default=Path("runs/proof"))
-    parser.add_argument("--captions", type=int, default=24, help="that the calibration sees")
+    parser.add_argument("--captions", type=int, default=48, help="that the calibration sees")
     parser.add_argument("--unseen", type=int, default=24, help="other captions, that are compared")
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--effort", default="medium")
-    parser.add_argument("--margin", type=float, default=1.0, help="standard errors in reserve")
+    parser.add_argument("--margin", type=float, default=0.5, help="standard errors in reserve")
     parser.add_argument("--budgets", type=int, nargs="+", default=list(LIMITS))
     parser.add_argument("--picture", type=Path, help="speed-up against error, as PNG")
     parser.add_argument("--update", type=Path, help="a Markdown file whose table is replaced")
@@ -118,7 +118,7 @@ def calibrated(pipe: Any, prompts: Sequence[str], budget: int, args: argparse.Na
         seed=SEEN,
         batch=args.batch,
         margin=args.margin,
-        rounds=1,
+        rounds=3,
     )
     pab_fx.save_policies(found.policies, args.folder / f"policies-{budget}.json")
     return found

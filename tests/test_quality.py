@@ -64,7 +64,9 @@ def test_the_command_writes_tables_numbers_and_a_picture(tmp_path: Path, capsys:
     found = {each["config"]: each for each in json.loads(paths["json"].read_text())}
     assert list(found) == [line.split(" | ")[0].strip("| ") for line in printed.split("\n\n")[0].splitlines()[2:]]
     reused = {name: each["reused"]["attentions"] for name, each in found.items()}
-    assert reused["without PAB"] == reused["without PAB, 4 steps"] == 0
+    assert reused["without a cache"] == reused["without a cache, 4 steps"] == 0
+    assert found["EasyCache"]["operations"] < 1
+    assert found["without a cache, 4 steps"]["operations"] == 0.5
     assert 0 < reused["default"] <= reused["cogvideox"] < reused["latte"] < 1
     assert found["latte"]["reused"]["feed-forwards"] > 0
     assert all(15 < found[name]["metrics"]["PSNR, dB"]["mean"] < 90 for name in ("default", *PRESETS))

@@ -17,6 +17,9 @@ from .setting import Method, Setting
 from .signals import Signalled, Threshold
 from .trajectory import Trajectory
 
+DOUBTFUL = 2.0
+"""By how many dB a setting may miss the budget on the prompts that are searched with, and the others yet decide."""
+
 REFIT = 4
 """After how many tries it is fitted anew how much errors matter."""
 
@@ -76,11 +79,11 @@ class Judge:
                 threshold.narrow(larger=found.searched.operations > most)
 
     def _tried(self, label: str, policies: tuple[Policy, ...]) -> Tried:
-        """Generate; with the prompts held out too, if the budget is kept with the others."""
+        """Generate; with the prompts held out too, if the budget is kept, or all but kept, with the others."""
         name = f"try {len(self.tried) + len(self.signals) + 1}"
         searched = replace(self.laboratory.outcome(name, policies), label=label)
         room = self._room(searched)
-        if room < 0:
+        if room < -DOUBTFUL:
             return Tried(searched, None, room)
         held = replace(self.laboratory.outcome(name, policies, on_held=True), label=label)
         return Tried(searched, held, self._room(held, self.on_held))
