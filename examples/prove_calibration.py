@@ -234,20 +234,23 @@ def complaints(budget: int, point: Point, most: float, curves: Curves, presets: 
 def table(
     found: Mapping[int, Calibration], proposals: Mapping[int, Point], curves: Curves, presets: Sequence[Point]
 ) -> str:
-    """Proposals, then every other setting by its operations."""
-    lines = ["| setting | PSNR, dB | operations left | speed-up by operations |", "| --- | --- | --- | --- |"]
-    others = sorted((p for points in (*curves.values(), presets) for p in points), key=lambda p: p.operations)
-    lines += [
-        f"| {point.name} | {point.psnr:.2f} | {point.operations:.3f} | {1 / point.operations:.2f}x |"
-        for point in (*proposals.values(), *others)
-    ]
-    lines.append("")
+    """PSNR of every method with as many operations as each proposal; then the presets, and what is proposed."""
+    points = list(proposals.values())
+    heads = [f"{point.operations:.2f} of the operations, {1 / point.operations:.2f}x" for point in points]
+    rows = [["PSNR, dB, with", *heads], ["---"] * (len(points) + 1)]
+    rows.append(["**calibrated**", *(f"**{point.psnr:.1f}**" for point in points)])
+    others = {name: [at(each, point.operations) for point in points] for name, each in curves.items()}
+    for name, psnrs in sorted(others.items(), key=lambda each: -max((p or 0.0) for p in each[1])):
+        rows.append([name, *("" if psnr is None else f"{psnr:.1f}" for psnr in psnrs)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    said = [f"{each.name} {each.psnr:.1f} dB with {each.operations:.2f} of the operations" for each in presets]
+    lines += ["", f"PAB's presets: {'; '.join(said)}.", ""]
     for budget, each in found.items():
-        said = "; ".join(f"{type(p.where).__name__} {p.describe()}" for p in each.policies)
-        measured = "" if each.measured_speedup is None else f", {each.measured_speedup:.2f}x measured"
+        what = "; ".join(f"{type(p.where).__name__} {p.describe()}" for p in each.policies)
+        measured = "" if each.measured_speedup is None else f" Measured {each.measured_speedup:.2f}x."
         lines.append(
-            f"- {budget} dB: {said}{measured}; {each.searched.psnr():.2f} dB on the captions it was searched with, "
-            f"{each.proposal.psnr():.2f} on those held out."
+            f"- {budget} dB asked for: {what}.{measured} {each.searched.psnr():.1f} dB on the captions it was searched "
+            f"with, {each.proposal.psnr():.1f} on those held out, {proposals[budget].psnr:.1f} on others."
         )
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ def calibrate(
             "be no worse than: a preset's name, or a JSON file as PABConfig.save or save_policies writes it."
         ),
     ],
-    pipeline: Annotated[str, typer.Option(help="demo, or a pipeline's folder or name, for diffusers.")] = "demo",
+    pipeline: Annotated[str, typer.Option(help="demo or pictures, or a pipeline's folder or name.")] = "demo",
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A prompt on each line. Default, for the demo: captions of its.")
     ] = None,
@@ -70,7 +70,7 @@ def calibrate(
     from ..demo import one_thread
 
     console = console_for(json)
-    with _resumable(folder), refused(), one_thread() if pipeline == "demo" else contextlib.nullcontext():
+    with _resumable(folder), refused(), one_thread() if pipeline in ("demo", "pictures") else contextlib.nullcontext():
         check_file(json)
         limit, others = _limit_of(budget), {each: _setting_of(each) for each in compare or ()}
         arguments = {**_arguments_of(call or ()), **({} if steps is None else {"num_inference_steps": steps})}
@@ -154,11 +154,12 @@ def _prompts_of(path: Path | None, pipeline: str, count: int | None, seed: int) 
         OSError: if it cannot be read.
     """
     if path is None:
-        if pipeline != "demo":
-            raise ValueError("--prompts is missing: a file with a prompt on each line, of the kind that is to be used.")
-        from ..demo import CAPTIONS
+        from ..demo import clips, pictures
 
-        return [str(caption) for caption in random.Random(seed).sample(CAPTIONS, min(count or 16, len(CAPTIONS)))]
+        known = {"demo": clips.CAPTIONS, "pictures": pictures.CAPTIONS}.get(pipeline)
+        if known is None:
+            raise ValueError("--prompts is missing: a file with a prompt on each line, of the kind that is to be used.")
+        return [str(caption) for caption in random.Random(seed).sample(known, min(count or 16, len(known)))]
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     texts = [line for line in lines if line][:count]
     if not texts:
@@ -182,7 +183,8 @@ def _loaded(pipeline: str, device: str | None, dtype: str | None) -> Any:
     if dtype is not None and not isinstance(found, torch.dtype):
         raise ValueError(f"--dtype {dtype!r} is none of torch's: float32, bfloat16 or float16.")
     options = {} if found is None else {"torch_dtype": found}
-    pipe = load_pipeline(**options) if pipeline == "demo" else DiffusionPipeline.from_pretrained(pipeline, **options)
+    own = {"demo": "clips", "pictures": "pictures"}.get(pipeline)
+    pipe = load_pipeline(own, **options) if own else DiffusionPipeline.from_pretrained(pipeline, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe if device is None else pipe.to(device)
 
