@@ -25,6 +25,7 @@ from test_blocks import (
     inputs,
     trajectory,
 )
+from test_ranges_across_breaks import BrokenDiT
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -312,17 +313,6 @@ def test_a_model_that_predicts_a_variance_has_no_residual_and_can_be_kept_as_it_
         assert equal(trajectory(model), plain)
         assert "no residual" in str(pab.report())
     check(VarianceDiT, [Policy(Model(), Every(2), Last())])
-
-
-class BrokenDiT(DiT):
-    """The graph breaks between blocks, which Dynamo captures one by one then."""
-
-    def run(self, streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
-        (x,) = streams
-        for block in self.blocks:
-            torch._dynamo.graph_break()
-            x = block(x, embedding)
-        return (x,)
 
 
 def test_a_model_whose_graph_breaks_is_not_skipped_as_a_whole_and_it_is_said() -> None:
