@@ -23,12 +23,12 @@ from .diffusers.hooks import adapter_parameters, other_cache
 from .export.rewrite import rewrite
 from .graph import effects
 from .graph.copies import copy_of
-from .graph.dataflow import STATE, is_number
+from .graph.dataflow import STATE
 from .graph.modules import ModuleNames, repeated_blocks
 from .notices import Notices
 from .options import as_key, cache_device_of, cache_dtype_of, inner_compiler, records_cuda_graphs
 from .passes.cut import tag_with_signals
-from .passes.numbers import fix_numbers
+from .passes.numbers import fix_numbers, without_numbers
 from .passes.order import Lowering
 from .passes.pieces import placed
 from .passes.users import Pass, Passes
@@ -240,7 +240,7 @@ class PABBackend:
         captured = fix_numbers(copy_of(gm), everywhere=self.lowering == "cond")
         regions = tag_with_signals(captured, policies, names)
         if self.lowering == "cond":
-            regions = tuple(_without_numbers(region) for region in regions)
+            regions = tuple(without_numbers(region) for region in regions)
         self.regions += regions
         run: BroadcastGraph | PieceGraph | Plain | None = self._broadcasting(captured, regions, names, example_inputs)
         if run is None:
@@ -428,16 +428,6 @@ def backend_of(options: Mapping[str, Any], mode: str | None) -> PABBackend:
         given.pop("inner_options", None)
         _backends[key] = PABBackend.of({**given, "mode": mode})
     return _backends[key]
-
-
-def _without_numbers(region: Region) -> Region:
-    """The region, unsafe if it reads a number that is no constant: a `cond` takes tensors and integers."""
-    inside = set(region.nodes)
-    outside = {source for node in region.nodes for source in node.all_input_nodes if source not in inside}
-    numbers = [source.name for source in outside if is_number(source)]
-    if region.is_broadcast and numbers:
-        return dataclasses.replace(region, unsafe=f"lowering='cond' cannot hand it the number {numbers[0]}")
-    return region
 
 
 def _requires_grad(value: Any) -> bool:

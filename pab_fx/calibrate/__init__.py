@@ -3,7 +3,8 @@
     trajectory.py    what each part leaves in each step, from one generation of each prompt without a cache
     setting.py       what there is to choose from: methods, and lists of steps (`lists.py`)
     probes.py        the settings that show how much errors matter
-    prediction.py    the error and the operations of any setting, from those
+    forecasts.py     what any setting's reads are off by, from that
+    prediction.py    how much that matters, and the operations that are left
     search.py        the setting to try next
     signals.py       settings that go by a signal, tried beside it
     judge.py         tries them, until the best one that keeps the budget is known

@@ -8,17 +8,20 @@ from dataclasses import dataclass, field, replace
 
 from ..policy.policy import Policy
 from .budget import Budget
+from .forecasts import Forecasts
 from .laboratory import Laboratory
 from .lists import regular
-from .prediction import errors_of, fitted
+from .prediction import fitted
 from .result import Outcome, Tried
 from .search import Predictions, Run, fastest, nearest
 from .setting import Method, Setting
 from .signals import Signalled, Threshold
-from .trajectory import Trajectory
 
 DOUBTFUL = 2.0
 """By how many dB a setting may miss the budget on the prompts that are searched with, and the others yet decide."""
+
+HOPES = (1.0, 2.0, 4.0)
+"""See `fastest`: the next one where nothing is found by one."""
 
 REFIT = 4
 """After how many tries it is fitted anew how much errors matter."""
@@ -34,7 +37,7 @@ class Judge:
         on_held: what is to be kept on those held out.
         peak: the largest difference that two elements of a sample can have.
         margin: standard errors of the mean that are kept in reserve.
-        parts: the pooled trajectories.
+        forecasts: the errors of any setting.
         of: how many steps a generation has.
 
     Attributes:
@@ -48,7 +51,7 @@ class Judge:
     on_held: Budget
     peak: float
     margin: float
-    parts: tuple[Trajectory, ...]
+    forecasts: Forecasts
     of: int
     runs: list[Run] = field(default_factory=list)
     tried: dict[Setting, Tried] = field(default_factory=dict)
@@ -89,23 +92,27 @@ class Judge:
         return Tried(searched, held, self._room(held, self.on_held))
 
     def search(self, methods: Sequence[Method], tries: int) -> None:
-        """Generate with settings, at most so many, until the best that keeps the budget is known."""
+        """Generate with settings, at most so many, until none is likely to be better than the best that is known."""
         for number in range(tries):
             if number % REFIT == 0:
                 predictions = self.predictions()
-            rooms = {setting: each.room for setting, each in self.tried.items()}
-            if self.budget.speedup is None:
-                setting = fastest(predictions, methods, self.of, self.runs, rooms)
-            else:
-                setting = nearest(predictions, methods, self.of, 1 / self.budget.speedup, self.runs, rooms)
+            setting = self._next(predictions, methods)
             if setting is None:
                 return
             self.try_(setting)
 
+    def _next(self, predictions: Predictions, methods: Sequence[Method]) -> Setting | None:
+        """What is expected to be better than the best, else what may yet be, since little is known of it."""
+        rooms = {setting: each.room for setting, each in self.tried.items()}
+        if self.budget.speedup is not None:
+            return nearest(predictions, methods, self.of, 1 / self.budget.speedup, self.runs, rooms)
+        likely = (fastest(predictions, methods, self.of, self.runs, rooms, hope) for hope in HOPES)
+        return next((setting for setting in likely if setting is not None), None)
+
     def predictions(self) -> Predictions:
         """What is predicted of all settings, after what was found so far."""
         runs = [(run.errors, run.psnr) for run in self.runs if run.errors]
-        return Predictions(self.parts, self.laboratory.costs, self.of, fitted(runs))
+        return Predictions(self.forecasts, self.laboratory.costs, self.of, fitted(runs))
 
     def best(self) -> Tried:
         """The fastest setting that keeps the budget, or the nearest that is as fast as it says.
@@ -139,7 +146,7 @@ class Judge:
 
     def _remember(self, label: str, setting: Setting, searched: Outcome, room: float | None = None) -> None:
         found = self._room(searched) if room is None else room
-        errors = errors_of(setting, self.parts)
+        errors = self.forecasts.errors(setting)
         self.runs.append(Run(label, errors, searched.operations, searched.psnr(self.peak), found))
 
 

@@ -14,6 +14,7 @@ from ..policy.files import save_policies
 from ..report.palette import pyplot
 from .budget import Budget
 from .files import Folder
+from .forecasts import Forecasts
 from .given import (
     check_amounts,
     check_call,
@@ -125,7 +126,7 @@ def calibrate(
         roles = {each.role for each in found if kind_of(each.role) in parts}
         _check_roles(roles, parts)
         limits = (limit, limit) if limit else _like(laboratory, budget, peak)
-        judge = Judge(laboratory, *limits, peak, margin, found, steps)
+        judge = Judge(laboratory, *limits, peak, margin, Forecasts(found), steps)
         planned = probes(roles, steps, EFFORTS[effort])
         for probe in planned:
             judge.probe(probe)

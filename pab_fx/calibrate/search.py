@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .forecasts import Errors, Forecasts
 from .lists import best_list
-from .prediction import Costs, Errors, Sensitivity, errors_of, prepare
+from .prediction import Costs, Sensitivity
 from .setting import Method, Setting
-from .trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Predictions:
     """Settings with the least predicted error, and what is expected of them.
 
     Args:
-        parts: the pooled trajectories.
+        forecasts: the errors of any setting.
         costs: what each role costs.
         of: how many steps a generation has.
         sensitivity: how much errors matter.
     """
 
-    def __init__(self, parts: Sequence[Trajectory], costs: Costs, of: int, sensitivity: Sensitivity) -> None:
-        self._parts, self._costs, self._of, self._sensitivity = tuple(parts), costs, of, sensitivity
+    def __init__(self, forecasts: Forecasts, costs: Costs, of: int, sensitivity: Sensitivity) -> None:
+        self._forecasts, self._costs, self._of, self._sensitivity = forecasts, costs, of, sensitivity
         self._best: dict[tuple[Method, int], Setting | None] = {}
 
     def best(self, method: Method, count: int) -> Setting | None:
@@ -58,11 +58,11 @@ class Predictions:
 
     def psnr(self, setting: Setting) -> float:
         """In dB, from the trajectories and what settings have done to samples."""
-        return self._sensitivity.psnr(errors_of(setting, self._parts))
+        return self._sensitivity.psnr(self._forecasts.errors(setting))
 
     def operations(self, setting: Setting) -> float:
         """The share of operations that is left."""
-        return self._costs.predicted(setting, self._parts)
+        return self._costs.predicted(setting, self._forecasts.parts)
 
     def room(self, setting: Setting, runs: Iterable[Run]) -> tuple[float, float]:
         """By how much it is expected to keep the budget, in dB, and how much more it may be.
@@ -85,12 +85,17 @@ class Predictions:
 
     def _errors(self, method: Method, lists: Sequence[tuple[int, ...]]) -> list[float]:
         settings = [Setting(method, each, self._of) for each in lists]
-        prepare(settings, self._parts)
+        self._forecasts.prepare(settings)
         return [-self.psnr(each) for each in settings]
 
 
 def fastest(
-    predictions: Predictions, methods: Sequence[Method], of: int, runs: Sequence[Run], tried: Mapping[Setting, float]
+    predictions: Predictions,
+    methods: Sequence[Method],
+    of: int,
+    runs: Sequence[Run],
+    tried: Mapping[Setting, float],
+    hope: float = 1.0,
 ) -> Setting | None:
     """The setting of the fewest operations that is expected to keep the budget, and was not tried yet.
 
@@ -102,12 +107,14 @@ def fastest(
         of: how many steps a generation has.
         runs: what was found so far.
         tried: the room that settings have left.
+        hope: how much of the doubt about a setting counts in its favour.
     """
     known = [predictions.operations(each) for each, room in tried.items() if room >= 0]
     most = min(known, default=1.0)
 
     def keeps(setting: Setting) -> bool:
-        return sum(predictions.room(setting, runs)) >= 0
+        expected, doubt = predictions.room(setting, runs)
+        return expected + hope * doubt >= 0
 
     found: list[tuple[float, Setting]] = []
     for method in methods:

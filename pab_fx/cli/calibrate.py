@@ -68,11 +68,12 @@ def calibrate(
     """
     from .. import calibrate as calibrated
     from ..demo import one_thread
+    from ..explain.subject import config_by
 
     console = console_for(json)
     with _resumable(folder), refused(), one_thread() if pipeline in ("demo", "pictures") else contextlib.nullcontext():
         check_file(json)
-        limit, others = _limit_of(budget), {each: _setting_of(each) for each in compare or ()}
+        limit, others = _limit_of(budget), {each: config_by(each) for each in compare or ()}
         arguments = {**_arguments_of(call or ()), **({} if steps is None else {"num_inference_steps": steps})}
         texts = _prompts_of(prompts, pipeline, count, seed)
         with console.status(f"loading {pipeline}"):
@@ -114,18 +115,12 @@ def _resumable(folder: Path) -> Iterator[None]:
 def _limit_of(budget: str) -> Any:
     """A budget, or the setting to be no worse than."""
     from ..calibrate import Budget
+    from ..explain.subject import config_by
     from ..policy.config import PRESETS
     from ..policy.presets import PUBLISHED
 
     is_setting = budget in PRESETS or budget in PUBLISHED or budget.endswith(".json")
-    return _setting_of(budget) if is_setting else Budget.of(budget)
-
-
-def _setting_of(text: str) -> Any:
-    """A setting for the demo's own timesteps, by a preset's name or from a JSON file."""
-    from ..explain.subject import config_by
-
-    return config_by(text)
+    return config_by(budget) if is_setting else Budget.of(budget)
 
 
 def _arguments_of(given: list[str] | tuple[str, ...]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def encode_words(caption: str, vocabulary: Sequence[str], most: int) -> torch.Te
     return embeds
 
 
-class CaptionPipeline(DiffusionPipeline):
+class CaptionPipeline(DiffusionPipeline, ABC):
     """A pipeline in pixel space without text encoder and VAE.
 
     A subclass says how captions are encoded (`encode_caption`), how noise is shaped (`latent_shape`), how the
@@ -86,17 +87,17 @@ class CaptionPipeline(DiffusionPipeline):
         """Set `pipe._interrupt = True` in a callback to skip the remaining steps."""
         return self._interrupt
 
+    @abstractmethod
     def encode_caption(self, caption: str) -> torch.Tensor:
         """One prompt as `[L, V]` float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def latent_shape(self, batch_size: int) -> tuple[int, ...]:
         """Of the noise that a generation begins with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _predict(self, latents: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """One guided call of the transformer: shaped as the latents, in the scheduler's prediction type."""
-        raise NotImplementedError
 
     def encode_prompt(self, prompt: list[str], per_prompt: int = 1) -> torch.Tensor:
         """Words `[B, L, V]` in the transformer's dtype, each prompt `per_prompt` times."""

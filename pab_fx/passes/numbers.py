@@ -14,11 +14,14 @@ hold the value, so that another one is traced anew. What the caller passes stays
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
 from .._torch import belongs_to_model
-from ..graph.dataflow import op_name, value
+from ..graph.dataflow import is_number, op_name, value
+from ..select.region import Region
 
 TAKERS = {"scaled_dot_product_attention", "dropout", "dropout_", "native_dropout"}
 
@@ -54,3 +57,13 @@ def _is_the_models(node: fx.Node) -> bool:
         return False
     (source,) = node.all_input_nodes
     return source.op == "placeholder" and belongs_to_model(source)
+
+
+def without_numbers(region: Region) -> Region:
+    """The region, unsafe if it reads a number that is no constant: a `cond` takes tensors and integers."""
+    inside = set(region.nodes)
+    outside = {source for node in region.nodes for source in node.all_input_nodes if source not in inside}
+    numbers = [source.name for source in outside if is_number(source)]
+    if region.is_broadcast and numbers:
+        return replace(region, unsafe=f"lowering='cond' cannot hand it the number {numbers[0]}")
+    return region

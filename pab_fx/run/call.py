@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from .._torch import calling_argument, calling_modules
-from ..compile.lowering import Compiled, Expected, Lowerings
+from ..compile.lowering import Expected, Lowerings
 from ..compile.specs import TensorSpec
 from ..compile.variants import Variants
-from ..graph.dataflow import value
 from ..graph.modules import joined
 from ..passes.counting import TIMESTEP_NAMES, timestep_name
-from ..passes.form import Entering, Predicate, Scalar, mark_of
-from ..policy.how import How, Scalars
 from ..policy.when import END, Rule
 from .checks import check_outputs, refuse
 from .clock import Step, as_number, current_step, request_of, running_pipeline, timestep_from
@@ -29,60 +25,11 @@ from .holding import addresses
 from .kept import Kept
 from .measuring import keep_signals, keeper_of, measure
 from .owners import Anchor, instance_of
-from .running import name_of_caller, running_module
+from .passages import Visit
+from .planning import Plan, planned, reused
+from .running import name_of_caller
 from .runtime import Runtime
 from .state import Cell, StateStore
-
-COMPUTE, REUSE = torch.tensor(True), torch.tensor(False)
-"""Predicates of conditions; made here, since a graph may be compiled inside of a mode that makes fake tensors."""
-
-
-@dataclass
-class Visit:
-    """One run of a graph that holds a piece of a range of blocks; see `pieces`.
-
-    Args:
-        module: number of the module that the piece is in the graph.
-        cell: the range's.
-        ends: whether the range ends with this piece: what is kept of it is read and written there.
-        decision: what was decided where the range began; `None` where it begins, and set by the run there.
-        entering: what entered the range, by the streams of the graph; what enters the graph where that is not read.
-    """
-
-    module: int
-    cell: Cell
-    ends: bool
-    decision: Decision | None
-    entering: Sequence[torch.Tensor | None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a call does once it is decided.
-
-    Args:
-        compiled: the graph that it runs.
-        given: what it takes after the captured graph's inputs: predicates, and `None` for what is filled in.
-        scalars: per scalar: (position among all inputs, number of the decision, call, number of the scalar, device).
-        weights: per weight that is read: (position, how, yields the module that it is asked about, device).
-        entering: per stream of a range of blocks that is taken as it entered that: (position, number of the stream).
-        reads: per slot that is read: (position, cell, number among the cell's caches).
-        unread: per slot that is demanded but not read: (position, module, number).
-        drops: cells whose caches are not kept on, or are to be replaced.
-        writes: per module whose slots are kept: (cell, module, positions among the outputs), `None` for one that stays.
-        stand_ins: what was passed for slots that are not read, and what it looks like; of one resolution.
-    """
-
-    compiled: Compiled
-    given: tuple[torch.Tensor | None, ...]
-    scalars: tuple[tuple[int, int, int, int, torch.device], ...]
-    weights: tuple[tuple[int, How, Callable[[], nn.Module | None], torch.device], ...]
-    entering: tuple[tuple[int, int], ...]
-    reads: tuple[tuple[int, Cell, int], ...]
-    unread: tuple[tuple[int, int, int], ...]
-    drops: tuple[Cell, ...]
-    writes: tuple[tuple[Cell, int, tuple[int | None, ...]], ...]
-    stand_ins: list[Any]
 
 
 class BroadcastGraph:
@@ -184,7 +131,7 @@ class BroadcastGraph:
         modules = self._lockstep(cells, ())
         for t, next_t in zip(timesteps, (*timesteps[1:], END), strict=True):
             decisions = modules.advance(Call(t, next_t, timesteps, None), lambda rule: 0.0)
-            self.lowerings.compiled(self._key(self._reuses(decisions)))
+            self.lowerings.compiled(self._key(reused(self.lowerings, decisions)))
             for decision in decisions:
                 for cell in decision.group.cells if not decision.rests else ():
                     cell.caches = () if decision.keeps else None
@@ -383,68 +330,12 @@ class BroadcastGraph:
         """What decisions come to; found once for equal ones."""
         key = (self.lowerings, *[(each.reuses, each.reads, each.keeps, each.rests) for each in decisions])
         if key not in modules.plans:
-            modules.plans[key] = self._planned(modules, decisions, visit)
+            made = planned(self._runtime, self.lowerings, self._key, modules.cells, decisions, visit)
+            modules.plans[key] = made
         return modules.plans[key]
-
-    def _reuses(self, decisions: Sequence[Decision]) -> tuple[bool, ...]:
-        """For each conditional whether it reuses."""
-        reuses = [False] * len(self.lowerings.conditionals)
-        for decision in decisions:
-            for m in decision.group.modules:
-                for conditional, reuse in zip(self.lowerings.modules[m], decision.reuses, strict=True):
-                    reuses[conditional.index] = reuse
-        return tuple(reuses)
 
     def _key(self, reuses: tuple[bool, ...]) -> Any:
         return "cond" if self._has_conditions else reuses
-
-    def _planned(self, modules: Lockstep, decisions: Sequence[Decision], visit: Visit | None) -> Plan:
-        cells, reuses = modules.cells, self._reuses(decisions)
-        compiled = self.lowerings.compiled(self._key(reuses))
-        number_of = {m: i for i, decision in enumerate(decisions) for m in decision.group.modules}
-        of_module = {m: decisions[i] for m, i in number_of.items()}
-        is_written = {m for m, each in of_module.items() if each.keeps and not each.rests}
-        written = {m: positions for m, positions in compiled.writes if m in is_written}
-        # a slot that stays is neither let go nor written; of a module that has one, none is let go before
-        stays = {m for m, each in of_module.items() if each.keeps and None in written.get(m, (None,))}
-        if visit is not None and not visit.ends:
-            stays.add(visit.module)
-        given: list[torch.Tensor | None] = []
-        scalars, weights = [], []
-        inputs = [n for n in compiled.gm.graph.find_nodes(op="placeholder") if mark_of(n) is not None]
-        further = list(enumerate(compiled.takes, len(self.lowerings.inputs)))
-        for (p, mark), node in zip(further, inputs, strict=True):
-            computes = isinstance(mark, Predicate) and not reuses[mark.conditional]
-            given.append((COMPUTE if computes else REUSE) if isinstance(mark, Predicate) else None)
-            if isinstance(mark, Scalar):
-                conditional = self.lowerings.conditionals[mark.conditional]
-                device = value(node).device
-                if mark.name == "weight":
-                    given[-1] = self._runtime.scalar(1.0, device)
-                    if reuses[mark.conditional]:
-                        module = self._module(cells[conditional.module])
-                        weights.append((p, conditional.policy.how, module, device))
-                    continue
-                which = Scalars._fields.index(mark.name)
-                scalars.append((p, number_of[conditional.module], conditional.call, which, device))
-        reads = [(p, m, i) for p, m, i in compiled.reads if of_module[m].reads]
-        return Plan(
-            compiled,
-            tuple(given),
-            tuple(scalars),
-            tuple(weights),
-            tuple((p, mark.stream) for p, mark in further if isinstance(mark, Entering)),
-            tuple((p, cells[m], i) for p, m, i in reads),
-            tuple(each for each in compiled.reads if each not in reads),
-            tuple(cell for m, cell in enumerate(cells) if m not in stays),
-            tuple((cells[m], m, positions) for m, positions in written.items()),
-            [],
-        )
-
-    def _module(self, cell: Cell) -> Callable[[], nn.Module | None]:
-        """Yields the module of a cell, which it does not keep alive."""
-        found = running_module(cell.name, tuple(self._runtime.roots))
-        return (lambda: None) if found is None else weakref.ref(found)
 
     # ------------------------------------------------------------------------------------------- run, hold
 

@@ -159,6 +159,25 @@ class Passage:
     ranges: dict[Blocks, Range] = field(default_factory=dict)
 
 
+@dataclass
+class Visit:
+    """One run of a graph that holds a piece of a range of blocks; see `pieces`.
+
+    Args:
+        module: number of the module that the piece is in the graph.
+        cell: the range's.
+        ends: whether the range ends with this piece: what is kept of it is read and written there.
+        decision: what was decided where the range began; `None` where it begins, and set by the run there.
+        entering: what entered the range, by the streams of the graph; what enters the graph where that is not read.
+    """
+
+    module: int
+    cell: Cell
+    ends: bool
+    decision: Decision | None
+    entering: Sequence[torch.Tensor | None]
+
+
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
     """What a tensor looks like, apart from its strides."""
     return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device, tuple(range(tensor.dim())))

@@ -23,13 +23,12 @@ from ..passes.pieces import Place
 from ..policy.policy import Policy
 from ..policy.when import Rule
 from ..policy.where import BLOCKS, Blocks
-from ..select.pieces import Piece
-from ..select.region import Region
-from .call import BroadcastGraph, Visit, step_of
+from ..select.region import Piece, Region
+from .call import BroadcastGraph, step_of
 from .contexts import current_cache_context
 from .deciding import UNKNOWN, Decision, Group
 from .measuring import note_numbers
-from .passages import Chain, Given, Passage, Range, Seen, spec_of
+from .passages import Chain, Given, Passage, Range, Seen, Visit, spec_of
 from .running import caller
 from .runtime import Runtime
 from .state import Cell, StateStore

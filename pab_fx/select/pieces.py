@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import fx
 
@@ -23,46 +23,9 @@ from ..graph import effects
 from ..graph.dataflow import op_name
 from ..graph.modules import ModuleCall, argument_of, list_of
 from ..policy.where import Blocks
-from .region import Region
+from .region import Piece, Region
 from .streams import DIFFERENCES, SUMS, streams
 from .view import View
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a captured graph holds of ranges that span several graphs.
-
-    Args:
-        ranges: the ranges that are asked for.
-        order: names of all blocks of the model, in the order in which it lists them.
-        own: names of those that the graph holds; of the one that was captured, where `is_shared`.
-        is_shared: whether the graph is a block's, and others of its class run it too.
-        enters: for each stream, its position among the graph's inputs; `None` where the graph computes it, and returns
-            it behind what it returned.
-        leaves: where streams leave: (position among the graph's outputs, number of the stream).
-        sample: number of the stream that the block takes first, as diffusion models take the sample.
-    """
-
-    ranges: tuple[Blocks, ...]
-    order: tuple[str, ...]
-    own: tuple[str, ...]
-    is_shared: bool
-    enters: tuple[int | None, ...] = ()
-    leaves: tuple[tuple[int, int], ...] = ()
-    sample: int = 0
-
-    def range_of(self, block: str) -> Blocks | None:
-        """The range that a block is in."""
-        return next((where for where in self.ranges if block in self.blocks_of(where)), None)
-
-    def blocks_of(self, where: Blocks) -> tuple[str, ...]:
-        """The blocks of a range."""
-        return self.order[where.first : where.last]
-
-    @property
-    def returned(self) -> int:
-        """How many streams the graph returns as they enter."""
-        return self.enters.count(None)
 
 
 def every_block(view: View, where: Blocks, found: Sequence[ModuleCall]) -> tuple[str, ...]:

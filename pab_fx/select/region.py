@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from ..policy.policy import Policy
+from ..policy.where import Blocks
 from .streams import Source
-
-if TYPE_CHECKING:
-    from .pieces import Piece
 
 Assign = Callable[..., tuple[str, "Policy | None", str]]
 """Role, policy (`None` to leave alone) and reason for a role, a name and a reason that the graph tells."""
@@ -40,6 +38,43 @@ class Passing:
         reader, i = self.entering
         (reader, leaving), part = there((reader, self.leaving)), there((self.part,) if self.part else ())
         return Passing(frozenset(there(tuple(self.between))), (reader, i), leaving, *(part or (None,)))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a captured graph holds of ranges that span several graphs.
+
+    Args:
+        ranges: the ranges that are asked for.
+        order: names of all blocks of the model, in the order in which it lists them.
+        own: names of those that the graph holds; of the one that was captured, where `is_shared`.
+        is_shared: whether the graph is a block's, and others of its class run it too.
+        enters: for each stream, its position among the graph's inputs; `None` where the graph computes it, and returns
+            it behind what it returned.
+        leaves: where streams leave: (position among the graph's outputs, number of the stream).
+        sample: number of the stream that the block takes first, as diffusion models take the sample.
+    """
+
+    ranges: tuple[Blocks, ...]
+    order: tuple[str, ...]
+    own: tuple[str, ...]
+    is_shared: bool
+    enters: tuple[int | None, ...] = ()
+    leaves: tuple[tuple[int, int], ...] = ()
+    sample: int = 0
+
+    def range_of(self, block: str) -> Blocks | None:
+        """The range that a block is in."""
+        return next((where for where in self.ranges if block in self.blocks_of(where)), None)
+
+    def blocks_of(self, where: Blocks) -> tuple[str, ...]:
+        """The blocks of a range."""
+        return self.order[where.first : where.last]
+
+    @property
+    def returned(self) -> int:
+        """How many streams the graph returns as they enter."""
+        return self.enters.count(None)
 
 
 @dataclass(frozen=True)
