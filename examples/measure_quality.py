@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +27,12 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 from diffusers import TaylorSeerCacheConfig
-from PIL import Image, ImageDraw, ImageFont
+from quality_sheet import Column, picture
 from rich.console import Console
 from rich.progress import track
 from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
+from tables import table, update
 
 import pab_fx
 from pab_fx import (
@@ -346,7 +346,7 @@ def tables(found: Sequence[Found]) -> str:
         for each in found
     ]
     heads = ("", *(metric.name for metric in METRICS[:2]), "captions right", "operations left", "time")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def table_of_hows(found: Sequence[Found], hows: Sequence[str]) -> str:
@@ -365,7 +365,7 @@ def table_of_hows(found: Sequence[Found], hows: Sequence[str]) -> str:
         reused = same[0].reused["attentions"] or same[0].reused["feed-forwards"]
         cells += [""] * (len(hows) - len(cells))
         rows.append((same[0].way.name, f"{reused:.1%}" if reused else "", *cells, f"{right} of {number}"))
-    return _table(("PSNR, dB", "calls reused", *hows, "all three, at least"), rows)
+    return table(("PSNR, dB", "calls reused", *hows, "all three, at least"), rows)
 
 
 TABLES: dict[str, tuple[Callable[[Any, int], list[Way]], Callable[[Sequence[Found]], str]]] = {
@@ -380,54 +380,6 @@ def _cell(metric: Metric, values: Sequence[float]) -> str:
     numbers = (np.mean(values), metric.worst(values, 0.05), metric.worst(values, 0.0))
     mean, twentieth, worst = (f"{number:.{metric.digits}f}" for number in numbers)
     return f"{mean} ({twentieth}, {worst})"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-SCALE, GAP, LINE, LABEL = 4, 6, 16, 130  # screen pixels for one of a clip; between tiles; of a line of text; of a row's
-GAIN = 4
-
-
-def picture(found: Sequence[Found], captions: Sequence[Any]) -> np.ndarray:
-    """The middle frame in each way, and below it what differs, `GAIN` times: of the worst, the median, the best clip.
-
-    Clips are ordered by their PSNR under the config that changes most.
-    """
-    psnr = [each.metrics[METRICS[0].name] for each in found if each.metrics and each.way.config is not None]
-    order = np.argsort(min(psnr, key=np.mean))
-    chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
-    size = found[0].clips.shape[2] * SCALE
-    width, height = size + GAP, 2 * size + LINE + 3 * GAP
-    sheet = Image.new("RGB", (LABEL + len(found) * width, 2 * LINE + len(chosen) * height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for column, each in enumerate(found):
-        pen.text((LABEL + column * width, 0), each.way.name.replace(", ", ",\n"), "black", font)
-    for row, (which, i) in enumerate(chosen.items()):
-        top, middle = 2 * LINE + row * height, found[0].clips.shape[1] // 2
-        said = str(captions[i]).removeprefix("a ").replace(" moving", "\nmoving")
-        pen.text((GAP, top), f"{which}:\n{said}", "black", font)
-        pen.text((GAP, top + width), f"difference,\n{GAIN} times", "black", font)
-        for column, each in enumerate(found):
-            left, difference = LABEL + column * width, each.clips[i][middle] - found[0].clips[i][middle]
-            sheet.paste(_tile(each.clips[i][middle], size), (left, top))
-            if each.metrics:
-                sheet.paste(_tile(GAIN * np.abs(difference), size), (left, top + width))
-                pen.text((left, top + 2 * width), f"{each.metrics[METRICS[0].name][i]:.1f} dB", "black", font)
-    return np.asarray(sheet)
-
-
-def _tile(frame: np.ndarray, size: int) -> Image.Image:
-    pixels = (np.clip(frame, 0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
-
-
-def update(path: Path, mark: str, written: str) -> None:
-    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in a file."""
-    old = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-    path.write_text(old.sub(lambda m: f"{m[1]}\n{written}\n\n{m[2]}", path.read_text()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -464,7 +416,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.json:
         args.json.write_text(json.dumps([each.as_json() for each in found], indent=1) + "\n", encoding="utf-8")
     if args.picture:
-        imageio.imwrite(args.picture, picture(found, captions))
+        psnr = METRICS[0].name
+        columns = [
+            Column(each.way.name, each.clips, each.metrics.get(psnr), each.way.config is not None) for each in found
+        ]
+        imageio.imwrite(args.picture, picture(columns, captions))
     if args.update:
         update(args.update, args.table if args.model == "clips" else f"{args.model} {args.table}", written)
 

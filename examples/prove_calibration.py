@@ -13,7 +13,6 @@ kept in the folder: the same command goes on after an interruption.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import Progress
+from tables import table as markdown
+from tables import update
 
 import pab_fx
 from pab_fx import (
@@ -43,13 +44,13 @@ from pab_fx import (
 )
 from pab_fx.calibrate.files import Folder
 from pab_fx.calibrate.laboratory import Laboratory
+from pab_fx.calibrate.plots import strips
 from pab_fx.calibrate.result import Calibration
 from pab_fx.calibrate.samples import Difference, batches_of
 from pab_fx.calibrate.trials import Trials
 from pab_fx.demo import CAPTIONS, load_pipeline, pictures
 from pab_fx.demo.run import demo_config
-from pab_fx.policy.when import evenly_spaced, reused_calls
-from pab_fx.report.palette import COMPUTE_COLOUR, REUSE_COLOUR, bare, pyplot
+from pab_fx.report.palette import bare, pyplot
 
 SEEN, UNSEEN = 100, 3_000_000
 """Seeds of the first caption of each kind."""
@@ -95,7 +96,7 @@ def main() -> None:
     if args.update:
         update(args.update, "proof" if args.model == "clips" else f"{args.model} proof", written)
     if args.picture:
-        draw(curves, presets, proposals, found, args.picture)
+        draw(curves, presets, proposals, found, STEPS[args.model], args.picture)
     limits = LIMITS if args.model == "clips" else {}
     wrong = [
         each
@@ -236,13 +237,12 @@ def table(
 ) -> str:
     """PSNR of every method with as many operations as each proposal; then the presets, and what is proposed."""
     points = list(proposals.values())
-    heads = [f"{point.operations:.2f} of the operations, {1 / point.operations:.2f}x" for point in points]
-    rows = [["PSNR, dB, with", *heads], ["---"] * (len(points) + 1)]
-    rows.append(["**calibrated**", *(f"**{point.psnr:.1f}**" for point in points)])
+    heads = ("PSNR, dB, with", *(f"{p.operations:.2f} of the operations, {1 / p.operations:.2f}x" for p in points))
+    rows = [("**calibrated**", *(f"**{point.psnr:.1f}**" for point in points))]
     others = {name: [at(each, point.operations) for point in points] for name, each in curves.items()}
     for name, psnrs in sorted(others.items(), key=lambda each: -max((p or 0.0) for p in each[1])):
-        rows.append([name, *("" if psnr is None else f"{psnr:.1f}" for psnr in psnrs)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+        rows.append((name, *("" if psnr is None else f"{psnr:.1f}" for psnr in psnrs)))
+    lines = [markdown(heads, rows)]
     said = [f"{each.name} {each.psnr:.1f} dB with {each.operations:.2f} of the operations" for each in presets]
     lines += ["", f"PAB's presets: {'; '.join(said)}.", ""]
     for budget, each in found.items():
@@ -275,10 +275,11 @@ def draw(
     presets: Sequence[Point],
     proposals: Mapping[int, Point],
     found: Mapping[int, Calibration],
+    steps: int,
     path: Path,
 ) -> None:
     """Speed-up against error: every method's curve, the proposals, and their steps below."""
-    rows = [(budget, policy) for budget, each in found.items() for policy in each.policies]
+    rows = [(f"{budget} dB: {type(p.where).__name__}", p) for budget, each in found.items() for p in each.policies]
     height = 0.25 * len(rows) + 0.6
     figure, (axis, strip) = pyplot().subplots(
         2, 1, figsize=(9.0, 5.6 + height), layout="constrained", height_ratios=(5.6, height)
@@ -301,33 +302,8 @@ def draw(
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.legend(frameon=False, fontsize=8.5, ncols=2)
     bare(axis)
-    steps_of(strip, rows, max(len(each.timesteps) for one in found.values() for each in one.trajectories))
+    strips(strip, rows, steps)
     figure.savefig(path, dpi=130)
-
-
-def steps_of(axis: Any, rows: Sequence[tuple[int, Policy]], steps: int) -> None:
-    """Which steps compute, a row for each policy."""
-    for row, (_, policy) in enumerate(rows):
-        assert policy.when is not None
-        plan = reused_calls(policy.when, evenly_spaced(steps))
-        axis.bar(
-            range(len(plan)),
-            [0.7] * len(plan),
-            bottom=row - 0.35,
-            width=0.86,
-            color=[REUSE_COLOUR if reuse else COMPUTE_COLOUR for reuse in plan],
-        )
-    axis.set_yticks(range(len(rows)), [f"{budget} dB: {type(p.where).__name__}" for budget, p in rows], fontsize=8)
-    axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.set_xlabel("step: grey computes, green reuses", fontsize=9)
-    axis.tick_params(labelsize=8, length=0)
-    axis.spines[:].set_visible(False)
-
-
-def update(path: Path, mark: str, written: str) -> None:
-    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in a file."""
-    old = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-    path.write_text(old.sub(lambda m: f"{m[1]}\n{written}\n\n{m[2]}", path.read_text()))
 
 
 if __name__ == "__main__":

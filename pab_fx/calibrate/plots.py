@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..policy.policy import Policy
 from ..policy.when import evenly_spaced, reused_calls
 from ..policy.where import ROLES
-from ..report.palette import COMPUTE_COLOUR, REUSE_COLOUR, ROLE_COLOURS, bare, pyplot
+from ..report.palette import COMPUTE_COLOUR, PARTLY_COLOUR, REUSE_COLOUR, ROLE_COLOURS, bare, pyplot
 from .result import Calibration
 from .trajectory import Trajectory
 
@@ -131,7 +132,8 @@ def front(found: Calibration, path: Path) -> None:
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.legend(frameon=False, fontsize=9, loc="upper right")
     bare(axis)
-    _strip(strip, found)
+    steps = max(len(each.timesteps) for each in found.trajectories)
+    strips(strip, [(type(policy.where).__name__, policy) for policy in found.policies], steps)
     _save(figure, path)
 
 
@@ -145,18 +147,18 @@ FAMILIES = {
 """Colours of methods, by where they are."""
 
 
-def _strip(axis: Any, found: Calibration) -> None:
-    """The steps of the proposal: a row for each policy."""
-    steps = max(len(each.timesteps) for each in found.trajectories)
-    for row, policy in enumerate(found.policies):
+def strips(axis: Any, rows: Sequence[tuple[str, Policy]], steps: int) -> None:
+    """Draw in which steps policies compute, a row for each with its label."""
+    for row, (_, policy) in enumerate(rows):
         assert policy.when is not None
-        for step, reuse in enumerate(reused_calls(policy.when, evenly_spaced(steps))):
-            colour = REUSE_COLOUR if reuse else COMPUTE_COLOUR
-            axis.barh(row, 0.86, left=step - 0.43, height=0.7, color=colour)
-    axis.set_yticks(range(len(found.policies)), [type(each.where).__name__ for each in found.policies], fontsize=9)
-    axis.set_ylim(len(found.policies) - 0.4, -0.6)
+        plan = reused_calls(policy.when, evenly_spaced(steps))
+        reuses = REUSE_COLOUR if policy.when.signal is None else PARTLY_COLOUR
+        colours = [reuses if reuse else COMPUTE_COLOUR for reuse in plan]
+        axis.bar(range(steps), [0.7] * steps, bottom=row - 0.35, width=0.86, color=colours)
+    axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlim(-0.6, steps - 0.4)
-    axis.set_xlabel("step of the proposal: grey computes, green reuses", fontsize=9)
+    axis.set_xlabel("step: grey computes, green reuses, yellow does either, by a signal", fontsize=9)
     axis.tick_params(labelsize=8, length=0)
     axis.spines[:].set_visible(False)
 
