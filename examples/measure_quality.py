@@ -1,6 +1,6 @@
 """Quality as numbers: what a cache changes in the samples of the demo's models, and what they still show.
 
-    python examples/measure_quality.py --calibrated runs/proof/*.json --update docs/quality.md
+    python examples/measure_quality.py --calibrated runs/clips/*.json --update docs/quality.md
     python examples/measure_quality.py --model pictures --calibrated runs/pictures/*.json --update docs/quality.md
     python examples/measure_quality.py --table forecasts --captions 24 --update docs/quality.md
     python examples/measure_quality.py --table parts --captions 8 --update docs/quality.md

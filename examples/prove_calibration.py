@@ -1,6 +1,6 @@
 """Is what calibration finds faster and nearer than everything else, on prompts that it has not seen?
 
-    python examples/prove_calibration.py --folder runs/proof --picture docs/front.png --update docs/tuning.md
+    python examples/prove_calibration.py --folder runs/clips --picture docs/front.png --update docs/tuning.md
     python examples/prove_calibration.py --model pictures --folder runs/pictures --picture docs/front-pictures.png
 
 Calibrates a trained model of the demo for three budgets. Then samples other captions, from other seeds, with each
@@ -73,7 +73,7 @@ def main() -> None:
     """Calibrate, compare, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=STEPS, default="clips")
-    parser.add_argument("--folder", type=Path, default=Path("runs/proof"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/clips"))
     parser.add_argument("--captions", type=int, default=24, help="that the calibration sees")
     parser.add_argument("--unseen", type=int, default=24, help="other captions, that are compared")
     parser.add_argument("--batch", type=int, default=8)

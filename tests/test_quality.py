@@ -65,7 +65,7 @@ def test_the_command_writes_tables_numbers_and_a_picture(tmp_path: Path, capsys:
     assert list(found) == [line.split(" | ")[0].strip("| ") for line in printed.split("\n\n")[0].splitlines()[2:]]
     reused = {name: each["reused"]["attentions"] for name, each in found.items()}
     assert reused["without a cache"] == reused["without a cache, 4 steps"] == 0
-    assert found["EasyCache"]["operations"] < 1
+    assert 0 < found["latte"]["operations"] < found["cogvideox"]["operations"] < 1
     assert found["without a cache, 4 steps"]["operations"] == 0.5
     assert 0 < reused["default"] <= reused["cogvideox"] < reused["latte"] < 1
     assert found["latte"]["reused"]["feed-forwards"] > 0
@@ -117,9 +117,15 @@ def test_the_page_has_every_preset_as_kept_and_as_forecasts() -> None:
     assert "measure_quality.py --table forecasts" in PAGE
 
 
-def test_the_page_has_every_preset_and_the_command_that_makes_it() -> None:
-    rows = re.findall(r"^\| ([\w -]+?) \|", PAGE, re.MULTILINE)
-    assert {"default", *PRESETS} <= set(rows)
-    assert "measure_quality.py --json quality.json --picture docs/quality.png --update docs/quality.md" in PAGE
-    assert " of 96 |" in PAGE
+@pytest.mark.parametrize("model", measure_quality.MODELS)
+def test_the_page_has_every_method_on_both_models_and_the_command_that_makes_it(model: str) -> None:
+    mark = "quality" if model == "clips" else f"{model} quality"
+    written = PAGE[PAGE.index(f"<!-- {mark} -->") : PAGE.index(f"<!-- /{mark} -->")]
+    rows = re.findall(r"^\| ([\w -]+?) \|", written, re.MULTILINE)
+    assert {"default", *PRESETS, "TaylorSeer", "MagCache", "first block", "EasyCache"} <= set(rows)
+    assert "calibrated: " in written
+    assert " of 96 |" in written
+    picture = " --picture docs/quality.png" if model == "clips" else ""
+    chosen = "" if model == "clips" else f" --model {model}"
+    assert f"measure_quality.py{chosen} --calibrated runs/{model}/*.json{picture} --update docs/quality.md" in PAGE
     assert (ROOT / "docs/quality.png").is_file()
