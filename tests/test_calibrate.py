@@ -29,7 +29,7 @@ from pab_fx.calibrate.probes import EFFORTS, probes, stretches
 from pab_fx.calibrate.run import warn_of_timing
 from pab_fx.calibrate.samples import Difference, batches_of
 from pab_fx.calibrate.search import Predictions, Run, fastest, nearest
-from pab_fx.calibrate.setting import Method, Part, Setting, kind_of, methods
+from pab_fx.calibrate.setting import Method, Part, Setting, kind_of, methods, thinned
 from pab_fx.calibrate.sketch import Sketcher
 from pab_fx.calibrate.trajectory import Trajectory, pooled, summed
 from pab_fx.calibrate.trials import NOTHING, Trials
@@ -234,14 +234,41 @@ def test_a_setting_is_planned_as_its_policies_run(compute: tuple[int, ...], thin
     assert first.when is not None
     assert second.when is not None
     assert outer[1] == reused_calls(first.when, TIMESTEPS)
-    assert inner[1] == reused_calls(second.when, TIMESTEPS, 1, outer[1])
+    assert [step is None for step in inner[1]] == list(outer[1])
+    assert tuple(map(bool, inner[1])) == reused_calls(second.when, TIMESTEPS, 1, outer[1])
+
+
+@given(compute=lists_of_steps(), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_errors_inside_of_what_is_forecast_are_forecast_with_it(compute: tuple[int, ...], seed: int) -> None:
+    """Attentions are read inside of blocks that compute; what the blocks then leave is off, and read again."""
+    rng = np.random.default_rng(seed)
+    outputs = rng.normal(size=(20, 5))
+    parts = [trajectory("spatial", outputs), trajectory("blocks", np.zeros((20, 5)))]
+    method = Method("", (Part(Blocks(), Taylor(1, of=Residual())), Part(Attentions(), Last(), thin=2)))
+    kept, off = np.zeros(5), np.zeros((20, 5))
+    seen: list[tuple[int, Any]] = []
+    for step in range(20):
+        if step and step not in compute:  # the blocks are forecast from the last two steps in which they computed
+            (before, first), (last, second) = seen[-2:] if len(seen) > 1 else seen * 2
+            off[step] = second + (second - first) * (step - last) / max(last - before, 1)
+            continue
+        reads = bool(step) and step not in thinned(compute, 2)
+        kept = kept if reads else outputs[step]
+        off[step] = kept - outputs[step]
+        seen.append((step, off[step]))
+    errors = Forecasts(parts).errors(Setting(method, compute, 20))
+    found = next((products for kind, _, products in errors if kind == "attentions"), np.zeros((20, 20)))
+    expected = off @ off.T
+    np.fill_diagonal(expected, 2 * np.diag(expected))
+    np.testing.assert_allclose(found, expected / 2, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 def test_how_much_errors_matter_is_fitted_to_what_was_found() -> None:
     """Errors in late steps count for ten times as much: settings that differ in where they reuse tell it."""
     rng = np.random.default_rng(0)
     part = trajectory("blocks", np.cumsum(rng.normal(size=(20, 200)), 0))
-    true = Sensitivity({"blocks": (0.0, 0.0, 1.15, -4.0)})
+    true = Sensitivity({"blocks": (1.15, -4.0)}, slope=1.5)
 
     def errors(compute: Sequence[int]) -> Errors:
         return Forecasts([part]).errors(blocks(compute, Residual()))

@@ -7,6 +7,10 @@ what its reads are off by is such a sum too, and its size follows from the inner
     error[3]            =  1.5 * output[2] - 0.5 * output[0] - output[3]
     error[i] . error[j] =  weights[i] @ products @ weights[j]
 
+Where a part lies in another one, its error is read again in steps in which that one reuses, by the weights of that one:
+
+    blocks compute 0 2 4, attentions in them 0 4        error of the attentions[3]  =  1.5 * error[2] - 0.5 * error[0]
+
 Errors of different steps count half as if they pointed wherever they do, and half as if each had a direction of its
 own: so no setting is chosen because its errors seem to undo each other.
 """
@@ -28,8 +32,8 @@ from .trajectory import Trajectory
 Errors = tuple[tuple[str, np.ndarray, np.ndarray], ...]
 """For each part its kind, the place of its steps in a generation from -1 to 1, and products of their errors, [S, S]."""
 
-Plan = tuple[bool, ...]
-"""For each step of a part whether it reuses."""
+Plan = tuple[bool | None, ...]
+"""For each step of a part whether it reuses; `None` where it is neither run nor read."""
 
 OUTER = (MODEL, BLOCKS)
 """Parts that others lie in, outermost first."""
@@ -42,19 +46,24 @@ def plans(setting: Setting, parts: Sequence[Trajectory]) -> list[tuple[How, Plan
     """
     found: dict[int, tuple[How, Plan]] = {}
     rests: dict[tuple[float, ...], Plan] = {}
-    depth = {role: i for i, role in enumerate(OUTER)}
-    for i in sorted(range(len(parts)), key=lambda i: depth.get(parts[i].role, len(OUTER))):
+    for i in sorted(range(len(parts)), key=lambda i: depth(parts[i])):
         role, timesteps = parts[i].role, parts[i].timesteps
         own = _part_of(setting.method, role)
         if own is None:
             continue
         compute = set(thinned(setting.compute, own.thin))
         around = rests.get(timesteps)
-        plan = tuple(n > 0 and n not in compute and not (around and around[n]) for n in range(len(timesteps)))
+        reuses = [n > 0 and n not in compute for n in range(len(timesteps))]
+        plan = tuple(None if around and around[n] else reuse for n, reuse in enumerate(reuses))
         found[i] = own.how, plan
         if role in OUTER:
             rests[timesteps] = plan
     return [found.get(i) for i in range(len(parts))]
+
+
+def depth(part: Trajectory) -> int:
+    """In how many others it may lie."""
+    return OUTER.index(part.role) if part.role in OUTER else len(OUTER)
 
 
 @functools.lru_cache(maxsize=256)
@@ -81,11 +90,19 @@ class Forecasts:
 
     def errors(self, setting: Setting) -> Errors:
         """What the parts' reads are off by."""
+        planned = plans(setting, self.parts)
+        around: dict[tuple[float, ...], tuple[np.ndarray, Plan]] = {}
         found = []
-        for part, places, planned in zip(self.parts, self._places, plans(setting, self.parts), strict=True):
-            if planned is None or not any(planned[1]):
+        for part, places, each in sorted(
+            zip(self.parts, self._places, planned, strict=True), key=lambda each: depth(each[0])
+        ):
+            if each is None or not any(each[1]):
                 continue
-            (weights,) = self._weights(planned[0], [planned[1]])  # [S, S]
+            (weights,) = self._weights(each[0], [each[1]])  # [S, S]
+            if part.role in OUTER:
+                around[part.timesteps] = weights, each[1]
+            elif part.timesteps in around:
+                weights = _read_again(weights, *around[part.timesteps])
             products = weights @ part.products @ weights.T
             np.fill_diagonal(products, 2 * np.diag(products))
             found.append((kind_of(part.role), places, products / 2))
@@ -118,23 +135,36 @@ class Forecasts:
         return [self._known[how, plan] for plan in several]
 
 
+def _read_again(inner: np.ndarray, outer: np.ndarray, reuses: Plan) -> np.ndarray:
+    """The errors of a part, [S, S], with those that the part around it reads again in the steps in which it reuses.
+
+    In such a step the weights of the outer part are those of the steps that it reads, and -1 of the step itself.
+    """
+    skipped = [step for step, reuse in enumerate(reuses) if reuse]
+    read = outer[skipped]
+    read[np.arange(len(skipped)), skipped] = 0.0
+    found = inner.copy()
+    found[skipped] = read @ inner
+    return found
+
+
 def _weights(how: How, several: Sequence[Plan]) -> np.ndarray:
     """As `Forecasts._weights`, of plans of one length: [P, S, S].
 
     The how's own functions say it, on outputs that are the unit vectors.
     """
-    reuses = torch.tensor(several)[..., None]  # [P, S, 1]
+    reuses = torch.tensor([[step is True for step in plan] for plan in several])[..., None]  # [P, S, 1]
+    computes = torch.tensor([[step is False for step in plan] for plan in several])[..., None]
     outputs = torch.eye(reuses.shape[1]).expand(len(several), -1, -1)  # [P, S, S]: of each step
     slots = tuple(map(torch.zeros_like, how.slots((outputs[:, 0],))))  # [P, S] each
     filled = distance = torch.zeros(len(several), 1)
     rows = torch.zeros_like(outputs)
     for step in range(reuses.shape[1]):
         scalars = Scalars(torch.where(filled > 0, distance, 1.0), filled)
-        computes = ~reuses[:, step]
-        rows[:, step] = torch.where(computes, 0.0, how.read(slots, (), scalars)[0] - outputs[:, step])
+        rows[:, step] = torch.where(reuses[:, step], how.read(slots, (), scalars)[0] - outputs[:, step], 0.0)
         updated = how.update(slots, (), (outputs[:, step],), scalars)
-        slots = tuple(torch.where(computes, new, old) for new, old in zip(updated, slots, strict=True))
-        filled = filled + computes
-        distance = torch.where(computes, 1.0, distance + 1)
+        slots = tuple(torch.where(computes[:, step], new, old) for new, old in zip(updated, slots, strict=True))
+        filled = filled + computes[:, step]
+        distance = torch.where(computes[:, step], 1.0, distance + 1)
     found: np.ndarray = rows.numpy()
     return found

@@ -2,8 +2,14 @@
 
 How much an error in a step matters for the sample is fitted to what settings have done to samples:
 
-    squared error of the samples  =  sum over parts and pairs of steps (i, j) of  w[i] * w[j] * (error[i] . error[j])
-    w[i] = exp(a cubic polynomial of the step), one for each kind of part
+    PSNR of the samples  =  -10 log10(squared error) * slope
+    squared error        =  sum over parts and pairs of steps (i, j) of  w[i] * w[j] * (error[i] . error[j])
+    w[i]                 =  exp(a + b * step), one for each kind of part
+
+The slope is above 1 where a large error grows on its way through the steps that follow: a sample becomes another one.
+Polynomials of a higher degree explain better what was found, and predict worse what was not: of 116 settings of the
+demo's model, fitted to 29 and asked about the others, a cubic was off by 6.3 dB, a line by 6.2, a line with a slope by
+4.5 (root mean square).
 """
 
 from __future__ import annotations
@@ -27,10 +33,12 @@ class Sensitivity:
     Args:
         weights: for each kind the coefficients of the polynomial, the highest power first.
         level: the polynomial of a kind of which nothing is known, a constant.
+        slope: by how many dB samples are worse where errors are worse by one.
     """
 
     weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     level: float = 0.0
+    slope: float = 1.0
 
     def psnr(self, errors: Errors) -> float:
         """The predicted mean over prompts, in dB; infinite where nothing reuses."""
@@ -38,10 +46,7 @@ class Sensitivity:
         for kind, places, products in errors:
             weights = np.exp(np.polyval(self.weights.get(kind, (self.level,)), places))
             squared += float(weights @ products @ weights)
-        return -10 * math.log10(squared) if squared > 0 else math.inf
-
-
-DEGREE = 3
+        return -10 * math.log10(squared) * self.slope if squared > 0 else math.inf
 
 
 def fitted(runs: Sequence[tuple[Errors, float]]) -> Sensitivity:
@@ -55,19 +60,23 @@ def fitted(runs: Sequence[tuple[Errors, float]]) -> Sensitivity:
         return Sensitivity()
 
     def sensitivity(numbers: np.ndarray) -> Sensitivity:
-        rows = numbers[1:].reshape(len(kinds), DEGREE + 1) + np.array([0.0] * DEGREE + [numbers[0]])
-        return Sensitivity({kind: tuple(row) for kind, row in zip(kinds, rows, strict=True)}, float(numbers[0]))
+        level, slope, lines = numbers[0], math.exp(numbers[1]), numbers[2:].reshape(len(kinds), 2)
+        weights = {kind: (line[0], level + line[1]) for kind, line in zip(kinds, lines, strict=True)}
+        return Sensitivity(weights, level, slope)
 
     def residuals(numbers: np.ndarray) -> np.ndarray:
         model = sensitivity(numbers)
         off = [model.psnr(errors) - psnr for errors, psnr in runs]
-        bent = numbers[1:].reshape(len(kinds), DEGREE + 1) * np.array([1.0] * DEGREE + [0.1])
-        return np.concatenate([off, bent.ravel()])
+        return np.concatenate([off, UNLIKELY[0] * numbers[1:2], np.tile(UNLIKELY[1:], len(kinds)) * numbers[2:]])
 
-    start = np.zeros(1 + len(kinds) * (DEGREE + 1))
+    start = np.zeros(2 + 2 * len(kinds))
     flat = Sensitivity()
     start[0] = float(np.mean([flat.psnr(errors) - psnr for errors, psnr in runs])) * math.log(10) / 20
-    return sensitivity(least_squares(residuals, start, loss="soft_l1", f_scale=3.0, max_nfev=40).x)
+    return sensitivity(least_squares(residuals, start, loss="soft_l1", f_scale=3.0, max_nfev=60).x)
+
+
+UNLIKELY = (3.0, 1.0, 0.1)
+"""How many dB speak against a slope of e, a line that rises by 2 in a generation, and one that lies higher by 1."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,9 @@ class Costs:
 
     def predicted(self, setting: Setting, parts: Sequence[Trajectory]) -> float:
         """The share that is left under a setting, of these pooled parts."""
-        of_role: dict[str, list[bool]] = {}
+        of_role: dict[str, list[bool | None]] = {}
         for part, planned in zip(parts, plans(setting, parts), strict=True):
             of_role.setdefault(part.role, []).extend(planned[1] if planned else (False,) * len(part.timesteps))
-        return max(1 - sum(self.shares.get(role, 0.0) * sum(plan) / len(plan) for role, plan in of_role.items()), 1e-3)
+        return max(
+            1 - sum(self.shares.get(role, 0.0) * plan.count(True) / len(plan) for role, plan in of_role.items()), 1e-3
+        )
