@@ -386,13 +386,19 @@ def test_the_search_ends_with_the_fastest_setting_that_keeps_the_budget(
     assert len(tried) < len(every) / 2
 
 
-def test_with_more_hope_less_likely_settings_are_tried(forecasts: Forecasts, predictions: Predictions) -> None:
+def test_what_is_tried_next_saves_operations_beyond_the_best_that_is_known(
+    forecasts: Forecasts, predictions: Predictions
+) -> None:
     tried, runs = searched(forecasts, predictions, -40.0, 0.0)
+    best = min((each for each, room in tried.items() if room >= 0), key=predictions.operations)
+    without = {each: room for each, room in tried.items() if room < 0}
     assert fastest(predictions, AVAILABLE, 20, runs, tried) is None
-    further = fastest(predictions, AVAILABLE, 20, runs, tried, hope=8.0)
+    assert fastest(predictions, AVAILABLE, 20, runs, without) is not None
+    slower = {**without, max(tried, key=predictions.operations): 1.0}
+    further = fastest(predictions, AVAILABLE, 20, runs, slower)
     assert further is not None
-    known = min(predictions.operations(each) for each, room in tried.items() if room >= 0)
-    assert predictions.operations(further) < known
+    assert predictions.operations(further) < max(map(predictions.operations, tried))
+    assert predictions.operations(best) <= predictions.operations(further)
 
 
 def test_for_a_speed_up_the_nearest_setting_is_looked_for(predictions: Predictions) -> None:

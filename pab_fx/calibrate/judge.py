@@ -20,9 +20,6 @@ from .signals import Signalled, Threshold
 DOUBTFUL = 2.0
 """By how many dB a setting may miss the budget on the prompts that are searched with, and the others yet decide."""
 
-HOPES = (1.0, 2.0, 4.0)
-"""See `fastest`: the next one where nothing is found by one."""
-
 REFIT = 4
 """After how many tries it is fitted anew how much errors matter."""
 
@@ -102,12 +99,10 @@ class Judge:
             self.try_(setting)
 
     def _next(self, predictions: Predictions, methods: Sequence[Method]) -> Setting | None:
-        """What is expected to be better than the best, else what may yet be, since little is known of it."""
         rooms = {setting: each.room for setting, each in self.tried.items()}
         if self.budget.speedup is not None:
             return nearest(predictions, methods, self.of, 1 / self.budget.speedup, self.runs, rooms)
-        likely = (fastest(predictions, methods, self.of, self.runs, rooms, hope) for hope in HOPES)
-        return next((setting for setting in likely if setting is not None), None)
+        return fastest(predictions, methods, self.of, self.runs, rooms)
 
     def predictions(self) -> Predictions:
         """What is predicted of all settings, after what was found so far."""

@@ -1,10 +1,13 @@
-"""Which setting to generate with next: the fastest that is expected to keep the budget, after what was found so far."""
+"""Which setting to generate with next: the one that is expected to gain most, after what was found so far."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import NormalDist
 
 from .forecasts import Errors, Forecasts
 from .lists import best_list
@@ -31,8 +34,11 @@ class Run:
     room: float
 
 
-DOUBT = 4.0
-"""By how many dB a setting may be nearer than expected, if none like it was tried."""
+DOUBT, LEAST_DOUBT = 6.0, 2.0
+"""The standard error of what is expected, in dB: of a setting like which none was tried, and of one like many."""
+
+LEAST_GAIN = 0.004
+"""A setting that is expected to save a smaller share of the operations is not worth a generation."""
 
 
 class Predictions:
@@ -65,7 +71,7 @@ class Predictions:
         return self._costs.predicted(setting, self._forecasts.parts)
 
     def room(self, setting: Setting, runs: Iterable[Run]) -> tuple[float, float]:
-        """By how much it is expected to keep the budget, in dB, and how much more it may be.
+        """By how much it is expected to keep the budget, and the standard error of that, in dB.
 
         A prediction is off by about as much as those were that are near it: of the same method, with about as many
         operations. Where none is near, it is the more in doubt.
@@ -81,7 +87,7 @@ class Predictions:
             weights, off = weights + weight, off + weight * (run.room - predicted)
             near += weight if run.label == setting.method.label else 0.0
         expected = self.psnr(setting) + (off / weights if weights else 0.0)
-        return expected, DOUBT / (1 + 2 * near)
+        return expected, LEAST_DOUBT + (DOUBT - LEAST_DOUBT) / (1 + 2 * near)
 
     def _errors(self, method: Method, lists: Sequence[tuple[int, ...]]) -> list[float]:
         settings = [Setting(method, each, self._of) for each in lists]
@@ -95,11 +101,11 @@ def fastest(
     of: int,
     runs: Sequence[Run],
     tried: Mapping[Setting, float],
-    hope: float = 1.0,
 ) -> Setting | None:
-    """The setting of the fewest operations that is expected to keep the budget, and was not tried yet.
+    """The setting that is expected to gain most: what it saves beyond the best one known, if it keeps the budget.
 
-    It has fewer than the best of those that were tried and keep it; `None` if there is none such.
+    So a setting that saves much is tried although it may not keep the budget, and one that saves little if it is likely
+    to. `None` if none is worth a generation.
 
     Args:
         predictions: of this calibration.
@@ -107,23 +113,27 @@ def fastest(
         of: how many steps a generation has.
         runs: what was found so far.
         tried: the room that settings have left.
-        hope: how much of the doubt about a setting counts in its favour.
     """
     known = [predictions.operations(each) for each, room in tried.items() if room >= 0]
     most = min(known, default=1.0)
 
-    def keeps(setting: Setting) -> bool:
-        expected, doubt = predictions.room(setting, runs)
-        return expected + hope * doubt >= 0
+    def gain(setting: Setting) -> float:
+        likely = NormalDist(*predictions.room(setting, runs))
+        return (most - predictions.operations(setting)) * (1 - likely.cdf(0))
 
-    found: list[tuple[float, Setting]] = []
-    for method in methods:
-        setting = _least(lambda count, m=method: predictions.best(m, count), keeps, of)  # type: ignore[misc]
+    def keeps(setting: Setting, errors: int) -> bool:
+        expected, error = predictions.room(setting, runs)
+        return expected >= errors * error
+
+    found: dict[Setting, float] = {}
+    for method, errors in itertools.product(methods, (-1, 0, 1)):
+        setting = _least(partial(predictions.best, method), partial(keeps, errors=errors), of)
         while setting is not None and setting in tried:
             setting = predictions.best(method, len(setting.compute) + 1)
-        if setting is not None and predictions.operations(setting) < most - 1e-9:
-            found.append((predictions.operations(setting), setting))
-    return min(found, key=lambda each: each[0])[1] if found else None
+        if setting is not None:
+            found[setting] = gain(setting)
+    best = max(found, key=found.__getitem__, default=None)
+    return None if best is None or found[best] < LEAST_GAIN else best
 
 
 def _least(setting_of: Callable[[int], Setting | None], keeps: Callable[[Setting], bool], of: int) -> Setting | None:
