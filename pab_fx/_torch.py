@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import logging
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
@@ -131,13 +133,13 @@ def compile_lock() -> contextlib.AbstractContextManager[Any]:
     return convert_frame.compile_lock
 
 
-def _alone(context: Callable[[], contextlib.AbstractContextManager[None]]) -> Any:
+def _alone(context: Callable[..., contextlib.AbstractContextManager[None]]) -> Any:
     """The context manager, for one thread at a time: what it changes, it changes for the whole process."""
 
     @functools.wraps(context)
     @contextlib.contextmanager
-    def locked() -> Iterator[None]:
-        with compile_lock(), context():
+    def locked(*given: Any) -> Iterator[None]:
+        with compile_lock(), context(*given):
             yield
 
     return locked
@@ -287,6 +289,36 @@ def _copied_operands(branch: fx.Graph) -> list[int] | None:
         return None
     sources = [node.args[0] for node in copies]
     return [operands.index(source) for source in sources] if all(source in operands for source in sources) else None
+
+
+@_alone
+@contextlib.contextmanager
+def cached(gm: fx.GraphModule) -> Iterator[None]:
+    """Compile a graph so that Inductor's and AOTAutograd's caches take it, in memory and on disk.
+
+    They leave out graphs with `cond`, though their key has the branches' code like all other code, and graphs with
+    functions that are not PyTorch's, such as `hold_strides`. Here both are marked. The mark, a part of the key, is a
+    digest of these functions' modules and this one. `unsafe_marked_cacheable_functions` seen in 2.9 to 2.13.
+    """
+    from torch._inductor import config
+
+    graphs = [each.graph for each in gm.modules() if isinstance(each, fx.GraphModule)]
+    targets = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    own = {each for each in targets if str(getattr(each, "__module__", "")).startswith(f"{__package__}.")}
+    digest = _digest(frozenset({__name__, *(each.__module__ for each in own)}))
+    marked = {f"{each.__module__}.{each.__name__}": digest for each in (*own, cond_op)}
+    with config.patch(unsafe_marked_cacheable_functions={**config.unsafe_marked_cacheable_functions, **marked}):
+        yield
+
+
+@functools.cache
+def _digest(modules: frozenset[str]) -> str:
+    """Of their source; of nothing that another process knows where the source is not installed."""
+    try:
+        source = "".join(inspect.getsource(sys.modules[name]) for name in sorted(modules))
+    except OSError:
+        source = uuid.uuid4().hex
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 @contextlib.contextmanager

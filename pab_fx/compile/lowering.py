@@ -17,6 +17,7 @@ from torch import fx
 
 from .._torch import (
     boxed,
+    cached,
     compile_lock,
     compiled_later,
     conditions_let_go_of_operands,
@@ -74,9 +75,9 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def _conditions() -> Iterator[None]:
-    """Compile conditions so that they neither hold on to their operands nor copy them."""
-    with conditions_let_go_of_operands(), conditions_take_operands_as_they_lie():
+def _conditions(gm: fx.GraphModule) -> Iterator[None]:
+    """Compile a graph so that its conditions neither hold on to their operands nor copy them, and caches take it."""
+    with conditions_let_go_of_operands(), conditions_take_operands_as_they_lie(), cached(gm):
         yield
 
 
@@ -172,13 +173,13 @@ class Lowerings:
 
     def _compiled_later(self, gm: fx.GraphModule) -> Compiled:
         """A graph compiled outside of Dynamo's call."""
-        with traced_shapes(gm) as inputs, _conditions():
+        with traced_shapes(gm) as inputs, _conditions(gm):
             return self._with_state(gm, compiled_later(self._compiler, gm, inputs))
 
     def compile_as_captured(self, key: Any, example_inputs: Sequence[Any]) -> None:
         """Compile the graph for a key inside of Dynamo's call."""
         gm = lowered(self.conditional, key, self._lowering)
-        with _conditions():
+        with _conditions(gm):
             self._compiled[key] = self._with_state(gm, self._compiler(gm, self._examples(gm, example_inputs)))
         if self._parts is not None:
             head = self._parts.head
