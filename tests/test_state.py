@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import pab_fx
-from pab_fx import PABBackend, PABConfig
+from pab_fx import Attentions, Every, PABBackend, PABConfig, Policy
 
 TIMESTEPS = (900, 700, 600, 500, 400, 300, 50)
 lowerings = pytest.mark.parametrize("lowering", ["specialize", "cond"])
@@ -373,6 +373,50 @@ def test_a_model_without_a_timestep_is_not_timed_by_another_model() -> None:
         compiled_encoder(torch.randn(1, 3, 6))
     prompt = torch.randn(1, 3, 6)
     assert torch.equal(compiled_encoder(prompt), encoder(prompt))
+
+
+class Named(nn.Module):
+    """A model that calls its timestep something else than diffusers' do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Tiny()
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        (timestep,) = named.values()
+        return self.model(hidden_states, text, timestep)  # type: ignore[no-any-return]
+
+
+def steps_of(model: Callable[..., torch.Tensor], name: str, pairs: bool = False) -> list[torch.Tensor]:
+    """A generation in which each input is the step's own; every step twice with `pairs`."""
+    found = []
+    for i, t in enumerate(TIMESTEPS):
+        given = inputs(i, t)
+        given[name] = given.pop("timestep")
+        found += [model(**given).clone() for _ in range(1 + pairs)]
+    return found
+
+
+@pytest.mark.parametrize("name", ["timestep", "timesteps", "t", "time"])
+def test_a_timestep_is_known_by_any_of_its_names(name: str) -> None:
+    model = Named()
+    plain = steps_of(model, name)
+    with pab_fx.enable(model, spatial_attention_block_skip_range=2, inner="eager") as pab:
+        found = steps_of(model, name)
+        reused = [not torch.equal(a, b) for a, b in zip(found, plain, strict=True)]
+        assert reused == [False, True, False, True, False, True, False]  # 900 and 50 are outside of PAB's range
+        assert pab.report().reused == 2 * 3
+
+
+def test_without_a_timestep_it_is_said_what_that_means_and_calls_are_taken_for_steps() -> None:
+    model = Named()
+    with pab_fx.enable(model, Policy(Attentions(), Every(2)), inner="eager") as pab:
+        with pytest.warns(UserWarning, match="an argument called timestep or timesteps or t or time, so a rule that"):
+            steps_of(model, "signal")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of calls without a timestep none looks like a second branch
+            steps_of(model, "signal", pairs=True)
+        assert pab.report().reused > 0
 
 
 def test_an_attention_that_runs_before_the_timestep_is_read_is_timed_by_its_own_step() -> None:

@@ -32,7 +32,7 @@ from ..graph.dataflow import value
 from ..policy.when import NEVER, Rule, Step
 from .buffers import Buffers
 
-TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")
 
 CALLS = "pab_calls"
 """Name of the buffer that counts the calls of a graph."""

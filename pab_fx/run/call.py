@@ -256,15 +256,18 @@ class BroadcastGraph:
         if given is None:
             self._runtime.warn_once(
                 "no timestep",
-                "pab_fx: no model around the attention takes an argument called timestep, so every step is computed. "
-                "Set current_timestep_callback, for example lambda: pipe.current_timestep.",
+                f"pab_fx: no model around the attention takes an argument called {' or '.join(TIMESTEP_NAMES)}, so a "
+                "rule that asks for the timestep, as PAB's ranges do, computes every step, and no beginning of a "
+                "generation is seen: call reset() there. Or set current_timestep_callback, for example lambda: "
+                "pipe.current_timestep.",
             )
             return math.inf
         return as_number(given)
 
     def _warn_of_second_call(self, t: float, decisions: Sequence[Decision]) -> None:
         """Warn, in a loop of one's own, of what may be guidance that would get the other branch's attention."""
-        if current_cache_context.get() is not None or not any(any(each.reuses) for each in decisions):
+        is_branch = current_cache_context.get() is None and any(any(each.reuses) for each in decisions)
+        if not is_branch or math.isinf(t):  # of calls without a timestep none can be told apart
             return
         self._runtime.warn_once(
             "second call",
