@@ -1,11 +1,11 @@
-"""How the cost of `pab_fx` itself grows with a model's blocks, with its tokens, and with the requests that take turns on it.
+"""How the cost of `pab_fx` itself grows with a model's blocks and tokens, and with requests that take turns on it.
 
     python examples/measure_growth.py --update docs/benchmarks.md
 
 Dispatch is the Python of a call of the compiled graph, with code in place of Inductor's that does nothing: counting,
 deciding, handing over what is kept; requests come in turns, each in a session of its own. Bytes are what the report
-tells of them, when all of it is kept. A cold start is the first four steps with Inductor and without any cache of its own,
-less the same steps again.
+tells of them, when all of it is kept. A cold start is the first four steps with Inductor and without any cache of its
+own, less the same steps again.
 """
 
 from __future__ import annotations

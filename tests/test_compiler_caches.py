@@ -6,17 +6,46 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from torch import fx
+from torch._dynamo.utils import counters
 
+import pab_fx
+from pab_fx import Attentions, Every, Policy, Taylor
 from pab_fx._torch import cached, cond_op
 from pab_fx.passes.strides import in_order
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize(
-    ("lowering", "policy"), [("cond", "attentions"), pytest.param("specialize", "blocks", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("lowering", [pytest.param("specialize", marks=pytest.mark.slow), "cond"])
+def test_a_graph_that_was_compiled_is_taken_from_the_caches_on_disk(
+    lowering: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another process finds there, this one finds after a reset: it captures again, and compiles nothing."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for _ in range(2):
+        torch.compiler.reset()
+        counters.clear()
+        model = zoo.BY_NAME["WanTransformer3DModel"].of_one_block()
+        built, policy = model.build(), Policy(Attentions(), Every(2), Taylor(1))
+        with torch.no_grad(), pab_fx.enable(built, policy, lowering=lowering) as pab:
+            outputs = [built(**model.step(t, 0))[0].clone() for t in (900, 700, 500)]
+            assert pab.report().reused > 0
+        found.append((dict(counters["inductor"]), dict(counters["aot_autograd"]), outputs))
+    (cold, cold_autograd, expected), (warm, warm_autograd, outputs) = found
+    assert cold["fxgraph_cache_miss"] == cold_autograd["autograd_cache_saved"] == warm_autograd["autograd_cache_hit"]
+    for counted in (cold, warm, cold_autograd, warm_autograd):
+        assert not any(name.endswith("bypass") for name in counted)
+    assert "fxgraph_cache_miss" not in warm
+    assert "autograd_cache_miss" not in warm_autograd
+    assert all(map(torch.equal, outputs, expected))
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lowering", "policy"), [("cond", "attentions"), ("specialize", "blocks")])
 def test_a_process_that_is_given_what_another_has_compiled_compiles_nothing(lowering: str, policy: str) -> None:
     """The example ends with an error if it compiles something, or computes something else."""
     asked = ["--size", "quick", "--policy", policy, "--ways", lowering]
