@@ -244,7 +244,8 @@ class PABBackend:
         self.regions += regions
         run: BroadcastGraph | PieceGraph | Plain | None = self._broadcasting(captured, regions, names, example_inputs)
         if run is None:
-            if not any(region.is_broadcast for region in self.regions):
+            asks = any(each.when is not None for each in policies)
+            if asks and not any(region.is_broadcast for region in self.regions):
                 self.notices.warn_of_nothing(regions)
             run = Plain(self._compiler(names)(gm, example_inputs), self.runtime.has_cuda_graphs)
         self.captured.append(Captured(captured, regions, names.frame, id(names.model), run))

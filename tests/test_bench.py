@@ -241,13 +241,6 @@ def test_without_a_gpu_it_says_so() -> None:
     assert "no CUDA device" in " ".join(shown.output.split())
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    shown = CliRunner().invoke(app, ["bench", "--quick", "--chart", "chart.png"])
-    assert shown.exit_code == 2
-    assert 'pip install "pab-fx[bench]"' in " ".join(shown.output.split())
-
-
 # ----------------------------------------------------------------------------------- the command line
 
 

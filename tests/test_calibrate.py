@@ -486,6 +486,13 @@ def test_a_folder_of_another_calibration_is_refused_with_what_differs(tmp_path: 
         Folder(tmp_path, {"prompts": ["b"], "batch": 1})
 
 
+def test_a_folder_of_something_else_is_refused_and_nothing_written_into_it(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("of years")
+    with pytest.raises(ValueError, match="holds something else than a calibration"):
+        Folder(tmp_path, {"batch": 1})
+    assert [each.name for each in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_an_entry_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = Folder(tmp_path, {})
     (folder.entries / "cut.json.part").write_text('{"half')
@@ -685,6 +692,8 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path) -> None
 def test_a_budget_that_nothing_keeps_is_an_error_that_says_how_near_it_was(loop: Loop, found: Calibration) -> None:
     with pytest.raises(RuntimeError, match=r"no setting (keeps|is expected to keep) the budget, relative L2 <= 1e-12"):
         calibrated(loop, found.folder, budget="relative_l2<=1e-12", rounds=0)
+    with pytest.raises(RuntimeError, match=r"no setting leaves out so many operations, .*: ask for less"):
+        calibrated(loop, found.folder, budget="speedup>=1000000", rounds=0)
 
 
 def test_a_pipeline_with_two_branches_of_guidance_is_calibrated(tmp_path: Path) -> None:
@@ -709,6 +718,7 @@ def test_a_pipeline_with_two_branches_of_guidance_is_calibrated(tmp_path: Path) 
         ({"prompts": []}, "prompts must be a list"),
         ({"prompts": ["one"]}, "two at least"),
         ({"prompts": "one prompt"}, "prompts must be a list"),
+        ({"prompts": ["a", "b", "a"]}, "prompts has 'a' twice"),
         ({"generate": None}, "pass generate="),
         ({"generate": 3}, "must be a function"),
         ({"batch": 2}, "one prompt at a time"),
@@ -808,6 +818,14 @@ def test_a_proposal_that_saves_much_less_time_than_operations_is_warned_of(
         warnings.simplefilter("always")
         warn_of_timing(2.0, measured)
     assert [("Was the machine busy" in str(each.message)) for each in caught] == [True] * is_far
+
+
+@pytest.mark.parametrize("given_", [{"prompt": "a red circle"}, {"generator": None}])
+def test_what_calibrate_gives_a_pipeline_itself_is_refused_in_call(given_: dict[str, Any], tmp_path: Path) -> None:
+    """Noise of one's own would not be the same with and without a cache."""
+    with pytest.raises(ValueError, match="which calibrate gives"):
+        pab_fx.calibrate(load_pipeline(), ["a", "b"], "psnr>=30", call=given_, folder=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_arguments_that_a_pipeline_does_not_take_are_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class Folder:
         identity: what is calibrated, as plain JSON.
 
     Raises:
-        ValueError: if the folder is of another calibration, saying in what they differ.
+        ValueError: if the folder is of another calibration, saying in what they differ, or of something else.
         OSError: if it cannot be made.
     """
 
@@ -34,6 +34,8 @@ class Folder:
             raise ValueError(f"{self.path} is a file: name a folder for the calibration.")
         own = json.loads(json.dumps(identity))
         known = self._read(self.path / self.IDENTITY)
+        if known is None and self.path.exists() and any(self.path.iterdir()) and not self.entries.exists():
+            raise ValueError(f"{self.path} holds something else than a calibration: name a new or an empty folder.")
         if known is None or not any(self.entries.glob("*.json")):  # nothing was finished
             self.entries.mkdir(parents=True, exist_ok=True)
             self._write(self.path / self.IDENTITY, json.dumps(own, indent=1) + "\n")

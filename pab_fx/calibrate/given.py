@@ -25,6 +25,11 @@ def check_model(model: Any, prompts: Any, generate: Any, batch: int) -> None:
         raise ValueError(
             f"prompts must be a list of prompts, two at least, got {prompts!r}: half are held out of the search."
         )
+    twice = next((prompt for i, prompt in enumerate(prompts) if prompt in prompts[:i]), None)
+    if twice is not None:
+        raise ValueError(
+            f"prompts has {twice!r} twice: half of them are held out of the search, and would hold out what was seen."
+        )
     if generate is None and not isinstance(model, DiffusionPipeline):
         raise ValueError(
             f"{type(model).__name__} is no pipeline: pass generate=, a function (model, prompt, seed) that returns a "
@@ -36,10 +41,20 @@ def check_model(model: Any, prompts: Any, generate: Any, batch: int) -> None:
         raise ValueError(f"batch={batch} is for pipelines: generate is called with one prompt at a time.")
 
 
+OWN = ("prompt", "generator")
+"""Arguments of a pipeline's call that a calibration gives."""
+
+
 def check_call(model: Any, generate: Any, call: Mapping[str, Any]) -> None:
-    """Refuse arguments that the pipeline does not take."""
+    """Refuse arguments that the pipeline does not take, and those that are not the caller's to give."""
     if generate is not None:
         return
+    for name in OWN:
+        if name in call:
+            raise ValueError(
+                f"call has {name!r}, which calibrate gives: each prompt is generated from the same noise with and "
+                "without a cache. Pass prompts= and seed=."
+            )
     parameters = inspect.signature(type(model).__call__).parameters
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return

@@ -119,6 +119,8 @@ class Judge:
         found = self._best_of(every)
         if found is not None:
             return found
+        if self.budget.speedup is not None:
+            raise RuntimeError(f"no setting leaves out so many operations, {self.budget}: ask for less.")
         if not every:
             raise RuntimeError(f"no setting is expected to keep the budget, {self.budget}: allow more.")
         nearest_ = max(every, key=lambda each: each.room)

@@ -89,7 +89,7 @@ def sampler(model: Any, generate: Generate | None, call: Mapping[str, Any]) -> C
     Args:
         model: the pipeline or model that is calibrated.
         generate: a loop of one's own, called prompt by prompt; `None` calls the pipeline.
-        call: arguments of the pipeline's call beside prompt, generator and output type, which it overrides.
+        call: arguments of the pipeline's call beside prompt and generator; the output type is "np" if it has none.
     """
     if generate is not None:
         own = generate  # for the type checker

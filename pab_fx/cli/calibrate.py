@@ -88,7 +88,7 @@ def calibrate(
             batch=batch,
             margin=margin,
             effort=effort,
-            parts=parts.split(","),
+            parts=[part.strip() for part in parts.split(",")],
             compare=others,
             rounds=rounds,
             inner=inner,
@@ -97,7 +97,8 @@ def calibrate(
     console.print(_table_of(found))
     for policy in found.policies:
         console.print(f"{type(policy.where).__name__}: {policy.describe()}", soft_wrap=True)
-    console.print(f"budget: {found.budget}, kept with {margin:g} standard errors in reserve")
+    kept = "by count of operations" if found.budget.speedup else f"with {margin:g} standard errors in reserve"
+    console.print(f"budget: {found.budget}, kept {kept}")
     console.print(f"The setting, for pab_fx.load_policies: {found.folder / 'policies.json'}", soft_wrap=True)
     write_json(json, found.as_json())
 
@@ -166,7 +167,7 @@ def _loaded(pipeline: str, device: str | None, dtype: str | None) -> Any:
     """The pipeline.
 
     Raises:
-        ValueError: for a dtype that torch has not.
+        ValueError: for a dtype that torch has not, or a device that is not there.
         OSError: as diffusers, if there is no such pipeline.
     """
     import torch
@@ -181,7 +182,10 @@ def _loaded(pipeline: str, device: str | None, dtype: str | None) -> Any:
     own = {"demo": "clips", "pictures": "pictures"}.get(pipeline)
     pipe = load_pipeline(own, **options) if own else DiffusionPipeline.from_pretrained(pipeline, **options)
     pipe.set_progress_bar_config(disable=True)
-    return pipe if device is None else pipe.to(device)
+    try:
+        return pipe if device is None else pipe.to(device)
+    except (RuntimeError, AssertionError) as error:  # an assertion is what a torch without CUDA raises
+        raise ValueError(f"--device {device!r} cannot be used here: {error}") from None
 
 
 def _table_of(found: Calibration) -> Table:

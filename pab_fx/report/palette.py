@@ -24,19 +24,13 @@ PARTLY_COLOUR = "#d9b648"
 
 
 def pyplot() -> Any:
-    """Matplotlib's pyplot, drawing to files.
+    """Matplotlib's pyplot, drawing to files; it takes a second to import."""
+    import matplotlib
 
-    Raises:
-        ValueError: without matplotlib.
-    """
-    try:
-        import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
 
-        matplotlib.use("agg")
-        from matplotlib import pyplot as found
-    except ImportError:
-        raise ValueError('pictures need matplotlib: pip install "pab-fx[bench]"') from None
-    return found
+    return pyplot
 
 
 def bare(axis: Any) -> None:
