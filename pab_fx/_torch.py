@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -297,28 +298,32 @@ def cached(gm: fx.GraphModule) -> Iterator[None]:
     """Compile a graph so that Inductor's and AOTAutograd's caches take it, in memory and on disk.
 
     They leave out graphs with `cond`, though their key has the branches' code like all other code, and graphs with
-    functions that are not PyTorch's, such as `hold_strides`. Here both are marked. The mark, a part of the key, is a
-    digest of these functions' modules and this one. `unsafe_marked_cacheable_functions` seen in 2.9 to 2.13.
+    functions that are not PyTorch's, such as `hold_strides`. Here both are marked, and a digest of the package's source
+    is a part of the key. Methods and closures are not marked: their name does not tell what they hold, and two of them
+    would have one key. `unsafe_marked_cacheable_functions` seen in 2.9 to 2.13.
     """
     from torch._inductor import config
 
     graphs = [each.graph for each in gm.modules() if isinstance(each, fx.GraphModule)]
     targets = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
-    own = {each for each in targets if str(getattr(each, "__module__", "")).startswith(f"{__package__}.")}
-    digest = _digest(frozenset({__name__, *(each.__module__ for each in own)}))
-    marked = {f"{each.__module__}.{each.__name__}": digest for each in (*own, cond_op)}
+    marked = {f"{each.__module__}.{each.__name__}": _digest() for each in (cond_op, *filter(_is_ours, targets))}
     with config.patch(unsafe_marked_cacheable_functions={**config.unsafe_marked_cacheable_functions, **marked}):
         yield
 
 
+def _is_ours(target: Any) -> bool:
+    """Whether it is a function of a module of this package, and its name there says all of it."""
+    if not inspect.isfunction(target) or not target.__module__.startswith(f"{__package__}."):
+        return False
+    return getattr(sys.modules[target.__module__], target.__name__, None) is target
+
+
 @functools.cache
-def _digest(modules: frozenset[str]) -> str:
-    """Of their source; of nothing that another process knows where the source is not installed."""
-    try:
-        source = "".join(inspect.getsource(sys.modules[name]) for name in sorted(modules))
-    except OSError:
-        source = uuid.uuid4().hex
-    return hashlib.sha256(source.encode()).hexdigest()
+def _digest() -> str:
+    """Of the package's source. Where only compiled files are installed it is of this process alone."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    source = b"".join(file.read_bytes() for file in files) or uuid.uuid4().bytes
+    return hashlib.sha256(source).hexdigest()
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ STEPS = 4
 
 
 def config_of(name: str) -> Any:
-    """A config of diffusers; those that ask for a timestep are told by `enable`."""
+    """A config of diffusers; one that asks for a timestep is told one in its ranges."""
     if not hasattr(diffusers.hooks, name):
         pytest.skip(f"this diffusers has no {name}")
     clock = {"current_timestep_callback": lambda: 500} if name in CLOCKED else {}

@@ -648,6 +648,20 @@ def test_the_model_is_left_as_it_was(loop: Loop, found: Calibration) -> None:
     pab_fx.enable(loop.model, inner="eager").disable()
 
 
+def test_where_nothing_is_asked_for_no_alarm_is_raised_that_nothing_is_reused(loop: Loop) -> None:
+    """The timing's generations without a cache go by such policies."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pab_fx.enable(loop.model, NOTHING, inner="eager") as pab:
+            loop(loop.model, "a", 0)
+    assert pab.report().reused == 0
+    with (
+        pytest.warns(UserWarning, match="matches none of the"),
+        pab_fx.enable(loop.model, Policy(Attentions(("cross",)), Every(2)), inner="eager"),
+    ):
+        loop(loop.model, "a", 0)
+
+
 def test_pictures_policies_and_results_are_written_and_nothing_is_pickled(found: Calibration) -> None:
     names = {path.name for path in found.folder.iterdir()}
     assert {"policies.json", "changes.png", "roles.png", "front.png", "entries", "calibration.json"} == names

@@ -7,10 +7,8 @@ How much an error in a step matters for the sample is fitted to what settings ha
     w[i]                 =  exp(a + b * step + c), a and b for each kind of part, c in the last step alone
 
 What is wrong in the last step is in the sample as it is, where a model corrects what was wrong in others. The slope is
-above 1 where a large error grows on its way through the steps that follow: a sample becomes another one. Polynomials
-of a higher degree explain better what was found, and predict worse what was not: of 150 settings of the demo's model,
-fitted to a quarter and asked about the others, the root mean square was 6.3 dB with cubics (of 116 of them), 4.2 with
-lines and a slope, and 3.9 with the last step too; 4.5 and 3.9 of 84 settings of the demo's second model.
+above 1 where a large error grows on its way through the steps that follow: a sample becomes another one. A line, not a
+polynomial of a higher degree: that explains better what was found, and predicts worse what was not.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..policy.files import save_policies
-from ..report.palette import pyplot
 from .budget import Budget
 from .files import Folder
 from .forecasts import Forecasts
@@ -110,7 +109,6 @@ def calibrate(
     check_counts(1, batch=batch)
     check_counts(0, rounds=rounds)
     check_amounts(peak, margin)
-    pyplot()
     half = (len(prompts) + 1) // 2
     searched, held = batches_of(prompts[:half], seed, batch), batches_of(prompts[half:], seed + half, batch)
     to_enter = Trials(model, generate, call or {}, inner)

@@ -121,13 +121,13 @@ def fastest(
         likely = NormalDist(*predictions.room(setting, runs))
         return (most - predictions.operations(setting)) * (1 - likely.cdf(0))
 
-    def keeps(setting: Setting, errors: int) -> bool:
-        expected, error = predictions.room(setting, runs)
-        return expected >= errors * error
+    def keeps(setting: Setting, reserve: int) -> bool:
+        expected, standard_error = predictions.room(setting, runs)
+        return expected >= reserve * standard_error
 
     found: dict[Setting, float] = {}
-    for method, errors in itertools.product(methods, (-1, 0, 1)):
-        setting = _least(partial(predictions.best, method), partial(keeps, errors=errors), of)
+    for method, reserve in itertools.product(methods, (-1, 0, 1)):
+        setting = _least(partial(predictions.best, method), partial(keeps, reserve=reserve), of)
         while setting is not None and setting in tried:
             setting = predictions.best(method, len(setting.compute) + 1)
         if setting is not None:

@@ -50,14 +50,12 @@ def bench(
     from ..bench.results import caption_of, markdown_of, tables_of
     from ..bench.run import run_bench
     from ..bench.settings import Settings, columns_of, config_of
-    from ..report.palette import pyplot
 
     console = console_for(json)
     with refused():
         check_file(json)
         check_file(markdown)
         if chart is not None:
-            pyplot()
             check_file(chart, "the chart", *SUFFIXES)
         if minutes is None and device == "cuda":
             minutes = 8.0  # real models take long to compile

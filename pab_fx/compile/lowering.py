@@ -75,7 +75,7 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def _conditions(gm: fx.GraphModule) -> Iterator[None]:
+def _compiling(gm: fx.GraphModule) -> Iterator[None]:
     """Compile a graph so that its conditions neither hold on to their operands nor copy them, and caches take it."""
     with conditions_let_go_of_operands(), conditions_take_operands_as_they_lie(), cached(gm):
         yield
@@ -173,17 +173,18 @@ class Lowerings:
 
     def _compiled_later(self, gm: fx.GraphModule) -> Compiled:
         """A graph compiled outside of Dynamo's call."""
-        with traced_shapes(gm) as inputs, _conditions(gm):
+        with traced_shapes(gm) as inputs, _compiling(gm):
             return self._with_state(gm, compiled_later(self._compiler, gm, inputs))
 
     def compile_as_captured(self, key: Any, example_inputs: Sequence[Any]) -> None:
         """Compile the graph for a key inside of Dynamo's call."""
         gm = lowered(self.conditional, key, self._lowering)
-        with _conditions(gm):
+        with _compiling(gm):
             self._compiled[key] = self._with_state(gm, self._compiler(gm, self._examples(gm, example_inputs)))
         if self._parts is not None:
             head = self._parts.head
-            self._head = boxed(self._compiler(head, self._examples(head, example_inputs)))
+            with _compiling(head):
+                self._head = boxed(self._compiler(head, self._examples(head, example_inputs)))
 
     def _examples(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
         """What a graph is compiled for inside of Dynamo's call: the captured graph's inputs, and fake further ones."""
@@ -202,7 +203,7 @@ class Lowerings:
         """
         if self._head is None:
             assert self._parts is not None
-            with compile_lock(), traced_shapes(self._parts.head) as inputs:
+            with compile_lock(), traced_shapes(self._parts.head) as inputs, _compiling(self._parts.head):
                 self._head = self._head or boxed(compiled_later(self._compiler, self._parts.head, inputs))
         found, of = self._head([*args, *before, *further]), len(self.rules)
         return found[:of], found[of : 2 * of], found[2 * of :]
