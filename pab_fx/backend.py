@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ._torch import inputs_that_are_state
+from ._torch.dynamo import inputs_that_are_state
 from .compile.lowering import Compiler, Lowerings
 from .compile.regional import RegionalCompiler
 from .compile.variants import Variants, likely_unchanging

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ._torch import recompiles_of_its_own
+from ._torch.dynamo import recompiles_of_its_own
 from .backend import PABBackend, backend_that_captured
 from .diffusers import listen
 from .diffusers.configs import HOOKS_CONFIGS

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ._torch import has_cuda_graphs, inductor_patches, lookup_backend
+from ._torch.dynamo import lookup_backend
+from ._torch.inductor import has_cuda_graphs, inductor_patches
 from .passes.compress import DTYPES
 
 

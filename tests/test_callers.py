@@ -14,7 +14,7 @@ from torch import nn
 
 import pab_fx
 from pab_fx import PABBackend, PABConfig
-from pab_fx._torch import calling_modules
+from pab_fx._torch.dynamo import calling_modules
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import pab_fx
 from pab_fx import Attentions, Change, Every, Model, Policy, Residual, Taylor
-from pab_fx._torch import cached
+from pab_fx._torch.inductor import cached
 from pab_fx.diffusers.sea_cache import Filtered
 from pab_fx.passes.strides import in_order
 

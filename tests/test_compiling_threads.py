@@ -14,7 +14,7 @@ from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
 import pab_fx
 from pab_fx import PABConfig
-from pab_fx._torch import conditions_let_go_of_operands, conditions_take_operands_as_they_lie
+from pab_fx._torch.inductor import conditions_let_go_of_operands, conditions_take_operands_as_they_lie
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -12,7 +12,8 @@ from torch._inductor.utils import run_and_get_code
 
 import pab_fx
 from pab_fx import PABConfig
-from pab_fx._torch import hold_strides, symbols_inside
+from pab_fx._torch import symbols_inside
+from pab_fx._torch.inductor import hold_strides
 from pab_fx.graph.dataflow import value
 from pab_fx.passes.form import conditionals, operands_of
 
@@ -83,7 +84,7 @@ def test_no_operand_is_copied_into_the_layout_that_it_was_traced_with(dynamic: b
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # rounding, of float32
     changes = [float((a - b).abs().max()) for a, b in zip(found, without_pab(model, sizes), strict=True)]
     assert max(changes) > 1e-2
-    if RELEASE[:2] == (2, 13):  # for others see `_torch.conditions_take_operands_as_they_lie`
+    if RELEASE[:2] == (2, 13):  # for others see `_torch.inductor.conditions_take_operands_as_they_lie`
         assert any("_decided" in code for code in codes)  # there are conditions
         assert not any("force_stride_order" in code for code in codes)
 

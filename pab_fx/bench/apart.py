@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .._torch import lookup_backend
+from .._torch.dynamo import lookup_backend
 
 
 class CountingCompiler:

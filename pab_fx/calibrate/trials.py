@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import fx
 
-from .._torch import lookup_backend
+from .._torch.dynamo import lookup_backend
 from ..enable import PAB, enable
 from ..policy.policy import Policy
 from ..policy.when import Progress, Rule, Step

@@ -15,18 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._torch import (
-    boxed,
-    cached,
-    compile_lock,
-    compiled_later,
-    conditions_let_go_of_operands,
-    conditions_take_operands_as_they_lie,
-    faked_for_compiler,
-    size_hint,
-    sizes_at,
-    traced_shapes,
-)
+from .._torch import boxed, compiled_later, faked_for_compiler, size_hint, sizes_at, traced_shapes
+from .._torch.dynamo import compile_lock
+from .._torch.inductor import cached, conditions_let_go_of_operands, conditions_take_operands_as_they_lie
 from ..graph.dataflow import value
 from ..passes.compress import stored
 from ..passes.cut import Cut

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._torch import uncompiled
+from .._torch.dynamo import uncompiled
 from ..diffusers.configs import callback_of, policies_of
 from ..graph.copies import copy_of
 from ..graph.dataflow import value

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._torch import fake_mode_of, keep_persistence, keep_sources
+from .._torch import fake_mode_of, keep_persistence
+from .._torch.dynamo import keep_sources
 from .dataflow import value
 
 

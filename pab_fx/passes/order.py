@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._torch import declare_static, keep_sources, show_graph
+from .._torch import declare_static, show_graph
+from .._torch.dynamo import keep_sources
 from ..graph.copies import copy_of
 from .compress import compress
 from .flatten import flatten

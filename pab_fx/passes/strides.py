@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .._torch import hold_strides, size_hint
+from .._torch import size_hint
+from .._torch.inductor import hold_strides
 from ..graph import effects
 from ..graph.dataflow import value
 from .form import (

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._torch import fake_mode_of, keep_sources
+from .._torch import fake_mode_of
+from .._torch.dynamo import keep_sources
 from ..graph import effects
 from ..graph.dataflow import op_name, value
 from ..select.region import Region

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._torch import calling_argument, calling_modules
+from .._torch.dynamo import calling_argument, calling_modules
 from ..compile.lowering import Expected, Lowerings
 from ..compile.specs import TensorSpec
 from ..compile.variants import Variants

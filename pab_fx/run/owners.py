@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .._torch import calling_modules
+from .._torch.dynamo import calling_modules
 from ..graph.dataflow import STATE
 from ..passes.form import Conditional
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .._torch import calling_modules, compiled_frame
+from .._torch.dynamo import calling_modules, compiled_frame
 from ..graph.modules import ModuleNames, all_names
 
 

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._torch import compiled_call, static_inputs
+from .._torch import static_inputs
+from .._torch.dynamo import compiled_call
 
 
 def replaying(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Replayed:
