@@ -528,6 +528,55 @@ def test_a_residual_takes_one_tensor_for_each_stream() -> None:
     assert sizes == [streams, 2 * streams]
 
 
+class ImageOnly(JoinedMMDiT):
+    """What goes on of the joined streams is the image, to a norm."""
+
+    def follow(self, streams: tuple[Tensor, ...], text: Tensor) -> Tensor:
+        return nn.functional.layer_norm(super().follow(streams, text), (WIDTH,))
+
+
+@lowerings
+def test_of_joined_streams_no_more_is_kept_than_goes_on(lowering: str) -> None:
+    """Nor is computed what only led to the rest: the text's last feed-forward before the streams are joined."""
+    model, policy = build(ImageOnly), Policy(Blocks(2), Every(3), Residual())
+    plain = trajectory(model)
+    graphs: list[fx.GraphModule] = []
+
+    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    with pab_fx.enable(model, policy, inner=inner, lowering=lowering) as pab:
+        found = trajectory(model)
+        (role,) = pab.report().roles
+    reference = Reference(model, policy)
+    compute = MMDiT.run
+
+    def run(streams: tuple[Tensor, ...], embedding: Tensor) -> tuple[Tensor, ...]:
+        """The two lists by hand: the first runs, and what the second adds to the image is kept."""
+        image, text = compute(reference.model, streams, embedding)
+
+        def joined() -> tuple[Tensor, ...]:
+            whole = torch.cat([text, image], dim=1)
+            for block in reference.model.single_blocks:  # type: ignore[union-attr]
+                whole = block(whole, embedding)
+            return (whole[:, text.shape[1] :],)
+
+        (image,) = reference._part(reference._n, reference._t, (image,), joined)
+        return (torch.cat([text, image], dim=1),)
+
+    reference.model.run = run  # type: ignore[method-assign]
+    assert equal(found, reference.trajectory())
+    assert reference.reused > 0
+    assert not equal(found, plain)
+    assert role.full_bytes == 2 * 6 * WIDTH * 4  # batch, tokens of the image, width, bytes
+    if lowering == "specialize":
+        reading = min(graphs, key=lambda gm: len(gm.graph.nodes))
+        read = {name for node in reading.graph.nodes if node.op == "call_function" for name in map(str, node.args)}
+        assert any("blocks_modules_1_modules_image_ff" in name for name in read)
+        assert not any("blocks_modules_1_modules_text_ff" in name for name in read)
+
+
 @pytest.mark.parametrize("kind", [DiT, JoinedMMDiT], ids=lambda kind: kind.__name__)
 def test_a_rewritten_program_skips_blocks_too(kind: type[Denoiser]) -> None:
     model, policy = build(kind), Policy(Blocks(), Every(3), Taylor(1, of=Residual()))

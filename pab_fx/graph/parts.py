@@ -11,7 +11,7 @@ from torch import fx
 
 from .._torch import size_hint, symbol_of
 from . import effects
-from .dataflow import is_tuple, op_name, value
+from .dataflow import PRODUCTS, PROJECTIONS, is_tuple, op_name, value
 
 JOINS = ("cat", "concat", "concatenate")
 
@@ -60,6 +60,14 @@ def taken(node: fx.Node) -> Part | None:
     (along,) = cut
     start = (mine.storage_offset() - whole.storage_offset()) // whole.stride(along)
     return Part(source, along, start, mine.shape[along])
+
+
+def stands_alone(node: fx.Node) -> bool:
+    """Whether a node takes a part of a tensor that may as well lie by itself in memory.
+
+    The last bit of a product depends on how its operand lies, so no product may read the part.
+    """
+    return taken(node) is not None and not any(op_name(user) in PROJECTIONS | PRODUCTS for user in node.users)
 
 
 def joined(node: fx.Node) -> list[tuple[fx.Node, Part]]:

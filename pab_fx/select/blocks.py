@@ -17,6 +17,7 @@ from torch import fx
 from ..graph import effects
 from ..graph.dataflow import is_projection, is_tensor
 from ..graph.modules import ModuleCall, list_of
+from ..graph.parts import stands_alone
 from ..policy.where import BLOCKS, Blocks
 from .pieces import broken_block, every_block, is_piece, piece_of
 from .region import Assign, Region
@@ -64,6 +65,7 @@ def _range(view: View, assign: Assign, where: Blocks, found: Sequence[ModuleCall
     why = f"{len(chosen)} of {len(found)} blocks, {first} to {last}" if len(chosen) > 1 else f"the block {first}"
     nodes = nodes_between(view, chosen or found[:1])
     unsafe = unsafe or _interrupted(view, chosen, nodes)
+    nodes += _parts_read(nodes)
     name = f"{view.names.frame}:{where.label}".removeprefix(":")
     return Region.of(name, name, assign, BLOCKS, why, nodes, unsafe)
 
@@ -146,6 +148,17 @@ def _interrupted(view: View, calls: Iterable[ModuleCall], nodes: Iterable[fx.Nod
     if between is not None and any(between in effects.updated(node) for node in own):
         return f"a block updates the tensor that it is given in place ({between.name}): let it add to a new one"
     return None if between is None else f"no stream goes through all blocks: {between.name} lies between two of them"
+
+
+def _parts_read(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What takes a part of what leaves a range, where that is all that is read of it: no more than that is kept.
+
+    %z : blocks.1(%joined)          # of text and image
+    %o : getitem(%z, 7:)            # the image, which alone goes on
+    """
+    inside = set(nodes)
+    outer = ([user for user in node.users if user not in inside] for node in nodes)
+    return [users[0] for users in outer if len(users) == 1 and stands_alone(users[0])]
 
 
 def nodes_between(view: View, calls: Iterable[ModuleCall]) -> list[fx.Node]:

@@ -7,7 +7,7 @@ updated meanwhile. No graph is changed here.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import fx
 
 from ..graph import effects
 from ..graph.dataflow import is_tensor, is_tuple, op_name, shape, takes_item, tells_dtype, value
-from ..policy.where import MODEL
+from ..graph.parts import stands_alone
+from ..policy.where import BLOCKS, MODEL
 from .region import Region
 
 UNUSED = "none of its tensors is used outside of it"
@@ -84,9 +85,10 @@ def _bounded(graph: fx.Graph, region: Region) -> Region:
     unsafe = _unsafe(graph, region.nodes)
     if unsafe:
         return replace(region, unsafe=unsafe)
-    # a whole model's prediction has to look like its sample, and a residual is of all that the part yields
-    may_be_view = region.role == MODEL
-    nodes, outputs, replayed = bounded(region.nodes, may_be_view, may_be_view or policy.how.reads_streams)
+    # a residual is of all that the part yields
+    may_be_view = MAY_BE_VIEWS.get(region.role, _never)
+    may_be_product = region.role == MODEL or policy.how.reads_streams
+    nodes, outputs, replayed = bounded(region.nodes, may_be_view, may_be_product)
     note, inside = region.note, set(nodes)
     if any(not inside.issuperset(effects.later_updates(graph, output)) for output in outputs):
         updates = UPDATES_KEPT if policy.how.keeps_updates else UPDATES_NOT_KEPT
@@ -113,8 +115,24 @@ def _with_own_contexts(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> tuple[fx.
     return tuple(sorted(inside | own))
 
 
+def _never(node: fx.Node) -> bool:
+    return False
+
+
+def _always(node: fx.Node) -> bool:
+    return True
+
+
+MAY_BE_VIEWS: Mapping[str, Callable[[fx.Node], bool]] = {MODEL: _always, BLOCKS: stands_alone}
+"""Which views may be outputs of a region, by role.
+
+A whole model's prediction has to look like its sample. Where blocks have joined the text with the image, and only the
+image goes on, neither is the text kept nor computed for what is added to it.
+"""
+
+
 def bounded(
-    nodes: Iterable[fx.Node], may_be_view: bool, may_be_product: bool
+    nodes: Iterable[fx.Node], may_be_view: Callable[[fx.Node], bool] = _never, may_be_product: bool = False
 ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """Shrink a region to where its outputs are tensors that share no storage: its nodes, outputs, replayed nodes.
 
@@ -128,7 +146,7 @@ def bounded(
 
     Args:
         nodes: the region's.
-        may_be_view: whether an output may be a view, the only one of its tensor.
+        may_be_view: whether a view may be an output, if it is the only one of its tensor.
         may_be_product: whether an output may be a product with a number.
     """
     inside = dict.fromkeys(nodes)
@@ -157,10 +175,10 @@ def bounded(
             del inside[outer]
 
 
-def _shares(node: fx.Node, outputs: Iterable[fx.Node], may_be_view: bool) -> bool:
+def _shares(node: fx.Node, outputs: Iterable[fx.Node], may_be_view: Callable[[fx.Node], bool]) -> bool:
     """Whether a node is a view, and no output as such."""
     others = any(output is not node and effects.may_alias(output, node) for output in outputs)
-    return effects.is_view(node) and (others or not may_be_view)
+    return effects.is_view(node) and (others or not may_be_view(node))
 
 
 def _is_rescaled(node: fx.Node, inside: Container[fx.Node]) -> bool:

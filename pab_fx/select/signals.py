@@ -101,7 +101,7 @@ def _of_blocks(view: View, of: Blocks) -> Source | None:
     chosen = every[of.first : of.last]
     if not chosen or (of.last is not None and of.last > len(every)):
         return None
-    nodes, outputs, _ = bounded(nodes_between(view, chosen), may_be_view=False, may_be_product=True)
+    nodes, outputs, _ = bounded(nodes_between(view, chosen), may_be_product=True)
     through = streams(nodes, outputs, view.acts)
     carried = [output for output in outputs if output in through.carried]
     entering = _entering(view, replace(of, first=0, last=None))
@@ -115,7 +115,7 @@ def _of_blocks(view: View, of: Blocks) -> Source | None:
 def _entering(view: View, where: Blocks) -> fx.Node | None:
     """Where the stream that becomes the output of the model enters the blocks, `None` where that is not known."""
     every = blocks(view, where)
-    nodes, outputs, _ = bounded(nodes_between(view, every), may_be_view=False, may_be_product=True)
+    nodes, outputs, _ = bounded(nodes_between(view, every), may_be_product=True)
     whole = Region("", "", BLOCKS, None, "", nodes, outputs)
     way = passing(view, whole, between_blocks(view, where, nodes))
     return None if way is None else operand(way.entering)

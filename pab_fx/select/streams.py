@@ -185,8 +185,7 @@ def taken_back(node: fx.Node, carried: Mapping[fx.Node, Source | None]) -> Sourc
         if _look(before) != _look(whole):
             return None
         whole = before
-    parts = joined(whole) if whole in carried else []
-    found = next((each for each, at in parts if at.is_at(part)), None)
+    found = next((each for each, at in joined(whole) if at.is_at(part)), None)
     return None if found is None else (whole, whole.all_input_nodes.index(found))
 
 
