@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tables import table, update
 from torch import fx, nn
 
 import pab_fx
 from pab_fx import Attentions, Blocks, Every, Policy, Residual, Taylor
+from pab_fx.report.marked import table, update
 from pab_fx.run.call import BroadcastGraph
 
 TIMESTEPS = tuple(float(1000 - 50 * step) for step in range(20))

@@ -32,7 +32,6 @@ from rich.console import Console
 from rich.progress import track
 from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
-from tables import table, update
 
 import pab_fx
 from pab_fx import (
@@ -53,6 +52,7 @@ from pab_fx import (
 from pab_fx.demo import PIPELINES, clips, load_pipeline, pictures
 from pab_fx.demo.run import demo_config
 from pab_fx.policy.when import reused_calls
+from pab_fx.report.marked import table, update
 from pab_fx.report.report import Report
 
 MODELS: dict[str, Any] = {"clips": clips, "pictures": pictures}

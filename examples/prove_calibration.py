@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import Progress
-from tables import table as markdown
-from tables import update
 
 import pab_fx
 from pab_fx import (
@@ -50,6 +48,8 @@ from pab_fx.calibrate.samples import Difference, batches_of
 from pab_fx.calibrate.trials import Trials
 from pab_fx.demo import CAPTIONS, load_pipeline, pictures
 from pab_fx.demo.run import demo_config
+from pab_fx.report.marked import table as markdown
+from pab_fx.report.marked import update
 from pab_fx.report.palette import bare, pyplot
 
 SEEN, UNSEEN = 100, 3_000_000

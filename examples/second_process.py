@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import table, update
 
 import pab_fx
 from pab_fx import Attentions, Blocks, Every, Policy, Residual, Taylor
 from pab_fx.bench.models import model_of, timesteps_of
+from pab_fx.report.marked import table, update
 
 WAYS = ("compile", "specialize", "cond")
 POLICIES = {

@@ -39,7 +39,8 @@ from pab_fx.bench.contenders import (
 )
 from pab_fx.bench.measure import Clock, Spread, Trajectory, by_kind, distance, ratios
 from pab_fx.bench.models import NAMES, SIZES, BenchModel, model_of, timesteps_of
-from pab_fx.bench.results import BenchResult, ModelResult, markdown_of
+from pab_fx.bench.page import kept, page_of
+from pab_fx.bench.results import BenchResult, ModelResult, markdown_of, result_of
 from pab_fx.bench.settings import columns_of, config_of
 from pab_fx.cli import app
 
@@ -226,6 +227,9 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_noted() -> None:
         (["--chart", "chart.gif"], ".png, .svg or .pdf"),
         (["--json", "no/such/folder/result.json"], "no folder"),
         (["--inner", "inductr"], "not a registered Dynamo backend"),
+        (["--page", "page.md"], "--page shows what --results has"),
+        (["--results", "no/such/folder/results.json"], "no folder"),
+        (["--results", "pyproject.toml"], "does not hold results of pab-fx bench"),
     ],
 )
 def test_a_bad_option_is_refused(arguments: list[str], message: str) -> None:
@@ -256,6 +260,55 @@ def test_the_command_writes_numbers_chart_and_tables(tmp_path: Path) -> None:
     assert command.startswith("python -m pab_fx bench --model cogvideox --rounds 1")
     assert sorted(command.split()[4:]) == sorted(given_)
     assert f"`{command}`" in written["tables.md"].read_text()
+
+
+def test_a_long_run_may_be_taken_in_parts_and_the_page_shows_all_of_them(tmp_path: Path) -> None:
+    results, page = tmp_path / "results.json", tmp_path / "page.md"
+    page.write_text("# Speed\n\n<!-- bench -->\nold\n<!-- /bench -->\n\nThe end.\n")
+    always = ["bench", "--quick", "--rounds", "1", "--inner", "eager", "--columns", "compile,specialize,bound"]
+    for given_ in (
+        ["--model", "flux"],
+        ["--model", "wan", "--policy", "pab", "--policy", "blocks"],
+        ["--model", "flux"],
+    ):
+        shown = CliRunner().invoke(app, [*always, *given_, "--results", str(results), "--page", str(page)])
+        assert shown.exit_code == 0, shown.output
+    measured = [[(model.policy, model.model) for model in run.models] for run in kept(results)]
+    assert measured == [[("pab", "wan"), ("blocks", "wan")], [("pab", "flux")]]  # flux's first was replaced
+    text = page.read_text()
+    assert text == f"# Speed\n\n<!-- bench -->\n\n{page_of(kept(results))}\n\n<!-- /bench -->\n\nThe end.\n"
+    rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith(("| pab", "| blocks"))]
+    assert rows == 2 * [["| pab", "flux"], ["| pab", "wan"], ["| blocks", "wan"]]
+    assert (tmp_path / "page.png").stat().st_size > 0
+
+
+def test_a_page_without_a_place_for_tables_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Speed\n")
+    given_ = ["bench", "--quick", "--results", str(tmp_path / "results.json"), "--page", str(page)]
+    shown = CliRunner().invoke(app, given_)
+    assert shown.exit_code == 2
+    assert "needs a line <!-- bench -->" in " ".join(shown.output.split())
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_results_are_read_as_they_were_written(result: BenchResult) -> None:
+    assert result_of(json.loads(json.dumps(result.as_json()))) == result
+
+
+def test_what_is_slower_than_another_stands_on_the_page(result: BenchResult) -> None:
+    (model,) = result.models
+    ours, slow, near = (
+        next(c for c in model.columns if c.column == "pab_fx cond"),
+        Spread(0.9, 0.8, 1.1),
+        Spread(1, 1, 1),
+    )
+    changed = dataclasses.replace(ours, over_hooks=slow, over_cache_dit=None, of_bound=near)
+    page = page_of([dataclasses.replace(result, models=(dataclasses.replace(model, columns=(changed,)),))])
+    assert "- `pab`, wan, pab_fx cond: 0.90 (0.80 to 1.10) of the speed of hooks + compile" in page
+    fast = dataclasses.replace(changed, over_hooks=near)
+    page = page_of([dataclasses.replace(result, models=(dataclasses.replace(model, columns=(fast,)),))])
+    assert "- nothing" in page
 
 
 @given(st.permutations(["eager", "hooks", "both", "bound"]))
@@ -343,7 +396,7 @@ def test_a_generation_starts_afresh_and_leaves_nothing(column: str) -> None:
         assert all(role.cache_bytes == 0 for role in runs.handle.report().roles)
 
 
-DBCACHE = dataclasses.replace(QUICK, policy="dbcache-taylorseer", rounds=1)
+DBCACHE = dataclasses.replace(QUICK, policies=("dbcache-taylorseer",), rounds=1)
 
 
 def test_cache_dit_makes_the_same_decisions_in_more_graphs() -> None:
@@ -370,7 +423,9 @@ def test_cache_dit_makes_the_same_decisions_in_more_graphs() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_cache_dit_is_raced_on_every_model_that_it_knows(name: str, policy: str) -> None:
     pytest.importorskip("cache_dit")
-    settings = dataclasses.replace(DBCACHE, models=(name,), policy=policy, columns=(*CACHE_DIT, "pab_fx specialize"))
+    settings = dataclasses.replace(
+        DBCACHE, models=(name,), policies=(policy,), columns=(*CACHE_DIT, "pab_fx specialize")
+    )
     (model,) = run_bench(settings).models
     raced = {column.column for column in model.columns}
     assert raced == ({"pab_fx specialize"} if name == "latte" else set(settings.columns))
@@ -399,7 +454,8 @@ def test_other_outputs_of_cache_dit_are_noted(monkeypatch: pytest.MonkeyPatch) -
 def test_other_policies_are_raced_at_the_decisions_of_their_hooks(policy: str) -> None:
     """Which `run_model` checks, as it does that outputs are equal."""
     columns = ("hooks", "compile", "pab_fx specialize", "lower bound", "hooks + compile")
-    (model,) = run_bench(dataclasses.replace(QUICK, models=("flux",), rounds=1, policy=policy, columns=columns)).models
+    settings = dataclasses.replace(QUICK, models=("flux",), rounds=1, policies=(policy,), columns=columns)
+    (model,) = run_bench(settings).models
     hooked = CACHES[policy](model_of("flux", "quick"), None, 8, Clock()).hooks is not None
     assert [each.column for each in model.columns] == [each for each in columns if hooked or "hooks" not in each]
     assert model.policy == policy
@@ -445,7 +501,7 @@ def test_a_model_in_bfloat16_runs_and_keeps_in_float32_what_its_class_does(name:
     network = model.build(CPU)
     dtypes = {parameter.dtype for parameter in network.parameters()}
     assert dtypes == ({torch.bfloat16, torch.float32} if name == "wan" else {torch.bfloat16})
-    result = run_model(model, dataclasses.replace(QUICK, rounds=1, columns=SHORT), lambda text: None)
+    result = run_model(model, "pab", dataclasses.replace(QUICK, rounds=1, columns=SHORT), lambda text: None)
     plain, broadcast = (column.distance for column in result.columns)
     assert plain is not None
     assert broadcast is not None

@@ -1,7 +1,8 @@
-"""The bar chart: how much faster than `torch.compile` each column is, and how much there is to win."""
+"""Charts: how much faster than `torch.compile` each column is, and how much there is to win."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,39 @@ def save_chart(result: BenchResult, path: Path) -> None:
         _draw(axis, model)
     title = "Speed-up of a generation over torch.compile: median, and lowest to highest round as a black line"
     figure.suptitle(f"{title}\n{result.machine}", fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot().close(figure)
+
+
+DOTS = {
+    "hooks + compile": (OTHERS, "o"),
+    "cache-dit + compile": ("#c46a3f", "s"),
+    "regional": (COLOURS["regional"], "v"),
+    "pab_fx cond": (COLOURS["pab_fx cond"], "^"),
+    "pab_fx specialize": (COLOURS["pab_fx specialize"], "D"),
+    "lower bound": (COLOURS["lower bound"], "|"),
+}
+"""Colour and mark of the columns of the overview; the last ones are drawn over the first."""
+
+
+def save_overview(models: Sequence[ModelResult], path: Path) -> None:
+    """Write the chart of many policies and models: a row for each, a mark for each compiled column."""
+    shown = [model for model in models if model.column("compile")]
+    figure, axis = pyplot().subplots(figsize=(8, 0.24 * len(shown) + 1.4), layout="constrained")
+    for name, (colour, mark) in DOTS.items():
+        columns = [(y, model.column(name)) for y, model in enumerate(shown)]
+        found = [(column.speedup.median, y) for y, column in columns if column and column.speedup]
+        if found:
+            size = 130 if mark == "|" else 34
+            axis.scatter(*zip(*found, strict=True), color=colour, marker=mark, s=size, label=name, zorder=3)
+    axis.axvline(1.0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(shown)), [f"{model.policy}, {model.model}" for model in shown], fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(axis="y", linewidth=0.4)
+    axis.set_xlabel("times as fast as torch.compile alone, median of the rounds", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    bare(axis)
     figure.savefig(path, dpi=150)
     pyplot().close(figure)
 

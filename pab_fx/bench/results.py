@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
 import platform
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ import torch
 from rich import box
 from rich.table import Column, Table
 
+from ..report.marked import table
 from ..report.units import counted
 from .measure import Spread
 
@@ -121,6 +124,30 @@ class BenchResult:
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
 
+def result_of(data: Mapping[str, Any]) -> BenchResult:
+    """What `BenchResult.as_json` wrote, as it was.
+
+    Raises:
+        ValueError: for another version of its form.
+    """
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"results of schema {data.get('schema')} cannot be read, only those of {SCHEMA}.")
+    models = (_model_of(each) for each in data["models"])
+    return BenchResult(data["command"], data["machine"], data["versions"], tuple(models))
+
+
+def _model_of(data: Mapping[str, Any]) -> ModelResult:
+    columns = tuple(ColumnResult(**{name: _read(value) for name, value in each.items()}) for each in data["columns"])
+    return ModelResult(**{**data, "columns": columns, "notes": tuple(data["notes"])})
+
+
+def _read(value: Any) -> Any:
+    """A field of a column: spreads are objects, and lists were tuples."""
+    if isinstance(value, Mapping) and set(value) == {each.name for each in dataclasses.fields(Spread)}:
+        return Spread(**value)
+    return tuple(value) if isinstance(value, list) else value
+
+
 def machine_of(device: torch.device) -> str:
     """What it runs on.
 
@@ -136,8 +163,11 @@ def machine_of(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of torch, diffusers and Python."""
-    return {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+    """Of torch, diffusers and Python, and of cache-dit where it is installed."""
+    found = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["cache-dit"] = importlib.metadata.version("cache-dit")
+    return found
 
 
 PARTS = (
@@ -200,8 +230,8 @@ def caption_of(result: ModelResult) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
     rounds = max((len(column.seconds) for column in result.columns), default=0)
     return (
-        f"{result.title}: {result.parameters / 1e6:.1f} M parameters, {result.dtype}, {result.steps} steps ({kinds}), "
-        f"{result.broadcast}; {counted(rounds, 'round')}"
+        f"{result.policy} on {result.title}: {result.parameters / 1e6:.1f} M parameters, {result.dtype}, "
+        f"{result.steps} steps ({kinds}), {result.broadcast}; {counted(rounds, 'round')}"
     )
 
 
@@ -212,10 +242,10 @@ def tables_of(result: ModelResult) -> list[Table]:
     for part in PARTS:
         shown = [i for i, name in enumerate(header) if name in part]
         heads = (Column(NARROW.get(header[i], header[i]), justify="right", no_wrap=True) for i in shown)
-        table = Table(Column(min_width=10), *heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        drawn = Table(Column(min_width=10), *heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for row in rows:
-            table.add_row(row[0], *(row[i] for i in shown))
-        tables.append(table)
+            drawn.add_row(row[0], *(row[i] for i in shown))
+        tables.append(drawn)
     return tables
 
 
@@ -225,6 +255,5 @@ def markdown_of(result: BenchResult) -> str:
     parts = [f"`{result.command}` on {result.machine}; {versions}."]
     for model in result.models:
         header, rows = rows_of(model)
-        lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-        parts += [f"{caption_of(model)}.", "\n".join(lines), *(f"{note}." for note in model.notes)]
+        parts += [f"{caption_of(model)}.", table(header, rows), *(f"{note}." for note in model.notes)]
     return "\n\n".join(parts) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections import Counter
 from functools import partial
 
@@ -27,7 +28,7 @@ Three times the distance of `compile` from eager, where that is more: depth and 
 
 
 def run_bench(settings: Settings, say: Say = lambda text: None) -> BenchResult:
-    """Time all models of the settings, one after the other.
+    """Time all models of the settings under all of their policies, one after the other.
 
     In a process of its own call `keep_freed_memory()` first, as the command does.
 
@@ -40,8 +41,9 @@ def run_bench(settings: Settings, say: Say = lambda text: None) -> BenchResult:
     """
     device = torch.device(settings.device)
     results = []
-    for name in settings.models:
-        results.append(run_model(model_of(name, settings.size), settings, partial(_say_of, say, name)))
+    for name, policy in itertools.product(settings.models, settings.policies):
+        said = partial(_say_of, say, f"{name}, {policy}")
+        results.append(run_model(model_of(name, settings.size), policy, settings, said))
         gc.collect()  # models hold each other in cycles, and the next one needs their memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -52,8 +54,8 @@ def _say_of(say: Say, name: str, text: str) -> None:
     say(f"{name}: {text}")
 
 
-def run_model(model: BenchModel, settings: Settings, say: Say) -> ModelResult:
-    """Time one model.
+def run_model(model: BenchModel, policy: str, settings: Settings, say: Say) -> ModelResult:
+    """Time one model under one step cache, which is a name of `CACHES`.
 
     Raises:
         BenchError: as `run_bench`.
@@ -64,7 +66,7 @@ def run_model(model: BenchModel, settings: Settings, say: Say) -> ModelResult:
     say("building")
     network = model.build(device)
     steps = settings.steps or model.steps
-    cache = CACHES[settings.policy](model, settings.pab, steps, clock)
+    cache = CACHES[policy](model, settings.pab, steps, clock)
     timesteps = timesteps_of(steps, cache.spacing)
     plan = Plan.of(network, cache.config, timesteps)
     if not any(plan.reused):
@@ -85,7 +87,7 @@ def run_model(model: BenchModel, settings: Settings, say: Say) -> ModelResult:
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         steps=steps,
-        policy=settings.policy,
+        policy=policy,
         broadcast=plan.said,
         kinds=dict(Counter(plan.kinds)),
         columns=tuple(race.result(column) for column in columns if column in race.entrants),

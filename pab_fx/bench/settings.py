@@ -24,7 +24,7 @@ class Settings:
         size: "cpu", "cuda" or "quick".
         rounds: timed generations of each column.
         steps: of a generation; `None` for those of each model.
-        policy: name of the step cache.
+        policies: names of step caches, one after the other.
         pab: ranges of the policy "pab"; `None` for those of each model.
         inner: the compiler.
         tell_timesteps: whether `pab_fx` knows the timesteps, as it does under a pipeline.
@@ -41,7 +41,7 @@ class Settings:
     size: str = "cpu"
     rounds: int = 5
     steps: int | None = None
-    policy: str = "pab"
+    policies: tuple[str, ...] = ("pab",)
     pab: PABConfig | None = None
     inner: str = "inductor"
     tell_timesteps: bool = True
@@ -54,10 +54,11 @@ class Settings:
         for column in self.columns:
             if column not in COLUMNS:
                 raise ValueError(f"unknown column {column!r}; the columns are {', '.join(COLUMNS)}.")
-        if self.policy not in CACHES:
-            raise ValueError(f"unknown policy {self.policy!r}; the policies are {', '.join(CACHES)}.")
-        if self.pab is not None and self.policy != "pab":
-            raise ValueError(f"a config is one of PAB, and the policy is {self.policy}.")
+        for policy in self.policies:
+            if policy not in CACHES:
+                raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(CACHES)}.")
+            if self.pab is not None and policy != "pab":
+                raise ValueError(f"a config is one of PAB, and the policy is {policy}.")
         for name, number in (("rounds", self.rounds), ("steps", 1 if self.steps is None else self.steps)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}.")

@@ -24,12 +24,12 @@ def bench(
         ),
     ] = None,
     policy: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             help="The step cache: pab, blocks, taylorseer, magcache, firstblock, dbcache, dbcache-taylorseer, "
-            "easycache."
+            "easycache; repeatable. PAB."
         ),
-    ] = "pab",
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(help="Of pab: cogvideox, latte, open-sora, or like spatial=2,cross=6 (also window=100:800)."),
@@ -42,19 +42,34 @@ def bench(
     json: Json = None,
     chart: Annotated[Path | None, typer.Option(help="Write a bar chart: .png, .svg or .pdf.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables in Markdown.")] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Add to the results in this JSON file; the same models and policies are replaced."),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="A Markdown page whose tables show all of --results; a chart beside it.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models: shows that it runs, and no more.")] = False,
 ) -> None:
     """Time generations under hooks, cache-dit, torch.compile and pab_fx, in turns, and how near the bound they are."""
-    from ..bench.chart import SUFFIXES, save_chart
+    from ..bench.chart import SUFFIXES, save_chart, save_overview
     from ..bench.heap import keep_freed_memory
+    from ..bench.page import joined, keep, kept, ordered, page_of
     from ..bench.results import caption_of, markdown_of, tables_of
     from ..bench.run import run_bench
     from ..bench.settings import Settings, columns_of, config_of
+    from ..report import marked
 
     console = console_for(json)
     with refused():
         check_file(json)
         check_file(markdown)
+        check_file(results)
+        if page is not None and results is None:
+            raise ValueError("--page shows what --results has: give both.")
+        if page is not None:
+            marked.check(page, "bench")
+        earlier = () if results is None else kept(results)
         if chart is not None:
             check_file(chart, "the chart", *SUFFIXES)
         if minutes is None and device == "cuda":
@@ -66,12 +81,12 @@ def bench(
             size="quick" if quick else device,
             rounds=rounds,
             steps=steps,
-            policy=policy,
+            policies=tuple(dict.fromkeys(policy or Settings.policies)),
             pab=None if config is None else config_of(config),
             inner=inner,
             tell_timesteps=plan,
             minutes=minutes,
-            command=_command_of(context, "json", "chart", "markdown"),
+            command=_command_of(context, "json", "chart", "markdown", "results", "page"),
         )
         keep_freed_memory()
         with console.status("") as status:  # which shows nothing but in a terminal
@@ -87,6 +102,12 @@ def bench(
     if markdown is not None:
         markdown.write_text(markdown_of(result))
     write_json(json, result.as_json())
+    if results is not None:
+        runs = joined(earlier, result)
+        keep(results, runs)
+        if page is not None:
+            marked.update(page, "bench", page_of(runs))
+            save_overview(ordered(runs), page.with_suffix(".png"))
 
 
 def _log(text: str) -> None:
