@@ -577,6 +577,20 @@ def test_of_joined_streams_no_more_is_kept_than_goes_on(lowering: str) -> None:
         assert not any("blocks_modules_1_modules_text_ff" in name for name in read)
 
 
+@lowerings
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_part_of_joined_streams_is_compiled_as_any_output(lowering: str, batch: int) -> None:
+    """Inductor compares where the outputs of both branches begin in their memory; with a batch of 1 a part is dense."""
+    policy, shape = Policy(Blocks(), Every(3), Taylor(1, of=Residual())), {"batch": batch}
+    with pab_fx.enable(model := build(ImageOnly), policy, inner="eager"):
+        expected = trajectory(model, **shape)
+    with pab_fx.enable(model := build(ImageOnly), policy, lowering=lowering) as pab:
+        found = trajectory(model, **shape)
+        assert pab.report().reused > 0
+    assert distance(found, expected) < 1e-5  # of float32
+    assert distance(found, trajectory(build(ImageOnly), **shape)) > 1e-3
+
+
 @pytest.mark.parametrize("kind", [DiT, JoinedMMDiT], ids=lambda kind: kind.__name__)
 def test_a_rewritten_program_skips_blocks_too(kind: type[Denoiser]) -> None:
     model, policy = build(kind), Policy(Blocks(), Every(3), Taylor(1, of=Residual()))

@@ -22,6 +22,7 @@ from .._torch import size_hint
 from .._torch.inductor import hold_strides
 from ..graph import effects
 from ..graph.dataflow import value
+from ..graph.parts import taken
 from .form import (
     Slot,
     branches_of,
@@ -79,15 +80,30 @@ def fix_branch_strides(gm: fx.GraphModule) -> fx.GraphModule:
     """Let the branch of each `cond` that reads yield what lies in memory as what the other one yields, in place.
 
     Compilers and `torch.export` refuse others. A stream may enter a block by columns, from a patch embedding, and leave
-    it by rows.
+    it by rows. What is a part of another tensor gets memory of its own: where it begins is compared too.
     """
     for computing, reading in [branches_of(graph, cond) for graph in with_branches(gm) for cond in conditionals(graph)]:
+        output = computing.graph.output_node()
+        with computing.graph.inserting_before(output):
+            output.args = (tuple(map(_by_itself, output.args[0])),)  # type: ignore[arg-type]
+        computing.recompile()
         output = reading.graph.output_node()
         pairs = zip(output.args[0], computing.graph.output_node().args[0], strict=True)  # type: ignore[arg-type]
         with reading.graph.inserting_before(output):
             output.args = (tuple(_like(node, value(look)) for node, look in pairs),)
         reading.recompile()
     return gm
+
+
+def _by_itself(node: fx.Node) -> fx.Node:
+    """The node, copied where it is a part of another one."""
+    if taken(node) is None:
+        return node
+    part = value(node)
+    order = stride_order(part)
+    copied = node.graph.call_function(copied_in_order, (node, order))
+    copied.meta = {**node.meta, "example_value": copied_in_order(part, order)}
+    return copied
 
 
 def _like(node: fx.Node, look: object) -> fx.Node:
@@ -118,3 +134,9 @@ def in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """`tensor`, dense in memory with its dimensions in that order; itself if it is so already."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(inverse)
+
+
+def copied_in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The same in memory of its own: a part that has no gaps would stay where it is by `in_order`."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return tensor.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
