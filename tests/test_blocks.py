@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 import pab_fx
 from pab_fx import (
     Blocks,
+    Change,
     Every,
     Hermite,
     How,
@@ -578,10 +579,12 @@ def test_of_joined_streams_no_more_is_kept_than_goes_on(lowering: str) -> None:
 
 
 @lowerings
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_part_of_joined_streams_is_compiled_as_any_output(lowering: str, batch: int) -> None:
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rule", [Every(3), Change(Blocks(0, 1), 0.3)], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("how", [Residual(), pytest.param(Last(), marks=pytest.mark.slow)], ids=str)
+def test_a_part_of_joined_streams_is_compiled_as_any_output(how: How, rule: Rule, batch: int, lowering: str) -> None:
     """Inductor compares where the outputs of both branches begin in their memory; with a batch of 1 a part is dense."""
-    policy, shape = Policy(Blocks(), Every(3), Taylor(1, of=Residual())), {"batch": batch}
+    policy, shape = Policy(Blocks(1), rule, how), {"batch": batch}
     with pab_fx.enable(model := build(ImageOnly), policy, inner="eager"):
         expected = trajectory(model, **shape)
     with pab_fx.enable(model := build(ImageOnly), policy, lowering=lowering) as pab:
@@ -589,6 +592,18 @@ def test_a_part_of_joined_streams_is_compiled_as_any_output(lowering: str, batch
         assert pab.report().reused > 0
     assert distance(found, expected) < 1e-5  # of float32
     assert distance(found, trajectory(build(ImageOnly), **shape)) > 1e-3
+
+
+@pytest.mark.parametrize("how", [Residual(), Last()], ids=str)
+def test_a_program_keeps_a_part_of_joined_streams(how: How) -> None:
+    policy, model = Policy(Blocks(), Every(3), how), build(ImageOnly)
+    with pab_fx.enable(own := copy.deepcopy(model), policy, inner="eager"):
+        expected = trajectory(own, batch=1)
+    program = pab_fx.export(model, dict(zip(NAMES, inputs(0, 1000.0, batch=1), strict=True)), policy).module()
+    named = (dict(zip(NAMES, inputs(n, t, batch=1), strict=True)) for n, t in enumerate(TIMESTEPS))
+    found = [program(**each).clone() for each in named]
+    assert distance(found, expected) < 1e-6  # of float32: a product of a part may be rounded
+    assert distance(expected, trajectory(build(ImageOnly), batch=1)) > 1e-3
 
 
 @pytest.mark.parametrize("kind", [DiT, JoinedMMDiT], ids=lambda kind: kind.__name__)

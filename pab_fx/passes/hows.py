@@ -16,17 +16,15 @@ from ..graph import effects
 from ..graph.copies import traced_into
 from ..graph.dataflow import value
 from ..policy.how import How
+from .strides import copied_in_order, stride_order
 
 
 def looks_of_slots(how: How, outputs: Sequence[fx.Node]) -> list[Any]:
-    """What the slots for these outputs look like, each a tensor of its own; `None` where that was not recorded."""
+    """What the slots for these outputs look like, each in memory of its own; `None` where that was not recorded."""
     recorded = list(map(value, outputs))
     if any(each is None for each in recorded):
         return [None] * len(how.slots([torch.empty((), device="meta") for _ in outputs]))
-    looks: list[Any] = []
-    for each in how.slots(recorded):
-        looks.append(torch.empty_like(each) if any(each is other for other in looks) else each)
-    return looks
+    return [copied_in_order(each, stride_order(each)) for each in how.slots(recorded)]
 
 
 def traced_how(

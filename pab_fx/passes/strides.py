@@ -41,11 +41,8 @@ def fix_slot_strides(gm: fx.GraphModule) -> fx.GraphModule:
         node.meta["example_value"] = in_order(value(node), stride_order(value(node)))
     kept = {}
     for slot, found in slots_returned(gm).items():
-        recorded = value(found)
         with gm.graph.inserting_before(effects.end_of_updates(gm.graph, found)):
-            kept[slot] = gm.graph.call_function(in_order, (found, stride_order(recorded)))
-        # a part of the module that it is computed in: `regional` keeps the two together
-        kept[slot].meta = {**found.meta, "example_value": in_order(recorded, stride_order(recorded))}
+            kept[slot] = _laid_out(found, stride_order(value(found)))
     set_slots_returned(gm, kept)
     return gm
 
@@ -97,13 +94,16 @@ def fix_branch_strides(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _by_itself(node: fx.Node) -> fx.Node:
     """The node, copied where it is a part of another one."""
-    if taken(node) is None:
-        return node
-    part = value(node)
-    order = stride_order(part)
-    copied = node.graph.call_function(copied_in_order, (node, order))
-    copied.meta = {**node.meta, "example_value": copied_in_order(part, order)}
-    return copied
+    return node if taken(node) is None else _laid_out(node, stride_order(value(node)))
+
+
+def _laid_out(node: fx.Node, order: tuple[int, ...]) -> fx.Node:
+    """The node with its dimensions in an order, where nodes are inserted now; a part of another one is copied."""
+    layout = in_order if taken(node) is None else copied_in_order
+    laid_out = node.graph.call_function(layout, (node, order))
+    # a part of the module that it is computed in: `regional` keeps the two together
+    laid_out.meta = {**node.meta, "example_value": layout(value(node), order)}
+    return laid_out
 
 
 def _like(node: fx.Node, look: object) -> fx.Node:
@@ -112,11 +112,7 @@ def _like(node: fx.Node, look: object) -> fx.Node:
     if not isinstance(made, torch.Tensor) or not isinstance(look, torch.Tensor):
         return node
     order = stride_order(look)
-    if stride_order(made) == order:
-        return node
-    laid_out = node.graph.call_function(in_order, (node, order))
-    laid_out.meta = {**node.meta, "example_value": in_order(made, order)}
-    return laid_out
+    return node if stride_order(made) == order else _laid_out(node, order)
 
 
 def stride_order(tensor: torch.Tensor) -> tuple[int, ...]:
