@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from pab_fx import PABConfig
 from pab_fx.bench import BenchError, Settings, run_bench, run_model
 from pab_fx.bench._torch import cold_compiler, peak_of_live_bytes
+from pab_fx.bench.apart import Inner
 from pab_fx.bench.caches import CACHES, Plan
 from pab_fx.bench.chart import save_chart
 from pab_fx.bench.contenders import (
@@ -36,13 +38,17 @@ from pab_fx.bench.contenders import (
     LowerBound,
     Setting,
     contender,
+    is_ours,
 )
 from pab_fx.bench.measure import Clock, Spread, Trajectory, by_kind, distance, ratios
 from pab_fx.bench.models import NAMES, SIZES, BenchModel, model_of, timesteps_of
-from pab_fx.bench.page import kept, page_of
+from pab_fx.bench.page import OURS, kept, page_of
 from pab_fx.bench.results import BenchResult, ModelResult, markdown_of, result_of
 from pab_fx.bench.settings import columns_of, config_of
+from pab_fx.bench.timing import CudaEvents, WallClock
 from pab_fx.cli import app
+from pab_fx.enable import enable
+from pab_fx.testing import replaying
 
 CPU = torch.device("cpu")
 QUICK = Settings(models=("wan",), size="quick", rounds=2, inner="eager")
@@ -56,8 +62,8 @@ def setting_of(model: BenchModel, steps: int = 8, policy: str = "pab") -> tuple[
     cache = CACHES[policy](model, None, steps, clock)
     timesteps = timesteps_of(steps, cache.spacing)
     inputs = model.inputs(timesteps, CPU)
-    setting = Setting(network, cache, timesteps, Plan.of(network, cache.config, timesteps), inputs, "eager")
-    return setting, Trajectory(timesteps, inputs, clock, CPU)
+    setting = Setting(network, cache, timesteps, Plan.of(network, cache.config, timesteps), inputs, Inner("eager"))
+    return setting, Trajectory(timesteps, inputs, clock, WallClock())
 
 
 @pytest.fixture(scope="module")
@@ -507,6 +513,92 @@ def test_a_model_in_bfloat16_runs_and_keeps_in_float32_what_its_class_does(name:
     assert broadcast is not None
     assert broadcast < 1e-2 < plain
     assert torch.get_default_dtype() == torch.float32
+
+
+class FakeCuda:
+    """What the benchmark asks of `torch.cuda`, on a CPU: events know when they were recorded, the allocator counts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waited = 0
+        for name in ("Event", "synchronize", "memory_allocated", "reset_peak_memory_stats", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr("pab_fx.bench.run.timing_of", CudaEvents)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end: FakeCuda.Event) -> float:
+            return 1000 * (end.at - self.at)
+
+    def synchronize(self, device: torch.device) -> None:
+        self.waited += 1
+
+    def memory_allocated(self, device: torch.device) -> int:
+        return 100
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        pass
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        return 1100
+
+
+in_bfloat16 = dataclasses.replace(QUICK, rounds=2, minutes=8.0)
+
+
+@pytest.mark.parametrize("policy", ["pab", *(pytest.param(p, marks=pytest.mark.slow) for p in CACHES if p != "pab")])
+@pytest.mark.parametrize("inner", ["eager", pytest.param(replaying, id="CUDA graphs")])
+def test_the_way_of_a_gpu_is_gone_without_one(monkeypatch: pytest.MonkeyPatch, policy: str, inner: Any) -> None:
+    """In bfloat16, by events and the allocator's count, a generation at a time; graphs as CUDA graphs have them."""
+    cuda, columns = FakeCuda(monkeypatch), ("eager", "hooks", "compile", *OURS, "lower bound", "hooks + compile")
+    settings = dataclasses.replace(in_bfloat16, columns=columns, inner=inner)
+    result = run_model(dataclasses.replace(model_of("wan", "quick"), dtype=torch.bfloat16), policy, settings, print)
+    assert [column for column in result.failed if is_ours(column)] == []
+    assert cuda.waited > 0
+    for name in OURS:
+        column = result.column(name)
+        assert column is not None
+        assert (len(column.seconds), column.peak_bytes) == (2, 1000)
+        assert column.reused > 0
+        assert column.speedup is not None
+
+
+def test_a_column_that_fails_is_left_out_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfMemory(Contender):
+        def at(self, step: int) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB.")
+
+    monkeypatch.setitem(SETUPS, "hooks", OutOfMemory)
+    monkeypatch.setitem(SETUPS, "pab_fx cond", OutOfMemory)
+    columns = ("hooks", "compile", "pab_fx specialize", "pab_fx cond")
+    (model,) = run_bench(dataclasses.replace(QUICK, columns=columns)).models
+    assert [column.column for column in model.columns] == ["compile", "pab_fx specialize"]
+    assert model.failed == ("hooks", "pab_fx cond")
+    assert model.notes[0] == "hooks failed: OutOfMemoryError: CUDA out of memory."
+    given_ = ["--quick", "--inner", "eager", "--rounds", "1", "--model", "wan", "--columns"]
+    for names, code in (("hooks,compile", 0), ("compile,cond", 1)):
+        assert CliRunner().invoke(app, ["bench", *given_, names]).exit_code == code
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("policy", ["pab", "blocks", "taylorseer", "magcache"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_real_configurations_are_rewritten(name: str, policy: str, lowering: str) -> None:
+    """On the meta device, where no number can be read: of rules without a signal."""
+    model, meta = model_of(name, "cuda"), torch.device("meta")
+    network, clock, steps = model.build(meta), Clock(), 4
+    cache = CACHES[policy](model, None, steps, clock)
+    timesteps = tuple(500.0 - 10 * i for i in range(steps))
+    with torch.no_grad(), enable(network, cache.config, inner="eager", lowering=lowering, timesteps=timesteps) as pab:
+        for clock.t, given_ in zip(timesteps, model.inputs(timesteps, torch.device("cpu")), strict=True):
+            on_meta = {key: each.to(meta) if torch.is_tensor(each) else each for key, each in given_.items()}
+            output = network(**on_meta)[0]
+        assert pab.report().reused > 0
+    assert output.dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------ statistics

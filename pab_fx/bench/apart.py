@@ -7,18 +7,31 @@ import inspect
 import itertools
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from .._torch.dynamo import lookup_backend
+from ..options import inner_compiler, records_cuda_graphs
+
+
+class Inner(NamedTuple):
+    """The compiler that all contenders have.
+
+    Args:
+        name: of a Dynamo backend, or one.
+        mode: Inductor's.
+    """
+
+    name: str | Callable[..., Any]
+    mode: str | None = None
 
 
 class CountingCompiler:
     """An inner compiler that counts its graphs. As a backend, what it compiles is shared with no other contender."""
 
-    def __init__(self, inner: str) -> None:
-        self._compile = lookup_backend(inner)
+    def __init__(self, inner: Inner) -> None:
+        self._compile = inner_compiler(*inner, None)
+        self.records_graphs = records_cuda_graphs(*inner, None)
         self.graphs = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

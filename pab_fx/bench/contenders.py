@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate
 
 from ..enable import enable
 from ..policy.where import BLOCKS
-from .apart import CountingCompiler, give_own_code, sharing_weights
+from .apart import CountingCompiler, Inner, give_own_code, sharing_weights
 from .caches import Cache, Plan, blocks_of
 
 
@@ -39,7 +39,7 @@ class Setting:
     timesteps: tuple[float, ...]
     plan: Plan
     inputs: Sequence[Mapping[str, Any]]
-    inner: str = "inductor"
+    inner: Inner
     tell_timesteps: bool = True
 
 
@@ -334,6 +334,11 @@ CACHE_DIT = ("cache-dit", CACHE_DIT_AND_COMPILE)
 """The columns of cache-dit."""
 
 
+def is_ours(column: str) -> bool:
+    """Whether a column is of this package, and none that it is compared with."""
+    return column not in (*PLAIN, *CACHE_DIT, "hooks", HOOKS_AND_COMPILE)
+
+
 def does_the_same(column: str, cache: Cache) -> bool:
     """Whether a column has words for this cache."""
     if column in CACHE_DIT:
@@ -353,4 +358,4 @@ def contender(column: str, setting: Setting) -> Contender:
 
 def reference(setting: Setting) -> Contender:
     """Whose outputs all others are to have: the hooks, or where none do the same `pab_fx` without a compiler."""
-    return Hooked(setting) if setting.cache.hooks else Broadcasting(dataclasses.replace(setting, inner="eager"))
+    return Hooked(setting) if setting.cache.hooks else Broadcasting(dataclasses.replace(setting, inner=Inner("eager")))

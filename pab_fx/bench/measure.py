@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ._torch import peak_of_live_bytes
 from .contenders import Contender
+from .timing import Timing
 
 
 @dataclass(frozen=True)
@@ -107,29 +106,21 @@ class Trajectory:
         timesteps: on the scheduler's scale.
         inputs: arguments of the model for each of them.
         clock: is set to the timestep before each step.
-        device: where the model is.
+        timing: of the device that the model is on.
     """
 
     timesteps: Sequence[float]
     inputs: Sequence[Mapping[str, Any]]
     clock: Clock
-    device: torch.device
-
-    @property
-    def can_pause(self) -> bool:
-        """Whether a generation can be stopped between two steps without changing how long they take.
-
-        On a GPU, steps are queued; its own clock tells when they ran, and nothing may wait between them.
-        """
-        return self.device.type != "cuda"
+    timing: Timing
 
     @torch.no_grad()
     def step(self, contender: Contender, i: int) -> float:
-        """Run one step, and tell its seconds; only where `can_pause`."""
+        """Run one step, and tell its seconds; only where its timing can pause."""
         self.clock.t = self.timesteps[i]
-        start = time.perf_counter()
+        start = self.timing.mark()
         contender.at(i)(**self.inputs[i])
-        return time.perf_counter() - start
+        return self.timing.seconds(start, self.timing.mark())
 
     @torch.no_grad()
     def run(self, contender: Contender, watch: bool = False) -> Generation:
@@ -141,42 +132,23 @@ class Trajectory:
         """
         spans, outputs, reused = [], [], [contender.reused]
         contender.reset()
-        self._wait()
+        self.timing.wait()
         for i, (t, inputs) in enumerate(zip(self.timesteps, self.inputs, strict=True)):
             self.clock.t = t
-            start = self._mark()
+            start = self.timing.mark()
             output = contender.at(i)(**inputs)[0]
-            spans.append((start, self._mark()))
+            spans.append((start, self.timing.mark()))
             if watch:
                 outputs.append(output.clone())
                 contender.after_step()
                 reused.append(contender.reused)
             del output
-        self._wait()
-        steps = tuple(self._seconds(*span) for span in spans)
+        self.timing.wait()
+        steps = tuple(self.timing.seconds(*span) for span in spans)
         contender.reset()
         return Generation(steps, tuple(outputs), tuple(after - before for before, after in itertools.pairwise(reused)))
 
     def peak_bytes(self, contender: Contender) -> int:
         """The most memory that a generation holds at once, less the weights and what others hold."""
-        if self.device.type != "cuda":
-            return peak_of_live_bytes(lambda: self.run(contender)) + contender.held_bytes
         contender.reset()
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.run(contender)
-        return torch.cuda.max_memory_allocated(self.device) - before + contender.held_bytes
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _seconds(self, start: Any, end: Any) -> float:
-        return end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1000
+        return self.timing.peak_bytes(lambda: self.run(contender)) + contender.held_bytes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,6 +66,7 @@ class Race:
         self.tolerance = tolerance
         self.entrants: dict[str, Entrant] = {}
         self.notes: list[str] = []
+        self.failed: list[str] = []
         self._start = time.monotonic()
         self.reference = trajectory.run(reference(setting), watch=True).outputs
 
@@ -85,7 +87,7 @@ class Race:
         return self.left(share=0.6) > 0
 
     def enter(self, columns: Sequence[str]) -> None:
-        """Set columns up, one after the other: a first generation with cold caches, checked, and one for memory."""
+        """Set columns up, one after the other."""
         for column in columns:
             if not is_installed(column):
                 self.notes.append(f'{column} was left out: pip install "pab-fx[bench]" installs it')
@@ -93,17 +95,35 @@ class Race:
             if not self.fits(column):
                 self.notes.append(f"{column} was left out: {self.settings.minutes:g} minutes do not suffice")
                 continue
-            self.say(f"{column}: first generation")
-            with cold_compiler():
-                entrant = Entrant(column, contender(column, self.setting))
-                if isinstance(entrant.contender, LowerBound) and "compile" in self.entrants:
-                    entrant.contender.use(self.entrants["compile"].contender.call)
-                entrant.cold = self._counted(entrant, partial(self.trajectory.run, watch=True))
-            self._learn_rounding(entrant)
-            self._check(entrant)
-            self.say(f"{column}: memory")
-            entrant.peak_bytes = self._counted(entrant, self.trajectory.peak_bytes)
-            self.entrants[column] = entrant
+            with self._noting_failures(column):
+                self.entrants[column] = self._set_up(column)
+
+    def _set_up(self, column: str) -> Entrant:
+        """A column after its first generation, with cold caches, which is checked, and one for memory."""
+        self.say(f"{column}: first generation")
+        with cold_compiler():
+            entrant = Entrant(column, contender(column, self.setting))
+            if isinstance(entrant.contender, LowerBound) and "compile" in self.entrants:
+                entrant.contender.use(self.entrants["compile"].contender.call)
+            entrant.cold = self._counted(entrant, partial(self.trajectory.run, watch=True))
+        self._learn_rounding(entrant)
+        self._check(entrant)
+        self.say(f"{column}: memory")
+        entrant.peak_bytes = self._counted(entrant, self.trajectory.peak_bytes)
+        return entrant
+
+    @contextlib.contextmanager
+    def _noting_failures(self, column: str) -> Iterator[None]:
+        """Leave a column out that fails, such as one that a GPU has no memory for: the others are worth their time."""
+        try:
+            yield
+        except BenchError:
+            raise
+        except Exception as error:
+            said = str(error).strip().splitlines() or [""]
+            self.failed.append(column)
+            self.notes.append(f"{column} failed: {type(error).__name__}: {said[0]}")
+            self.entrants.pop(column, None)
 
     def take_turns(self, columns: Sequence[str]) -> None:
         """The timed rounds of the given columns, each of which runs once in each."""
@@ -117,11 +137,13 @@ class Race:
                 return
             start = time.monotonic()
             self.say(f"round {turn + 1} of {self.settings.rounds}")
-            if self.trajectory.can_pause:
+            if self.trajectory.timing.can_pause:
                 self._step_by_step(running, turn)
             else:
                 for entrant in running:
-                    entrant.rounds.append(self._counted(entrant, self.trajectory.run))
+                    with self._noting_failures(entrant.column):
+                        entrant.rounds.append(self._counted(entrant, self.trajectory.run))
+                running = [entrant for entrant in running if entrant.column in self.entrants]
             longest = max(longest, time.monotonic() - start)
 
     def _step_by_step(self, running: Sequence[Entrant], turn: int) -> None:

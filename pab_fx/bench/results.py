@@ -83,6 +83,7 @@ class ModelResult:
         columns: in the order in which they ran.
         tolerance: how far from the reference's outputs was taken for rounding.
         notes: what was left out, and why.
+        failed: columns that were left out because they raised an error.
     """
 
     model: str
@@ -97,6 +98,7 @@ class ModelResult:
     columns: tuple[ColumnResult, ...]
     tolerance: float
     notes: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
     def column(self, name: str) -> ColumnResult | None:
         """A column by its name, `None` if it did not run."""
@@ -138,7 +140,9 @@ def result_of(data: Mapping[str, Any]) -> BenchResult:
 
 def _model_of(data: Mapping[str, Any]) -> ModelResult:
     columns = tuple(ColumnResult(**{name: _read(value) for name, value in each.items()}) for each in data["columns"])
-    return ModelResult(**{**data, "columns": columns, "notes": tuple(data["notes"])})
+    return ModelResult(
+        **{**data, "columns": columns} | {name: tuple(data.get(name, ())) for name in ("notes", "failed")}
+    )
 
 
 def _read(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ._torch import quiet_recompile_limit
-from .apart import CountingCompiler
+from .apart import CountingCompiler, Inner
 from .caches import CACHES, Plan
 from .contenders import Setting, does_the_same
 from .measure import Clock, Trajectory
@@ -19,6 +19,7 @@ from .models import BenchModel, model_of, timesteps_of
 from .race import Race, Say
 from .results import BenchResult, ModelResult, machine_of, versions
 from .settings import Settings
+from .timing import timing_of
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How far outputs that are equal but for rounding may be from each other, by the dtype of the weights.
@@ -72,9 +73,9 @@ def run_model(model: BenchModel, policy: str, settings: Settings, say: Say) -> M
     if not any(plan.reused):
         raise ValueError(f"{model.name}: the policy reuses nothing in {steps} steps.")
     inputs = model.inputs(timesteps, device)
-    setting = Setting(network, cache, timesteps, plan, inputs, settings.inner, settings.tell_timesteps)
-    trajectory = Trajectory(timesteps, inputs, clock, device)
-    warm_up(settings.inner, device)
+    setting = Setting(network, cache, timesteps, plan, inputs, settings.compiler, settings.tell_timesteps)
+    trajectory = Trajectory(timesteps, inputs, clock, timing_of(device))
+    warm_up(settings.compiler, device)
     race = Race(setting, trajectory, settings, TOLERANCES[model.dtype], say)
     columns = [column for column in settings.columns if does_the_same(column, cache)]
     with quiet_recompile_limit():
@@ -93,10 +94,11 @@ def run_model(model: BenchModel, policy: str, settings: Settings, say: Say) -> M
         columns=tuple(race.result(column) for column in columns if column in race.entrants),
         tolerance=race.tolerance,
         notes=tuple(race.notes),
+        failed=tuple(race.failed),
     )
 
 
-def warm_up(inner: str, device: torch.device) -> None:
+def warm_up(inner: Inner, device: torch.device) -> None:
     """Compile something small: what the first compilation of a process does once is no contender's cold start."""
 
     def attention(x: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ..options import inner_compiler
 from ..policy.config import PRESETS, PABConfig
 from ..policy.where import ATTENTION_ROLES
+from .apart import Inner
 from .caches import CACHES
 from .contenders import COLUMNS, SHORT_NAMES
 from .models import NAMES, model_of
@@ -27,6 +31,7 @@ class Settings:
         policies: names of step caches, one after the other.
         pab: ranges of the policy "pab"; `None` for those of each model.
         inner: the compiler.
+        mode: Inductor's mode, as in `torch.compile(mode=...)`.
         tell_timesteps: whether `pab_fx` knows the timesteps, as it does under a pipeline.
         minutes: how long a model may take: columns and rounds that do not fit are left out; `None` for no limit.
         command: for the record.
@@ -43,7 +48,8 @@ class Settings:
     steps: int | None = None
     policies: tuple[str, ...] = ("pab",)
     pab: PABConfig | None = None
-    inner: str = "inductor"
+    inner: str | Callable[..., Any] = "inductor"
+    mode: str | None = None
     tell_timesteps: bool = True
     minutes: float | None = None
     command: str = ""
@@ -62,10 +68,16 @@ class Settings:
         for name, number in (("rounds", self.rounds), ("steps", 1 if self.steps is None else self.steps)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}.")
+        inner_compiler(*self.compiler, None)
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here; run with --device cpu.")
+
+    @property
+    def compiler(self) -> Inner:
+        """That all columns have."""
+        return Inner(self.inner, self.mode)
 
 
 def columns_of(text: str) -> tuple[str, ...]:

@@ -35,6 +35,9 @@ def bench(
         typer.Option(help="Of pab: cogvideox, latte, open-sora, or like spatial=2,cross=6 (also window=100:800)."),
     ] = None,
     inner: Annotated[str, typer.Option(help="The compiler of all columns: inductor, eager, ...")] = "inductor",
+    mode: Annotated[
+        str | None, typer.Option(help="Inductor's: max-autotune-no-cudagraphs, reduce-overhead, ...")
+    ] = None,
     plan: Annotated[bool, typer.Option(help="Tell pab_fx the timesteps, as a pipeline's scheduler does.")] = True,
     minutes: Annotated[
         float | None, typer.Option(help="Time for a model; what does not fit is left out. 8 on cuda, else no limit.")
@@ -53,6 +56,7 @@ def bench(
 ) -> None:
     """Time generations under hooks, cache-dit, torch.compile and pab_fx, in turns, and how near the bound they are."""
     from ..bench.chart import SUFFIXES, save_chart, save_overview
+    from ..bench.contenders import is_ours
     from ..bench.heap import keep_freed_memory
     from ..bench.page import joined, keep, kept, ordered, page_of
     from ..bench.results import caption_of, markdown_of, tables_of
@@ -84,6 +88,7 @@ def bench(
             policies=tuple(dict.fromkeys(policy or Settings.policies)),
             pab=None if config is None else config_of(config),
             inner=inner,
+            mode=mode,
             tell_timesteps=plan,
             minutes=minutes,
             command=_command_of(context, "json", "chart", "markdown", "results", "page"),
@@ -108,6 +113,8 @@ def bench(
         if page is not None:
             marked.update(page, "bench", page_of(runs))
             save_overview(ordered(runs), page.with_suffix(".png"))
+    if any(is_ours(column) for measured in result.models for column in measured.failed):
+        raise typer.Exit(1)
 
 
 def _log(text: str) -> None:
