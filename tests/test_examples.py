@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image
 from pipelines import prompted
 
 import pab_fx
+from pab_fx.bench.caches import CACHES
 from pab_fx.bench.models import model_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -115,3 +118,16 @@ def test_bytes_are_counted_as_they_are_kept(name: str) -> None:
                 network(**inputs)
                 held.append(sum(role.cache_bytes for role in pab.report().roles))
         assert max(held) == sum(tensor.nbytes for tensor in measure.kept(gm, config)) > 0
+
+
+def test_what_travels_to_a_gpu_is_all_but_torch(tmp_path: Path) -> None:
+    pack = importlib.import_module("pack_for_gpu")
+    needed = pack.needed("pab-fx", pack.EXTRAS)
+    assert {"diffusers", "transformers", "hypothesis", "pytest", "rich", "tokenizers"} <= set(needed)
+    assert not {"torch", "pab-fx", "jinja2", "triton"} & set(needed)
+    script = tmp_path / "run.sh"
+    script.write_text(pack.RUN)
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    policies = re.findall(r"--policy (\S+)", pack.RUN)
+    assert policies
+    assert set(policies) <= set(CACHES)
