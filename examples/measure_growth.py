@@ -1,6 +1,6 @@
 """How the cost of `pab_fx` itself grows with a model's blocks and tokens, and with requests that take turns on it.
 
-    python examples/measure_growth.py --update docs/benchmarks.md
+    python examples/measure_growth.py --update docs/costs.md
 
 Dispatch is the Python of a call of the compiled graph, with code in place of Inductor's that does nothing: counting,
 deciding, handing over what is kept; requests come in turns, each in a session of its own. Bytes are what the report

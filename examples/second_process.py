@@ -1,6 +1,6 @@
 """How long the first generation takes in a process that finds what another one has compiled.
 
-    python examples/second_process.py --model wan --update docs/benchmarks.md
+    python examples/second_process.py --model wan --update docs/costs.md
 
 For `torch.compile` alone and for each lowering three processes run one after the other. The first begins with an empty
 cache on disk, and saves `torch.compiler.save_cache_artifacts()`. The second has the same cache on disk. The third has

@@ -48,6 +48,7 @@ from .run.running import module_names, running_modules
 from .run.runtime import Runtime
 from .select.region import Region
 from .select.tag import tag
+from .spelling import instead_of
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class PABBackend:
         """A backend from its arguments and, in place of `config`, fields of `PABConfig`.
 
         Raises:
-            ValueError: for a name that is neither, naming all that there are.
+            ValueError: for a name that is neither, naming those that are like it.
 
         Example:
             >>> PABBackend.of({"inner": "eager", "spatial_attention_block_skip_range": 3}).config.skip_range("spatial")
@@ -152,8 +153,8 @@ class PABBackend:
         known = {field.name for field in dataclasses.fields(PABConfig)}
         for name in fields:
             if name not in known:
-                names = ", ".join([*inspect.signature(cls).parameters, *sorted(known)])
-                raise ValueError(f"unknown option {name!r} for the backend 'pab'; it takes {names}.")
+                takes = instead_of(name, [*inspect.signature(cls).parameters, *known], "it takes")
+                raise ValueError(f"unknown option {name!r} for the backend 'pab': {takes}")
         if fields and options.get("config") is not None:
             raise ValueError(f"give either config or its fields as options, not both: {', '.join(fields)}.")
         config = PABConfig(**fields) if fields else options.get("config")

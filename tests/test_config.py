@@ -151,7 +151,7 @@ def test_a_timestep_callback_must_be_callable(config: Any) -> None:
         PABBackend(config(current_timestep_callback=500), inner="eager")
 
 
-def test_an_unknown_option_is_refused_with_the_names_there_are() -> None:
+def test_an_unknown_option_is_refused_with_the_names_that_are_like_it() -> None:
     with pytest.raises(ValueError, match=r"unknown option 'spatial_range'.*spatial_attention_block_skip_range"):
         PABConfig.of({"spatial_range": 2})
     with pytest.raises(ValueError, match=r"unknown option 'spatial_range'.*spatial_attention_block_skip_range"):
@@ -235,7 +235,7 @@ def test_mlp_without_blocks_means_every_block() -> None:
         ((720, 640), "mlp must be an MLPBroadcast or a mapping, got 720"),
         ({}, "mlp: timesteps is missing"),
         ({"blocks": (0,)}, "mlp: timesteps is missing"),
-        ({"timestep": 720}, "unknown option 'timestep' in mlp; it has blocks, skip_count, timesteps"),
+        ({"timestep": 720}, "unknown option 'timestep' in mlp: did you mean 'timesteps'?"),
         ({"timesteps": ()}, "mlp: timesteps is empty"),
         ({"timesteps": None}, "mlp: timesteps must be numbers on the scheduler's scale, got None"),
         ({"timesteps": "720"}, "mlp: timesteps must be numbers on the scheduler's scale, got '720'"),
@@ -287,7 +287,10 @@ def test_of_several_layers_the_first_that_matches_counts() -> None:
     ("layers", "message"),
     [
         ("blocks.0", "layers must be a LayerBroadcast, a mapping of its fields, or several, got 'blocks.0'"),
-        ({"blocks.0": 3}, "unknown option 'blocks.0' in layers; it has identifiers, skip_range, timestep_skip_range"),
+        (
+            {"blocks.0": 3},
+            "unknown option 'blocks.0' in layers: it has 'identifiers', 'skip_range', 'timestep_skip_range'",
+        ),
         ({"skip_range": 3}, "layers: identifiers is missing"),
         ({"identifiers": ()}, "layers: identifiers is empty"),
         ({"identifiers": "blocks"}, "layers: identifiers must be a tuple of regular expressions, got 'blocks'"),
@@ -351,7 +354,7 @@ def test_a_file_that_holds_no_config_is_refused_by_name(text: str, message: str,
         ({"lowering": None}, "lowering=None is unknown; it is one of 'specialize', 'cond'"),
         (
             {"inner": "inductr"},
-            "inner='inductr' is not a registered Dynamo backend; registered are: .*inductor",
+            "inner='inductr' is not a registered Dynamo backend: did you mean .*'inductor'",
         ),
         ({"inner": 3}, "inner must be the name of a backend or a callable"),
         ({"inner": None}, "inner must be the name of a backend or a callable"),
@@ -421,7 +424,7 @@ def test_options_of_torch_compile_are_the_backends_and_the_configs() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lowring": "cond"}, "unknown option 'lowring' for the backend 'pab'; it takes .*lowering"),
+        ({"lowring": "cond"}, "unknown option 'lowring' for the backend 'pab': did you mean 'lowering'"),
         ({"spatial_range": 2}, "unknown option 'spatial_range'.*spatial_attention_block_skip_range"),
         (
             {"spatial_attention_block_skip_range": 0},

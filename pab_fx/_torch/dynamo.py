@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..spelling import instead_of
+
 
 def compile_lock() -> contextlib.AbstractContextManager[Any]:
     """Dynamo's lock: what holds it compiles alone, in a frame or later; a thread may take it again.
@@ -71,8 +73,8 @@ def lookup_backend(name: str) -> Callable[..., Any]:
         return lookup(name)
     except InvalidBackend:
         known = sorted(each for each in list_backends(exclude_tags=()) if not each.endswith("_TESTING_ONLY"))
-        names = ", ".join(known)
-        raise ValueError(f"inner={name!r} is not a registered Dynamo backend; registered are: {names}.") from None
+        said = instead_of(name, known, "registered are")
+        raise ValueError(f"inner={name!r} is not a registered Dynamo backend: {said}") from None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from packaging.version import Version
 from torch import fx
 
+from ..spelling import instead_of
 from . import cond_op
 from .dynamo import compile_lock
 
@@ -239,10 +240,11 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
 
     modes, known = list_mode_options(), set(list_options())
     if mode is not None and mode not in modes:
-        raise ValueError(f"mode={mode!r} is unknown; Inductor has {', '.join(map(repr, modes))}.")
+        raise ValueError(f"mode={mode!r} is unknown: {instead_of(mode, modes, 'Inductor has')}")
     for name in options:
         if name.replace("-", "_") not in known:
-            raise ValueError(f"options has {name!r}, which is no option of Inductor (torch._inductor.list_options()).")
+            said = instead_of(name, known, "torch._inductor.list_options() has")
+            raise ValueError(f"options has {name!r}, which is no option of Inductor: {said}")
     return {**(modes[mode] if mode else {}), **options}
 
 

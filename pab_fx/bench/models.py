@@ -24,6 +24,7 @@ from torch import nn
 
 from ..policy.config import PABConfig
 from ..policy.where import ATTENTION_ROLES
+from ..spelling import instead_of
 
 Kwargs = dict[str, Any]
 
@@ -308,5 +309,5 @@ def model_of(name: str, size: str) -> BenchModel:
         38
     """
     if name not in NAMES:
-        raise ValueError(f"unknown model {name!r}; the models are {', '.join(NAMES)}.")
+        raise ValueError(f"unknown model {name!r}: {instead_of(name, NAMES, 'the models are')}")
     return next(model for model in SIZES[size] if model.name == name)

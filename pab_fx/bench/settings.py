@@ -11,6 +11,7 @@ import torch
 from ..options import inner_compiler
 from ..policy.config import PRESETS, PABConfig
 from ..policy.where import ATTENTION_ROLES
+from ..spelling import instead_of
 from .apart import Inner
 from .caches import CACHES
 from .contenders import COLUMNS, SHORT_NAMES
@@ -59,10 +60,10 @@ class Settings:
             model_of(name, self.size)
         for column in self.columns:
             if column not in COLUMNS:
-                raise ValueError(f"unknown column {column!r}; the columns are {', '.join(COLUMNS)}.")
+                raise ValueError(f"unknown column {column!r}: {instead_of(column, COLUMNS, 'the columns are')}")
         for policy in self.policies:
             if policy not in CACHES:
-                raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(CACHES)}.")
+                raise ValueError(f"unknown policy {policy!r}: {instead_of(policy, CACHES, 'the policies are')}")
             if self.pab is not None and policy != "pab":
                 raise ValueError(f"a config is one of PAB, and the policy is {policy}.")
         for name, number in (("rounds", self.rounds), ("steps", 1 if self.steps is None else self.steps)):
@@ -93,7 +94,7 @@ def columns_of(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in SHORT_NAMES:
-            raise ValueError(f"unknown column {name!r}; the columns are {', '.join(SHORT_NAMES)}.")
+            raise ValueError(f"unknown column {name!r}: {instead_of(name, SHORT_NAMES, 'the columns are')}")
     return tuple(column for name, column in SHORT_NAMES.items() if name in names)
 
 

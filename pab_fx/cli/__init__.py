@@ -14,7 +14,7 @@ from .doctor import doctor
 from .explain import explain
 
 app = typer.Typer(
-    help="Pyramid Attention Broadcast as a torch.compile graph transformation.",
+    help="Step caches of diffusion transformers, as a torch.compile graph transformation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,7 +35,7 @@ def _commands(
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Pyramid Attention Broadcast as a torch.compile graph transformation."""
+    """Step caches of diffusion transformers, as a torch.compile graph transformation."""
 
 
 def main() -> None:

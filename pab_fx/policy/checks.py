@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..spelling import instead_of
+
 
 def check_integer(name: str, value: Any, least: int = 1, most: float = math.inf) -> None:
     """Raise `ValueError` for anything but an integer of at least `least` and at most `most`."""
@@ -83,7 +85,7 @@ def check_fields(where: str, given: Mapping[str, Any], cls: type) -> None:
     known = {field.name for field in dataclasses.fields(cls)}
     for name in given:
         if name not in known:
-            raise ValueError(f"unknown option {name!r} in {where}; it has {', '.join(sorted(known))}.")
+            raise ValueError(f"unknown option {name!r} in {where}: {instead_of(name, known, 'it has')}")
 
 
 def check_callback(callback: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..spelling import instead_of
 from .checks import (
     check_callback,
     check_fields,
@@ -284,7 +285,7 @@ class PABConfig:
             6
         """
         if not isinstance(name, str) or name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(map(repr, PRESETS))}.")
+            raise ValueError(f"unknown preset {name!r}: {instead_of(name, PRESETS, 'the presets are')}")
         return cls.of({**PRESETS[name], **overrides})
 
     @classmethod
@@ -293,7 +294,7 @@ class PABConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
-                raise ValueError(f"unknown option {name!r}; PABConfig has {', '.join(sorted(known))}.")
+                raise ValueError(f"unknown option {name!r}: {instead_of(name, known, 'PABConfig has')}")
         return cls(**fields)
 
 
