@@ -51,6 +51,7 @@ from pab_fx.cli import app
 from pab_fx.enable import enable
 from pab_fx.testing import replaying
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 QUICK = Settings(models=("wan",), size="quick", rounds=2, inner="eager")
 SHORT = ("compile", "pab_fx specialize")
@@ -293,6 +294,13 @@ def test_a_long_run_may_be_taken_in_parts_and_the_page_shows_all_of_them(
     rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith(("| pab", "| blocks"))]
     assert rows == 2 * [["| pab", "flux"], ["| pab", "wan"], ["| blocks", "wan"]]
     assert (tmp_path / "page.png").stat().st_size > 0
+
+
+def test_the_page_of_the_documents_shows_all_of_its_results() -> None:
+    """Of `docs/benchmarks.json`; `--page` brings it up to date."""
+    page, runs = (ROOT / "docs/benchmarks.md").read_text(), kept(ROOT / "docs/benchmarks.json")
+    assert runs
+    assert f"<!-- bench -->\n\n{page_of(runs)}\n\n<!-- /bench -->" in page
 
 
 def test_a_page_without_a_place_for_tables_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -195,6 +195,16 @@ def test_the_readme_has_the_command_that_ci_runs(mark: str, command: str) -> Non
     assert [line for line in block.code.splitlines() if line.startswith("pip install")] == [command]
 
 
+def test_every_method_of_the_readme_is_a_policy() -> None:
+    """Of its table: each expression yields one, with what a reader has from the package."""
+    ratios = [1.0] * 28
+    names = {**{name: getattr(pab_fx, name) for name in pab_fx.__all__}, "pab_fx": pab_fx, "ratios": ratios}
+    rows = [line for line in PAGES["README.md"].read_text().splitlines() if line.startswith("| ")]
+    found = [text for row in rows for text in re.findall(r"`((?:Policy|pab_fx\.preset)\(.*?\))`", row)]
+    assert len(found) >= 8
+    assert all(isinstance(eval(text, names), pab_fx.Policy) for text in found)
+
+
 # --------------------------------------------------------------------------------------------------- links and names
 
 
@@ -211,7 +221,8 @@ def test_pictures_are_there_and_a_command_on_a_page_makes_each(page: str) -> Non
         model = re.fullmatch(r"bench-(\w+)\.png", path.name)
         said = f"bench --model {model[1]}" if model else f" docs/{path.relative_to(ROOT / 'docs')}"
         assert path.is_file()
-        assert any(f"{said} " in f"{command} " for command in COMMANDS), picture
+        page_of_it = f"--page {said.removesuffix('.png')}.md "  # a page's own chart is made with it
+        assert any(f"{said} " in f"{command} " or page_of_it in f"{command} " for command in COMMANDS), picture
 
 
 def test_files_named_in_documents_exist() -> None:
