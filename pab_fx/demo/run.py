@@ -42,7 +42,8 @@ class Result:
             [B, F, H, W, 3] in 0 to 1.
         steps: denoising steps of a generation.
         seconds: of a generation, without PAB and with forecasts; medians over rounds.
-        speedup: median over rounds of the ratio of the two.
+        speedup: the first of these divided by the second.
+        spread: the lowest and the highest ratio of a round: a busy machine slows the two down unlike.
         psnr: of the clips as kept and as forecast against those without PAB, in dB, mean over clips.
         ssim: the same for SSIM, mean over frames.
         roles: per role, how often it was computed and reused in one generation.
@@ -53,6 +54,7 @@ class Result:
     steps: int
     seconds: tuple[float, float]
     speedup: float
+    spread: tuple[float, float]
     psnr: tuple[float, float]
     ssim: tuple[float, float]
     roles: tuple[RoleReport, ...]
@@ -128,13 +130,15 @@ def run_demo(
                 frames[pipe], took = _generate(pipe, prompts, steps, seed, lambda: progress.advance(task))
                 seconds[pipe] += [took] if turn else []
     ratios = [a / b for a, b in zip(seconds[plain], seconds[broadcasting], strict=True)]
+    medians = statistics.median(seconds[plain]), statistics.median(seconds[broadcasting])
     compared = [compare(frames[plain], frames[pipe]) for pipe in (kept, broadcasting)]
     return Result(
         prompts=prompts,
         frames=(frames[plain], frames[kept], frames[broadcasting]),
         steps=steps,
-        seconds=(statistics.median(seconds[plain]), statistics.median(seconds[broadcasting])),
-        speedup=statistics.median(ratios),
+        seconds=medians,
+        speedup=medians[0] / medians[1],
+        spread=(min(ratios), max(ratios)),
         psnr=(compared[0][0], compared[1][0]),
         ssim=(compared[0][1], compared[1][1]),
         roles=_since(before, pab.report()),
@@ -223,5 +227,6 @@ def table_of(result: Result) -> Table:
     table.add_row("PSNR to without", "", *(f"{psnr:.1f} dB" for psnr in result.psnr))
     table.add_row("SSIM to without", "", *(f"{ssim:.3f}" for ssim in result.ssim))
     table.add_row("seconds", f"{result.seconds[0]:.2f}", "", f"{result.seconds[1]:.2f}")
-    table.add_row("speed-up", "1.00x", "", f"{result.speedup:.2f}x")
+    low, high = result.spread
+    table.add_row("speed-up (by round)", "1.00x", "", f"{result.speedup:.2f}x ({low:.2f} to {high:.2f})")
     return table

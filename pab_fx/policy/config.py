@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -225,12 +226,20 @@ class PABConfig:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the config as JSON, for `PABConfig.load`; without `current_timestep_callback`, which is code.
 
+        A config that has one warns. `PABConfig.load(path, current_timestep_callback=...)` gives it again.
+
         Raises:
             OSError: if the file cannot be written.
 
         Example:
             >>> PABConfig.preset("latte").save("latte.json")  # doctest: +SKIP
         """
+        if self.current_timestep_callback is not None:
+            warnings.warn(
+                f"pab_fx: current_timestep_callback is code and does not go into {path}: "
+                "give it to PABConfig.load again.",
+                stacklevel=2,
+            )
         Path(path).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
 
     def as_json(self) -> dict[str, Any]:

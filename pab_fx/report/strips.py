@@ -127,9 +127,12 @@ def ruler(timesteps: Sequence[float], width: int) -> str:
     Example:
         >>> print(ruler((900, 700, 500, 300), 2))
         900 500
+        >>> print(ruler((1.0, 0.9, 0.7, 0.3), 3))
+        1.00  0.70
     """
     line = ""
+    digits = 2 if max(map(abs, timesteps), default=0) <= 1 else 0  # of models whose timesteps are the noise level
     for i, timestep in enumerate(timesteps):
         if not line or len(line) < i * width:
-            line = line.ljust(i * width) + f"{timestep:.0f}"
+            line = line.ljust(i * width) + f"{timestep:.{digits}f}"
     return line
