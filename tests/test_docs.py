@@ -72,7 +72,11 @@ def test_an_exported_graph_is_rewritten_and_exported_again() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- code
 
-TESTS_OF_THEIR_OWN = {"docs/migrating.md": "test_migrating.py", "docs/export.md": "test_export.py"}
+TESTS_OF_THEIR_OWN = {
+    "docs/migrating.md": "test_migrating.py",
+    "docs/migrating_others.md": "test_migrating.py",
+    "docs/export.md": "test_export.py",
+}
 """Pages each of whose blocks is run, and what it does compared with something, by another file."""
 
 

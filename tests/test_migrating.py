@@ -24,7 +24,9 @@ from pipelines.oracle import hooked_run, observed
 
 import pab_fx
 
-BLOCKS = {str(block.of("code")): block.code for block in blocks("docs/migrating.md")}
+BLOCKS = {
+    str(block.of("code")): block.code for block in (*blocks("docs/migrating.md"), *blocks("docs/migrating_others.md"))
+}
 ROLES = ("spatial", "temporal", "cross", "mlp")
 
 
@@ -478,3 +480,28 @@ def assert_decides_as_dbcache(cached: Sequence[int], image: Any) -> None:
 def image_of(pipe: Any) -> Any:
     """The guide's image without any cache."""
     return pipe("a lighthouse", num_inference_steps=28, generator=torch.Generator().manual_seed(0)).images[0]
+
+
+def test_a_step_mask_of_cache_dit_computes_in_the_same_steps() -> None:
+    pytest.importorskip("cache_dit")
+    given = {"pipe": prompted.flux(), "pab_fx": pab_fx, **{name: getattr(pab_fx, name) for name in pab_fx.__all__}}
+    names = run_block("cache-dit, step mask", **given)
+    latents(names["pipe"], num_inference_steps=28)
+    strip = names["pab"].report().schedule.strips[0]
+    assert [letter == "C" for letter in strip.steps] == [bool(computes) for computes in names["mask"]]
+    assert strip.reused > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("teacache, after", "0.4"), ("para_attn, after", "0.08"), ("sglang, after", "0.24")]
+)
+def test_rules_for_other_packages_reuse(name: str, published: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a threshold that random weights keep to: what was published is for released ones."""
+    assert published in BLOCKS[name]
+    monkeypatch.setitem(BLOCKS, name, BLOCKS[name].replace(published, "0.9"))
+    plain = latents(prompted.flux())
+    names = run_block(name, pipe=prompted.flux(), pab_fx=pab_fx)
+    pab = names["pab"] if "pab" in names else pab_fx.enable(names["pipe"], names["policy"])
+    found = latents(names["pipe"])
+    assert pab.report().reused > 0
+    assert not torch.equal(found, plain)
