@@ -131,3 +131,16 @@ def test_what_travels_to_a_gpu_is_all_but_torch(tmp_path: Path) -> None:
     policies = re.findall(r"--policy (\S+)", pack.RUN)
     assert policies
     assert set(policies) <= set(CACHES)
+
+
+def test_a_model_of_ones_own_and_a_loop_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("custom_dit").main(["--inner", "eager"])
+    printed = capsys.readouterr().out
+    assert float(printed.rsplit(" ", 1)[1]) > 1e-6
+    importlib.import_module("server_loop").main(["--inner", "eager"])
+    printed += capsys.readouterr().out
+    assert "the same alone: True" in printed
+    rows = [line.split() for line in printed.splitlines() if line.startswith("blocks ")]
+    reused = [int(row[3]) for row in rows if row[1].isdigit()]
+    assert len(reused) == 2
+    assert all(reused)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ import zoo
 from pipelines.oracle import hooked_run, plain_and_hooked_run
 
 import pab_fx
+from pab_fx import Blocks, Every, Policy, Residual
 
 QUICK = {
     "CogVideoXPipeline",
@@ -187,3 +190,46 @@ def test_a_block_that_is_compiled_alone_has_the_role_that_the_whole_model_shows(
 def test_a_model_without_repeated_blocks_is_refused_regional_compilation() -> None:
     with pytest.raises(ValueError, match="Linear has no repeated blocks"):
         pab_fx.enable(torch.nn.Linear(2, 2), regional=True)
+
+
+MOST_USED = (
+    "FluxPipeline",
+    "QwenImagePipeline",
+    "WanPipeline",
+    "CogVideoXPipeline",
+    "HunyuanVideoPipeline",
+    "LTXPipeline",
+    "StableDiffusion3Pipeline",
+    "SanaPipeline",
+    "PixArtSigmaPipeline",
+    "LattePipeline",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("FluxPipeline", "WanPipeline") else pytest.mark.slow) for n in MOST_USED]
+)
+def test_a_default_run_of_the_most_used_pipelines_says_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No warning, nothing logged, nothing printed, with a policy for blocks and with PAB by default."""
+    (entry,) = (each for each in pipelines.PIPELINES if each.name == name)
+    told: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = told.append  # type: ignore[method-assign]
+    logging.getLogger("pab_fx").addHandler(handler)
+    plain = pipelines.run(entry.build(), entry)
+    try:
+        for config in (Policy(Blocks(), Every(2, warmup=2), Residual()), pab_fx.PABConfig()):
+            pipe = entry.build()
+            capsys.readouterr()
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                with pab_fx.enable(pipe, config, inner="eager") as pab:
+                    output = pipelines.run(pipe, entry)
+                    reused = pab.report().reused
+            assert reused > 0
+            assert not torch.equal(output, plain)
+            assert [str(each.message) for each in warned if "pab_fx" in str(each.message)] == []
+            assert [record.getMessage() for record in told if record.levelno >= logging.INFO] == []
+            assert capsys.readouterr() == ("", "")
+    finally:
+        logging.getLogger("pab_fx").removeHandler(handler)
