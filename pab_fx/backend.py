@@ -352,7 +352,9 @@ class PABBackend:
             rounds: where the time of a step went, for each time that it was measured.
             assumed: timesteps for the schedule where not all are known; default: those seen.
         """
-        return report_of(self.runtime, self.captured, self.regions, self.notices.messages, rounds, assumed)
+        return report_of(
+            self.runtime, self.captured, self.regions, self.notices.messages, rounds, assumed, self.policies
+        )
 
     def newly_left_alone(self, known: int) -> list[str]:
         """Names of the attentions that the graphs compiled since there were `known` regions compute in every step.

@@ -450,3 +450,17 @@ def test_a_compiled_model_that_was_enabled_is_freed_with_its_last_user() -> None
     del model
     gc.collect()
     assert reference() is None
+
+
+def test_a_report_before_the_first_call_says_what_is_planned() -> None:
+    policies = [
+        pab_fx.Policy(pab_fx.Blocks(1), pab_fx.Every(3, warmup=2), pab_fx.Residual()),
+        pab_fx.Policy(pab_fx.Attentions("cross"), pab_fx.SkipRange(6, 100, 800)),
+    ]
+    with pab_fx.enable(zoo.BY_NAME["WanTransformer3DModel"].build(), policies, inner="eager") as pab:
+        assert str(pab.report()).splitlines() == [
+            "Nothing has run yet, so nothing was looked for. Planned:",
+            "Blocks(first=1): computed every 3rd step, in the first 2, as a residual",
+            "Attentions(roles=('cross',)): computed every 6th step in (100, 800)",
+        ]
+        assert pab.report().reused == 0

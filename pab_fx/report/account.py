@@ -12,6 +12,7 @@ from torch import fx
 
 from ..compile.variants import ORIGIN
 from ..policy.change import named
+from ..policy.policy import Policy
 from ..policy.when import Rule
 from ..policy.where import ROLES
 from ..run.runtime import Runtime
@@ -39,6 +40,7 @@ def report_of(
     warnings: tuple[str, ...] = (),
     rounds: Sequence[Round] = (),
     assumed: Sequence[float] = (),
+    policies: Sequence[Policy] = (),
 ) -> Report:
     """The report of a backend, from its graphs and the state it holds.
 
@@ -49,6 +51,7 @@ def report_of(
         warnings: what was warned of.
         rounds: where the time of a step went, for each time that it was measured.
         assumed: timesteps for the schedule where not all are known; default: those seen.
+        policies: what it goes by, for what is planned.
     """
     costs = _costs(captured, rounds)
     found = tuple(
@@ -69,6 +72,7 @@ def report_of(
         captured=tuple(map(_graph, captured)),
         seconds=median(sum(each.values()) for each in rounds) if rounds else None,
         restarts=runtime.restarts,
+        planned=() if captured else tuple(f"{_written(each.where)}: {each.describe()}" for each in policies),
         decisions=tuple(
             DecisionReport(_label(context), t, named(rule.signal), by, getattr(rule, "threshold", None), reused)
             for context, t, rule, by, reused in list(runtime.decisions)
@@ -150,6 +154,20 @@ def _rule(region: Region) -> Rule | None:
 
 def _how(region: Region) -> str:
     return "" if region.policy is None else region.policy.how.describe()
+
+
+def _written(where: Any) -> str:
+    """A choice as one writes it, without what is so by default.
+
+    Example:
+        >>> from ..policy.where import Blocks
+        >>> _written(Blocks(1))
+        'Blocks(first=1)'
+    """
+    given = {each.name: getattr(where, each.name) for each in dataclasses.fields(where) if each.repr}
+    defaults = {each.name: each.default for each in dataclasses.fields(where)}
+    said = ", ".join(f"{name}={value!r}" for name, value in given.items() if value != defaults[name])
+    return f"{type(where).__name__}({said})"
 
 
 def _scheduled(graphs: Iterable[Captured]) -> Iterator[Scheduled]:

@@ -46,6 +46,10 @@ class Table:
         return Table(tuple(self.columns[i] for i in said), tuple(tuple(row[i] for i in said) for row in self.rows))
 
 
+PLANNED = "Nothing has run yet, so nothing was looked for. Planned:"
+"""Above the policies of a model that has not been called."""
+
+
 def role_table(report: ReportData) -> Table:
     """Calls so far and caches of each role, and of each cache context where there are several."""
     unit = unit_of(size for role in report.roles for size in (role.cache_bytes, role.full_bytes))

@@ -202,6 +202,7 @@ class ReportData:
         schedule: what a generation computes and reuses, step by step.
         captured: every graph that Dynamo captured.
         seconds: time of a step that reuses nothing; `None` where it was not measured.
+        planned: before anything was captured, where and when each policy reuses; empty afterwards.
         numbers_read: how many numbers the host has read from the device, to decide by.
         restarts: generations that began in the middle of another, because a timestep rose a little.
         decisions: the last ones by a signal, in order, at most 256.
@@ -219,6 +220,7 @@ class ReportData:
     seconds: float | None = None
     restarts: int = 0
     decisions: tuple[DecisionReport, ...] = ()
+    planned: tuple[str, ...] = ()
     numbers_read: int = 0
     outlines: tuple[Outline, ...] = field(default=(), repr=False)
 

@@ -30,6 +30,8 @@ WIDE = 40
 
 def plain(report: ReportData) -> str:
     """The report as text without colours, a blank line between its parts."""
+    if report.planned:
+        return "\n".join([content.PLANNED, *report.planned, *report.warnings])
     regions, graphs = _without(content.region_table(report), "why"), content.graph_table(report)
     reasons = (f"{role}: {why}" for role, why in content.reasons(report))
     broadcast = [*_aligned(regions), *filter(None, [content.step_line(report)]), *reasons]
@@ -84,6 +86,8 @@ def _gap(report: ReportData) -> str:
 
 def tables(report: ReportData) -> RenderableType:
     """The report as tables and coloured strips, for `rich.print`."""
+    if report.planned:
+        return Group(Text(content.PLANNED, style="bold"), *map(Text, (*report.planned, *report.warnings)))
     parts: list[RenderableType] = [Text(content.title_of(report), style="bold"), ""]
     regions = content.region_table(report)
     if regions.rows:
