@@ -220,6 +220,46 @@ def test_a_signal_may_span_graphs_itself_and_branches_may_share_it() -> None:
 # ------------------------------------------------------------------------------------------------- left alone
 
 
+across = pytest.mark.parametrize("kind", [BrokenDiT, StraightDiT], ids=lambda kind: kind.__name__)
+THIRD, SECOND = (Policy(Blocks(), Every(n), Residual()) for n in (3, 2))
+
+
+def in_one_graph(policy: Policy) -> list[Tensor]:
+    with pab_fx.enable(model := build(DiT), policy, inner="eager") as pab:
+        found = trajectory(model)
+        assert pab.report().reused > 0
+    return found
+
+
+@lowerings
+@across
+def test_warmup_compiles_what_a_range_across_graphs_asks_for(kind: type[Denoiser], lowering: str) -> None:
+    with pab_fx.enable(model := build(kind), THIRD, inner="eager", lowering=lowering) as pab:
+        model(*inputs(0, 1000.0))
+        pab.warmup(TIMESTEPS)
+        pab.reset()
+        compiled = pab.report().graphs
+        assert equal(trajectory(model), in_one_graph(THIRD))
+        assert pab.report().graphs == compiled
+
+
+@across
+def test_another_rule_for_a_range_across_graphs_needs_no_capture(kind: type[Denoiser]) -> None:
+    with pab_fx.enable(model := build(kind), THIRD, inner="eager") as pab:
+        assert equal(trajectory(model), in_one_graph(THIRD))
+        captured = len(pab.report().captured)
+        pab.set_config(SECOND)
+        assert equal(trajectory(model), in_one_graph(SECOND))
+        assert len(pab.report().captured) == captured
+
+
+@across
+def test_a_range_across_graphs_may_be_compiled_by_block(kind: type[Denoiser]) -> None:
+    with pab_fx.enable(model := build(kind), THIRD, inner="eager", regional=True) as pab:
+        assert equal(trajectory(model), in_one_graph(THIRD))
+        assert pab.report().reused > 0
+
+
 @pytest.mark.parametrize("kind", [SummingDiT, UpdatingDiT, JoiningDiT], ids=lambda kind: kind.__name__)
 def test_blocks_between_which_something_is_computed_are_left_alone_and_it_is_said(kind: type[Denoiser]) -> None:
     model = build(kind)
