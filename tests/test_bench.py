@@ -225,11 +225,11 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_noted() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "sora"], "cogvideox, latte, flux, wan"),
+        (["--model", "sora"], "the models are 'cogvideox', 'flux', 'latte', 'wan'"),
         (["--columns", "hooks,fast"], "unknown column 'fast'"),
         (["--config", "spatial=two"], "like spatial=2,temporal=3"),
         (["--config", "cross=0"], "must be an integer >= 1"),
-        (["--policy", "teacache"], "did you mean 'magcache'"),
+        (["--policy", "teacache"], "did you mean 'easycache' or 'magcache'"),
         (["--policy", "blocks", "--config", "latte"], "one of PAB, and the policy is blocks"),
         (["--device", "tpu"], "cpu or cuda"),
         (["--chart", "chart.gif"], ".png, .svg or .pdf"),

@@ -200,9 +200,18 @@ def test_a_preset_takes_overrides() -> None:
     assert config.mlp == ()
 
 
-@pytest.mark.parametrize("name", ["sora", "", None, ["latte"]], ids=repr)
-def test_an_unknown_preset_is_refused_with_the_names_there_are(name: Any) -> None:
-    with pytest.raises(ValueError, match=r"unknown preset .*'cogvideox', 'latte', 'open-sora'"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sora", "did you mean 'open-sora'"),
+        ("", "the presets are 'cogvideox', 'latte', 'open-sora'"),
+        (None, "the presets are 'cogvideox', 'latte', 'open-sora'"),
+        (["latte"], "did you mean 'latte'"),
+    ],
+    ids=repr,
+)
+def test_an_unknown_preset_is_refused_with_the_names_that_are_like_it(name: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown preset .*{said}"):
         PABConfig.preset(name)
 
 
