@@ -38,7 +38,6 @@ import pab_fx
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-import print_graphs  # noqa: E402
 
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
 
@@ -207,11 +206,6 @@ def _scheduler() -> diffusers.FlowMatchEulerDiscreteScheduler:
 
 
 GIVEN: dict[str, dict[str, Callable[[], Any]]] = {
-    "README.md": {
-        "model": print_graphs.build,
-        "args": lambda: (torch.randn(1, 4, 8), torch.tensor([1.0])),
-        "kwargs": dict,
-    },
     "docs/parallelism.md": {
         "model": wan_transformer,
         "config": lambda: pab_fx.PABConfig(spatial_attention_block_skip_range=2),

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pages
+import print_graphs
 import pytest
 import torch
 import typer
-from pages import PAGES, ROOT, Block, blocks, print_graphs
+from pages import PAGES, ROOT, Block, blocks
 from typer.testing import CliRunner
 
 import pab_fx.testing
