@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
-from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+import diffusers
 from torch import nn
 
 from ..diffusers.configs import policies_of
@@ -62,7 +61,7 @@ def _blocks(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) ->
 
 def _taylorseer(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
     """Lite mode: blocks are skipped, and the last projection's output is forecast."""
-    config = TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=model.dtype, use_lite_mode=True)
+    config = diffusers.TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=model.dtype, use_lite_mode=True)
     return Cache(config, config)
 
 
@@ -71,13 +70,17 @@ def _magcache(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) 
 
     The hooks fail with Latte, whose spatial and temporal blocks have streams of different shapes.
     """
-    config = MagCacheConfig(threshold=0.24, num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS)
+    if not hasattr(diffusers, "MagCacheConfig"):
+        raise ValueError(f"diffusers {diffusers.__version__} has no MagCacheConfig: the policy magcache needs 0.37.")
+    from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+
+    config = diffusers.MagCacheConfig(threshold=0.24, num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS)
     return Cache(config, None if model.name == "latte" else config)
 
 
 def _firstblock(model: BenchModel, pab: PABConfig | None, steps: int, clock: Any) -> Cache:
     """All steps but the first reuse. The hooks fail with Latte, as MagCache's do; cache-dit does not know it."""
-    config = FirstBlockCacheConfig(threshold=THRESHOLD)
+    config = diffusers.FirstBlockCacheConfig(threshold=THRESHOLD)
     if model.name == "latte":
         return Cache(config, spacing=SPACING)
     return Cache(config, config, _dbcache_fields(first=1, last=0, warmup=1), spacing=SPACING)

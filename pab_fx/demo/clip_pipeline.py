@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -154,3 +155,7 @@ class ClipPipeline(CaptionPipeline):
             ratio = cond.std(dim=(1, 2, 3, 4), keepdim=True) / guided.std(dim=(1, 2, 3, 4), keepdim=True)
             prediction = guided * torch.lerp(torch.ones_like(ratio), ratio, self._guidance_rescale)
         return prediction
+
+
+# diffusers before 0.37 reads the components' classes off the signature, and cannot read them as text
+ClipPipeline.__init__.__annotations__ = typing.get_type_hints(ClipPipeline.__init__)

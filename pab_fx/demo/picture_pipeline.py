@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 
 import torch
@@ -136,3 +137,7 @@ class PicturePipeline(CaptionPipeline):
             uncond, cond = velocity.chunk(2)
             velocity = uncond + self.guidance_scale * (cond - uncond)
         return velocity
+
+
+# diffusers before 0.37 reads the components' classes off the signature, and cannot read them as text
+PicturePipeline.__init__.__annotations__ = typing.get_type_hints(PicturePipeline.__init__)
