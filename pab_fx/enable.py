@@ -220,8 +220,8 @@ def enable(
     Example:
         >>> with enable(torch.nn.Linear(2, 2), inner="eager") as pab:
         ...     print(pab.report())
-        role        modules  computed  reused       cache     at most
-        0 graphs compiled
+        Nothing has run yet, so nothing was looked for. Planned:
+        Attentions(roles=('spatial',)): computed every 2nd step in (100, 800)
     """
     models = [getattr(each, "_orig_mod", each) for each in denoisers(model)]
     for each in models:

@@ -72,7 +72,9 @@ def report_of(
         captured=tuple(map(_graph, captured)),
         seconds=median(sum(each.values()) for each in rounds) if rounds else None,
         restarts=runtime.restarts,
-        planned=() if captured else tuple(f"{_written(each.where)}: {each.describe()}" for each in policies),
+        planned=()
+        if captured
+        else tuple(f"{_written(each.where)}: {each.describe()}" for each in policies if each.when),
         decisions=tuple(
             DecisionReport(_label(context), t, named(rule.signal), by, getattr(rule, "threshold", None), reused)
             for context, t, rule, by, reused in list(runtime.decisions)
