@@ -158,6 +158,10 @@ def _how(region: Region) -> str:
     return "" if region.policy is None else region.policy.how.describe()
 
 
+def _planned(policies: Iterable[Policy]) -> tuple[str, ...]:
+    return tuple(f"{_written(each.where)}: {each.describe()}" for each in policies if each.when)
+
+
 def _written(where: Any) -> str:
     """A choice as one writes it, without what is so by default.
 
