@@ -84,70 +84,23 @@ __all__ = [
 __version__ = "0.1.0"
 
 _PLACES = {
-    ".backend": (
-        "PABBackend",
-        "pab_backend",
-    ),
+    ".backend": ("PABBackend", "pab_backend"),
     ".calibrate": ("calibrate",),
-    ".enable": (
-        "PAB",
-        "disable",
-        "enable",
-        "report",
-    ),
+    ".enable": ("PAB", "disable", "enable", "report"),
     ".explain": ("explain",),
     ".export.export": ("export",),
     ".export.rewrite": ("rewrite",),
-    ".measured": (
-        "fit_rescale",
-        "magnitude_ratios",
-    ),
+    ".measured": ("fit_rescale", "magnitude_ratios"),
     ".passes.specialize": ("specialize",),
-    ".policy.change": (
-        "Change",
-        "Computed",
-        "ModulatedInput",
-        "Output",
-        "Sigma",
-    ),
-    ".policy.config": (
-        "LayerBroadcast",
-        "MLPBroadcast",
-        "PABConfig",
-    ),
-    ".policy.files": (
-        "load_policies",
-        "save_policies",
-    ),
-    ".policy.how": (
-        "Hermite",
-        "How",
-        "Last",
-        "RatedResidual",
-        "Residual",
-        "Scalars",
-        "Taylor",
-    ),
-    ".policy.lists": (
-        "Magnitude",
-        "Steps",
-    ),
+    ".policy.change": ("Change", "Computed", "ModulatedInput", "Output", "Sigma"),
+    ".policy.config": ("LayerBroadcast", "MLPBroadcast", "PABConfig"),
+    ".policy.files": ("load_policies", "save_policies"),
+    ".policy.how": ("Hermite", "How", "Last", "RatedResidual", "Residual", "Scalars", "Taylor"),
+    ".policy.lists": ("Magnitude", "Steps"),
     ".policy.policy": ("Policy",),
     ".policy.presets": ("preset",),
-    ".policy.when": (
-        "AfterTimesteps",
-        "Every",
-        "Progress",
-        "Rule",
-        "SkipRange",
-        "Step",
-    ),
-    ".policy.where": (
-        "Attentions",
-        "Blocks",
-        "FeedForwards",
-        "Model",
-    ),
+    ".policy.when": ("AfterTimesteps", "Every", "Progress", "Rule", "SkipRange", "Step"),
+    ".policy.where": ("Attentions", "Blocks", "FeedForwards", "Model"),
     ".run.contexts": ("cache_context",),
 }
 """The public names of each module. They are imported when they are asked for: the command line's help needs none."""

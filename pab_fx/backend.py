@@ -150,11 +150,10 @@ class PABBackend:
         """
         arguments = [name for name in inspect.signature(cls).parameters if name in options]
         fields = {name: value for name, value in options.items() if name not in arguments}
-        known = {field.name for field in dataclasses.fields(PABConfig)}
+        known = (*inspect.signature(cls).parameters, *(field.name for field in dataclasses.fields(PABConfig)))
         for name in fields:
             if name not in known:
-                takes = instead_of(name, [*inspect.signature(cls).parameters, *known], "it takes")
-                raise ValueError(f"unknown option {name!r} for the backend 'pab': {takes}")
+                raise ValueError(f"unknown option {name!r} for the backend 'pab': {instead_of(name, known, 'it has')}")
         if fields and options.get("config") is not None:
             raise ValueError(f"give either config or its fields as options, not both: {', '.join(fields)}.")
         config = PABConfig(**fields) if fields else options.get("config")
@@ -352,9 +351,8 @@ class PABBackend:
             rounds: where the time of a step went, for each time that it was measured.
             assumed: timesteps for the schedule where not all are known; default: those seen.
         """
-        return report_of(
-            self.runtime, self.captured, self.regions, self.notices.messages, rounds, assumed, self.policies
-        )
+        told = self.notices.messages
+        return report_of(self.runtime, self.captured, self.regions, told, rounds, assumed, self.policies)
 
     def newly_left_alone(self, known: int) -> list[str]:
         """Names of the attentions that the graphs compiled since there were `known` regions compute in every step.

@@ -71,7 +71,7 @@ def test_its_commands_run_away_from_the_repository(elsewhere: dict[str, str], tm
 def test_the_changelog_and_the_citation_name_this_version() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert changes.split("\n## ")[1].startswith(pab_fx.__version__)
-    assert f"\nversion: {pab_fx.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {pab_fx.__version__}\n" in (ROOT / "docs/CITATION.cff").read_text()
 
 
 def test_the_help_imports_neither_torch_nor_diffusers() -> None:

@@ -13,7 +13,7 @@ from .caches import CACHES
 from .contenders import CACHE_DIT_AND_COMPILE, HOOKS_AND_COMPILE
 from .measure import Spread
 from .models import NAMES
-from .results import BenchResult, ModelResult, result_of
+from .results import BenchResult, ModelResult, result_of, with_spread
 
 OTHERS = ("eager", "hooks", "cache-dit", HOOKS_AND_COMPILE, CACHE_DIT_AND_COMPILE)
 OURS = ("pab_fx specialize", "pab_fx cond", "regional")
@@ -91,7 +91,7 @@ def _speeds(models: Sequence[ModelResult]) -> str:
     for model in models:
         ours = model.column(OURS[0])
         of_bound = ours.of_bound if ours else None
-        rows.append([*_named(model), *(_speed(model, name) for name in names), _spread(of_bound, 3)])
+        rows.append([*_named(model), *(_speed(model, name) for name in names), with_spread(of_bound, 3)])
     return table(["policy", "model", "computing", *names, "specialize, of the bound"], rows)
 
 
@@ -105,13 +105,7 @@ def _speed(model: ModelResult, name: str) -> str:
     column = model.column(name)
     if column is None or column.speedup is None:
         return ""
-    return _spread(column.speedup, 2) if name == OURS[0] else f"{column.speedup.median:.2f}"
-
-
-def _spread(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return ""
-    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f} to {spread.high:.{digits}f})"
+    return with_spread(column.speedup, 2) if name == OURS[0] else f"{column.speedup.median:.2f}"
 
 
 def _slower(models: Sequence[ModelResult]) -> list[str]:
@@ -129,9 +123,9 @@ def _slower(models: Sequence[ModelResult]) -> list[str]:
 def _held_against(hooks: Spread | None, cache_dit: Spread | None, of_bound: Spread | None) -> Iterator[str]:
     for other, spread in ((HOOKS_AND_COMPILE, hooks), (CACHE_DIT_AND_COMPILE, cache_dit)):
         if spread is not None and spread.median < 1:
-            yield f"{_spread(spread, 2)} of the speed of {other}"
+            yield f"{with_spread(spread, 2)} of the speed of {other}"
     if of_bound is not None and of_bound.median > TOO_FAR:
-        yield f"{_spread(of_bound, 3)} of the bound"
+        yield f"{with_spread(of_bound, 3)} of the bound"
 
 
 def _starts(models: Sequence[ModelResult]) -> str:
@@ -145,8 +139,8 @@ def _starts(models: Sequence[ModelResult]) -> str:
         rows.append([*_named(model)[:2], f"{compiled.cold_start:.1f}"])
         for name in names:
             column = model.column(name)
-            shown = column is not None and column.cold_start is not None
+            is_there = column is not None and column.cold_start is not None
             rows[-1].append(
-                f"{column.cold_start / compiled.cold_start:.2f}; {column.captures}; {column.breaks}" if shown else ""  # type: ignore[union-attr, operator]
+                f"{column.cold_start / compiled.cold_start:.2f}; {column.captures}; {column.breaks}" if is_there else ""  # type: ignore[union-attr, operator]
             )
     return table(["policy", "model", "compile, s", *names], rows)

@@ -209,10 +209,10 @@ def _row(column: ColumnResult) -> tuple[str, ...]:
     return (
         column.column,
         f"{column.generation.median:.2f}",
-        _spread(column.speedup, 2),
-        _spread(column.of_bound, 3),
-        _spread(column.over_hooks, 2),
-        _spread(column.over_cache_dit, 2),
+        with_spread(column.speedup, 2),
+        with_spread(column.of_bound, 3),
+        with_spread(column.over_hooks, 2),
+        with_spread(column.over_cache_dit, 2),
         f"{column.peak_bytes / 2**20:.1f}",
         "" if column.distance is None else f"{column.distance:.0e}",
         *("" if seconds is None else f"{1000 * seconds:.0f}" for seconds in steps),
@@ -223,7 +223,8 @@ def _row(column: ColumnResult) -> tuple[str, ...]:
     )
 
 
-def _spread(spread: Spread | None, digits: int) -> str:
+def with_spread(spread: Spread | None, digits: int) -> str:
+    """A median with the lowest and the highest value; "" for none."""
     if spread is None:
         return ""
     return f"{spread.median:.{digits}f} ({spread.low:.{digits}f} to {spread.high:.{digits}f})"

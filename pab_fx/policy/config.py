@@ -300,10 +300,7 @@ class PABConfig:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> PABConfig:
         """A config from a mapping of field names, refusing names that are none of them."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"unknown option {name!r}: {instead_of(name, known, 'PABConfig has')}")
+        check_fields("PABConfig", fields, cls)
         return cls(**fields)
 
 
