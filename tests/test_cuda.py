@@ -159,9 +159,11 @@ def test_streams_of_ones_own_wait_for_what_is_kept(policy: list[Policy], place: 
 
 def test_other_sizes_are_recorded_beside_the_first(place: Place) -> None:
     policy = POLICIES["blocks"]
-    with pab_fx.enable(model := made(place), policy, **place.options):
+    with pab_fx.enable(model := made(place), policy, **place.options) as pab:
         for tokens in (6, 8, 6):
+            before = pab.report().reused
             assert distance(generation(model, place, tokens=tokens), expected_of(policy, tokens=tokens)) < 1e-4
+            assert pab.report().reused > before
 
 
 @pytest.mark.cuda
